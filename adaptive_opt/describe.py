@@ -1,0 +1,147 @@
+"""What an optimizer is made of, as data: names and settings, down to the stages."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+P = ParamSpec("P")
+Tx = TypeVar("Tx", bound=optax.GradientTransformation)
+
+# The attribute of an update function that holds its (name, settings, parts). It is the update
+# function that is described because that is all that optax.chain keeps of what it is given.
+_ATTRIBUTE = "_adaptive_opt_description"
+
+
+class Description(NamedTuple):
+    """A transformation's name, its settings, and the transformations it is made of."""
+
+    name: str
+    settings: Mapping[str, Any]
+    parts: tuple[Description, ...] = ()
+
+    def stages(self) -> tuple[Description, ...]:
+        """The innermost parts, in the order in which they act."""
+        if not self.parts:
+            return (self,)
+        return tuple(stage for part in self.parts for stage in part.stages())
+
+    def __str__(self) -> str:
+        shown = [f"{k}={_shown(v)}" for k, v in self.settings.items() if v is not None]
+        lines = [f"{self.name}({', '.join(shown)})" if shown else self.name]
+        for part in self.parts:
+            lines += ["  " + line for line in str(part).splitlines()]
+        return "\n".join(lines)
+
+
+def describe(transformation: optax.GradientTransformation) -> Description:
+    """The stages of a recipe, a bracket, or a chain that contains them, with their settings.
+
+    What the description holds is data (``name``, ``settings``, ``parts``, and ``stages()`` for the
+    flat list); printed, it is an indented list. Transformations of optax appear under the name of
+    the function that made them, with those of their numbers that can be seen from outside.
+
+    >>> import optax
+    >>> from adaptive_opt import amsgrad, describe
+    >>> print(describe(optax.chain(optax.clip_by_global_norm(1.0), amsgrad(1e-3, b2=0.9))))
+    chain
+      clip_by_global_norm(max_norm=1.0)
+      amsgrad(learning_rate=0.001, b1=0.9, b2=0.9, eps=1e-08, convention='torch')
+        adaptive
+          first_moment(b1=0.9)
+          second_moment(b2=0.9)
+          amsgrad_max
+          debias(b1=0.9, b2=0.9)
+          per_weight_rate(eps=1e-08, eps_root=0.0)
+        scale_by_learning_rate(learning_rate=0.001, flip_sign=True)
+    """
+    if not isinstance(transformation, optax.GradientTransformation):
+        raise TypeError(
+            "describe takes an optax transformation, for instance adamod(1e-3) or adaptive(...),"
+            f" got {type(transformation).__name__}."
+        )
+    return _describe(transformation.update)
+
+
+def describe_as(
+    transformation: Tx,
+    name: str,
+    settings: Mapping[str, Any],
+    parts: Iterable[optax.GradientTransformation] | None = None,
+) -> Tx:
+    """Give a transformation its name and settings; without ``parts`` they are read off its"
+    " chain."""
+    described = None if parts is None else tuple(describe(part) for part in parts)
+    setattr(transformation.update, _ATTRIBUTE, (name, dict(settings), described))
+    return transformation
+
+
+def described(factory: Callable[P, Tx]) -> Callable[P, Tx]:
+    """Name what a function returns after the function and the arguments it was given."""
+    return _named_after(factory, parts=())
+
+
+def recipe(factory: Callable[P, Tx]) -> Callable[P, Tx]:
+    """The same for a function that returns an ``optax.chain``: its parts are described too."""
+    return _named_after(factory, parts=None)
+
+
+def _named_after(factory: Callable[P, Tx], parts: tuple[()] | None) -> Callable[P, Tx]:
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Tx:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return describe_as(factory(*args, **kwargs), factory.__name__, given.arguments, parts)
+
+    return make
+
+
+def _describe(update: Callable[..., Any]) -> Description:
+    """The description of what an update function belongs to: its own, or what its closure shows."""
+    if hasattr(update, _ATTRIBUTE):
+        name, settings, parts = getattr(update, _ATTRIBUTE)
+        return Description(name, settings, _inner(update) if parts is None else parts)
+    name = getattr(update, "__qualname__", type(update).__name__).split(".<locals>")[0]
+    held = _held(update)
+    if name == "with_extra_args_support":
+        return describe(held["tx"])
+    numbers = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
+    return Description(name, numbers, _inner(update))
+
+
+def _inner(update: Callable[..., Any]) -> tuple[Description, ...]:
+    held = _held(update)
+    if "update_fns" in held:  # optax.chain
+        return tuple(_describe(inner) for inner in held["update_fns"])
+    inner = jax.tree.leaves(
+        list(held.values()), is_leaf=lambda x: isinstance(x, optax.GradientTransformation)
+    )
+    return tuple(describe(x) for x in inner if isinstance(x, optax.GradientTransformation))
+
+
+def _held(update: Callable[..., Any]) -> Mapping[str, Any]:
+    """The variables that an update function holds on to."""
+    return inspect.getclosurevars(update).nonlocals if inspect.isfunction(update) else {}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tracer):
+        return f"traced {value.dtype}"
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return repr(value.item())
+    if inspect.isclass(value):
+        return value.__name__
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__).split(".<locals>")[0]
+    return repr(value)

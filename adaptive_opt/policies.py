@@ -1,0 +1,233 @@
+"""What holds for every stage and every transformation, written once.
+
+* Width: arithmetic is done in float32 at least; float64 and complex stay what they are.
+* Buffers keep the dtype they were created with; an update leaves in the dtype it was promised.
+* None: a leaf without a gradient (None) is left alone, and so are its buffers.
+* Hyperparameters: a number, a traced scalar, or a schedule of the 0-based step number.
+* Errors say what was given, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+Tree: TypeAlias = Any
+"""A pytree like the parameters."""
+
+Hyperparameter: TypeAlias = float | jax.Array | optax.Schedule
+"""A number, a scalar array (traced or not), or a schedule ``step -> scalar``."""
+
+T = TypeVar("T")
+
+
+# --- leaves -------------------------------------------------------------------------------------
+
+
+def is_none(x: Any) -> bool:
+    return x is None
+
+
+def dtype_of(x: Any) -> np.dtype:
+    """The dtype of an array, a ShapeDtypeStruct or a Python scalar."""
+    return np.dtype(x.dtype) if hasattr(x, "dtype") else np.dtype(jnp.result_type(x))
+
+
+def wide(dtype: DTypeLike) -> np.dtype:
+    """The dtype in which we calculate with ``dtype``: itself, but float32 for anything narrower."""
+    dtype = np.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"a leaf of dtype {dtype} cannot be optimized: gradients and parameters must be"
+            " floating point or complex. Freeze it (None, optax.masked or optax.partition) or cast"
+            " it."
+        )
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def real(dtype: DTypeLike) -> np.dtype:
+    """The dtype of the absolute value of a ``dtype``."""
+    return np.dtype(jnp.finfo(dtype).dtype)
+
+
+def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
+    """The asked-for dtype of a buffer; complex where the buffer itself (``own``) is complex."""
+    asked = np.dtype(asked)
+    if not jnp.issubdtype(asked, jnp.floating):
+        raise ValueError(f"a buffer's dtype must be floating point, got {asked}.")
+    if jnp.issubdtype(own, jnp.complexfloating):
+        return np.result_type(wide(asked), np.complex64)
+    return asked
+
+
+def zeros_like(params: Tree, dtype: Callable[[np.dtype], DTypeLike]) -> Tree:
+    """Zeros in the shape, and on the devices, of the parameters; ``dtype`` maps their dtypes."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype(dtype_of(p))), params)
+
+
+def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalars: Any) -> Tree:
+    """``function(*leaves, **scalars)`` for every leaf of ``where`` that is not None.
+
+    Positional arguments are trees like ``where``; keyword arguments are scalars, the same for every
+    leaf. All are brought to one width, float32 at least, before ``function`` sees them. Python
+    numbers stay Python numbers, so that ``1 - b`` is rounded once.
+    """
+    present, structure = jax.tree.flatten(where, is_leaf=is_none)
+    columns = [_leaves_like(structure, tree) for tree in trees]
+    results = []
+    for index, (leaf, *arrays) in enumerate(zip(present, *columns, strict=True)):
+        if leaf is None:
+            results.append(None)
+            continue
+        if not all(map(_is_array, arrays)):
+            raise ValueError(
+                f"there is a gradient at {_path(where, index)}, but the state or the parameters"
+                " hold no array there. Initialise the optimizer with the parameters it is to"
+                " update."
+            )
+        width = max((real(wide(dtype_of(a))) for a in arrays), key=lambda d: d.itemsize)
+        cast = {name: _scalar(value, width) for name, value in scalars.items()}
+        results.append(function(*(at_width(a, width) for a in arrays), **cast))
+    return structure.unflatten(results)
+
+
+def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
+    """``new`` in the dtypes of ``old``; where ``new`` is None, ``old`` stays."""
+
+    def keep(path: Any, new_leaf: Any, old_leaf: Any) -> Any:
+        if new_leaf is None:
+            return old_leaf
+        if jnp.shape(new_leaf) != jnp.shape(old_leaf):
+            raise ValueError(
+                f"{what} at {jax.tree_util.keystr(path) or 'the only leaf'} has shape"
+                f" {jnp.shape(old_leaf)}, but the gradient calls for {jnp.shape(new_leaf)}. A state"
+                " belongs to the parameters it was initialised with; initialise a new one."
+            )
+        return new_leaf.astype(dtype_of(old_leaf))
+
+    return jax.tree_util.tree_map_with_path(keep, new, old, is_leaf=is_none)
+
+
+def update_dtypes(updates: Tree, params: Tree | None) -> Tree:
+    """The dtype each update leaves in: promote(gradient, parameter), or the gradient's."""
+    if params is None:
+        return jax.tree.map(dtype_of, updates)
+
+    def promoted(update: Any, param: Any) -> np.dtype:
+        return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
+
+    return map_none(promoted, updates, params)
+
+
+def map_none(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """``jax.tree.map`` that leaves None alone, whatever stands at its place in ``rest``."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
+    columns = [_leaves_like(structure, other) for other in rest]
+    pairs = zip(leaves, *columns, strict=True)
+    return structure.unflatten([None if row[0] is None else function(*row) for row in pairs])
+
+
+def _leaves_like(structure: Any, tree: Tree) -> list[Any]:
+    try:
+        return structure.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"gradients, parameters and state must be trees of one structure: {error} A state"
+            " belongs to the parameters it was initialised with."
+        ) from None
+
+
+def _path(tree: Tree, index: int) -> str:
+    paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
+    return jax.tree_util.keystr(paths[index][0]) or "the only leaf"
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") or isinstance(x, (int, float, complex))
+
+
+def at_width(x: Any, width: np.dtype) -> jax.Array:
+    """``x`` in the dtype ``width``, or in its complex counterpart."""
+    iscomplex = jnp.issubdtype(dtype_of(x), jnp.complexfloating)
+    dtype = np.result_type(width, np.complex64) if iscomplex else width
+    return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype=dtype)
+
+
+def _scalar(value: Any, width: np.dtype) -> Any:
+    return value if type(value) in (int, float) else jnp.asarray(value).astype(width)
+
+
+# --- hyperparameters ----------------------------------------------------------------------------
+
+
+def value_at(hyperparameter: Hyperparameter, count: jax.Array) -> Any:
+    """The value at the ``count``-th gradient (1-based); schedules are asked for ``count - 1``."""
+    if callable(hyperparameter):
+        return hyperparameter(count - 1)
+    return hyperparameter
+
+
+def check_decay(**values: Any) -> None:
+    """Each value is the decay of a moving average: in [0, 1)."""
+    for name, value in values.items():
+        _check(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def check_nonnegative(**values: Any) -> None:
+    """Each value is finite and at least 0."""
+    for name, value in values.items():
+        _check(name, value, lambda x: 0 <= x < math.inf, "finite and at least 0")
+
+
+def check_at_least_one(**values: Any) -> None:
+    """Each value is finite and at least 1."""
+    for name, value in values.items():
+        _check(name, value, lambda x: 1 <= x < math.inf, "finite and at least 1")
+
+
+def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) -> None:
+    if callable(value):
+        return
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, np.generic, np.ndarray, jax.Array)
+    ):
+        raise TypeError(
+            f"{name} must be a number {allowed}, a scalar array or a schedule, got {value!r}."
+        )
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar, got an array of shape {np.shape(value)}.")
+    dtype = dtype_of(value)
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)) and (
+        jnp.issubdtype(dtype, jnp.complexfloating)
+        or (jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32)
+    ):
+        raise ValueError(
+            f"{name} arrived as {dtype}, which cannot hold hyperparameters (0.999 in bfloat16 is"
+            " 1): pass it as float32. With optax.inject_hyperparams, give"
+            " hyperparam_dtype=jnp.float32."
+        )
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return
+    if not holds(float(value)):
+        raise ValueError(f"{name} must be {allowed}, got {float(value):g}.")
+
+
+def choose(name: str, value: str, allowed: Mapping[str, T]) -> T:
+    """``allowed[value]``, or an error that lists what is allowed."""
+    if value not in allowed:
+        options = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+    return allowed[value]
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is known, before anything runs, to be 0."""
+    return type(value) in (int, float) and value == 0

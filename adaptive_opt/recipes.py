@@ -1,0 +1,367 @@
+"""One function per algorithm; its body is the algorithm's listing.
+
+Every recipe is an ``optax.chain``. ``learning_rate`` is a number, a traced scalar or a schedule (a
+function of the 0-based step number); ``b1``, ``b2``, ``b3`` are decays in [0, 1); ``eps`` is at
+least 0, in the units of a gradient; ``weight_decay`` is at least 0, and ``mask`` says which
+parameters decay. ``state_dtype`` is the dtype of the buffers; by default the parameter's, float32
+for 16-bit parameters. Where public implementations differ under one name, ``convention`` chooses
+among them, and the difference is the order of the stages. Bad values raise a ValueError that gives
+the value and the range.
+"""
+
+from __future__ import annotations
+
+import optax
+from jax.typing import DTypeLike
+
+from adaptive_opt.adam import scale_by_adam
+from adaptive_opt.bracket import adaptive
+from adaptive_opt.describe import recipe
+from adaptive_opt.friction import diffgrad_friction
+from adaptive_opt.moments import amsgrad_max, debias, first_moment, second_moment
+from adaptive_opt.policies import Hyperparameter, choose
+from adaptive_opt.rates import adamod_momental_bound, debias_rate, per_weight_rate, scale_rate
+from adaptive_opt.weight_decay import (
+    Mask,
+    decoupled_weight_decay,
+    l2_regularization,
+    scale_by_learning_rate,
+)
+
+Optimizer = optax.GradientTransformationExtraArgs
+
+
+@recipe
+def adam(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    convention: str = "torch",
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam: ``x_{t+1} = x_t - lr m^_t / (sqrt(v^_t) + eps)``.
+
+    Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1. Signature, defaults and state (tree structure)
+    are those of ``optax.adam``, and a checkpoint of one goes on in the other.
+
+    Args:
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
+        ``scale_by_adam``.
+      nesterov: look one step ahead, as in ``optax.nadam``; not with "keras".
+      convention: "torch" (also "paper"): equals ``torch.optim.Adam`` and ``optax.adam``.
+        "keras": the eps-hat form, ``lr sqrt(1 - b2^t) / (1 - b1^t) m_t / (sqrt(v_t) + eps)``;
+        equals ``keras.optimizers.Adam`` given the same eps (its default is 1e-7).
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adam
+    >>> x = jnp.array([1.0])
+    >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam(1e-2))
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.99
+    """
+    return optax.chain(
+        _adam_form(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@recipe
+def adamw(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Hyperparameter = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nesterov: bool = False,
+    convention: str = "torch",
+    schedule: optax.Schedule | None = None,
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam with decoupled weight decay: ``x - lr_t (m^_t / (sqrt(v^_t) + eps) + wd x)``.
+
+    Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2. Signature, defaults and state (tree
+    structure) are those of ``optax.adamw``. Note that ``weight_decay`` defaults to 1e-4 here and in
+    optax, 1e-2 in PyTorch, 4e-3 in Keras.
+
+    Args:
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
+        ``scale_by_adam``.
+      weight_decay: a number or a schedule; what it is multiplied by is the convention's matter.
+      mask: which parameters decay.
+      nesterov: look one step ahead, as in ``optax.nadamw``; not with "keras".
+      convention: "torch": decay times the learning rate and its schedule; equals
+        ``torch.optim.AdamW`` and ``optax.adamw``.
+        "keras": the same decay, Adam in the eps-hat form; equals ``keras.optimizers.AdamW``.
+        "paper": ``x - eta_t (lr m^_t / (sqrt(v^_t) + eps) + wd x)`` with the multiplier eta from
+        ``schedule``: the decay follows it but not the base learning rate, which is then a number.
+      schedule: the multiplier eta_t of the "paper" convention, a schedule; default: 1.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adamw
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adamw(1e-2, weight_decay=0.1)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.989
+    """
+    form = _adam_form(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    decay = decoupled_weight_decay(weight_decay, mask)
+    if convention != "paper":
+        if schedule is not None:
+            raise ValueError(
+                'schedule= belongs to convention="paper"; under the others give the schedule as'
+                " learning_rate."
+            )
+        return optax.chain(form, decay, scale_by_learning_rate(learning_rate))
+    if callable(learning_rate):
+        raise ValueError(
+            'convention="paper" multiplies the base learning rate, but not the decay, by'
+            " learning_rate: give a number, and its course as schedule=."
+        )
+    return optax.chain(
+        form,
+        scale_by_learning_rate(learning_rate, flip_sign=False),
+        decay,
+        scale_by_learning_rate(1.0 if schedule is None else schedule),
+    )
+
+
+def _adam_form(
+    b1: Hyperparameter,
+    b2: Hyperparameter,
+    eps: Hyperparameter,
+    eps_root: Hyperparameter,
+    mu_dtype: DTypeLike | None,
+    nesterov: bool,
+    convention: str,
+    state_dtype: DTypeLike | None,
+) -> Optimizer:
+    """Adam's direction in one of its two forms, which differ in what eps is compared with."""
+    if nesterov and convention == "keras":
+        raise ValueError(
+            'nesterov=True is not defined for convention="keras", whose Adam has no such option:'
+            ' use "torch".'
+        )
+    debiased = scale_by_adam(
+        b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
+    )
+    eps_hat = adaptive(
+        first_moment(b1, dtype=mu_dtype),
+        second_moment(b2),
+        per_weight_rate(eps, eps_root),
+        debias_rate(b1, b2),
+        state_dtype=state_dtype,
+    )
+    forms = {"torch": debiased, "paper": debiased, "keras": eps_hat}
+    return choose("convention", convention, forms)
+
+
+@recipe
+def amsgrad(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    convention: str = "torch",
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam with the largest second moment so far: ``x - lr m / (sqrt(max v) + eps)``.
+
+    Reddi, Kale & Kumar 2018, OpenReview ryQu7f-RZ, Algorithm 2.
+
+    Args:
+      learning_rate, b1, b2, eps, state_dtype: see the module.
+      convention: where the maximum stands among the bias corrections.
+        "torch": over the raw v, then both corrections, so that the rate of a weight can still grow;
+        equals ``torch.optim.Adam(amsgrad=True)``.
+        "optax": over the corrected v^, the early values of which stay in the maximum for good;
+        equals ``optax.amsgrad``.
+        "keras": over the raw v, corrections in the eps-hat form; equals
+        ``keras.optimizers.Adam(amsgrad=True)``.
+        "paper": over the raw v, no corrections; equals ``optax.amsgrad`` with
+        ``bias_correction_mu`` and ``bias_correction_nu`` False.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import amsgrad
+    >>> x = jnp.array([1.0])
+    >>> optimizer = amsgrad(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.99
+    """
+    mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps)
+    listings = {
+        "torch": (mu, nu, amsgrad_max(), debias(b1, b2), rate),
+        "optax": (mu, nu, debias(b1, b2), amsgrad_max(), rate),
+        "keras": (mu, nu, amsgrad_max(), rate, debias_rate(b1, b2)),
+        "paper": (mu, nu, amsgrad_max(), rate),
+    }
+    return optax.chain(
+        adaptive(*choose("convention", convention, listings), state_dtype=state_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@recipe
+def adamod(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    b3: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    convention: str = "reference",
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam in which no rate may exceed its own moving average: ``x - min(rate, ema(rate)) m - lr wd
+    x``.
+
+    Ding, Ren, Luo & Sun 2019, arXiv:1910.12249, Algorithm 1. The average remembers about
+    ``1 / (1 - b3)`` steps. The learning rate is part of the averaged rate: when a schedule lowers
+    it, the average still remembers higher rates and the bound lets go; in a warm-up it holds
+    longer. One exactly zero gradient at the start puts ``lr / eps`` into the average of that weight
+    and leaves it unbounded for about ``ln(lr / eps) / (1 - b3)`` steps, in the released code as
+    here.
+
+    Args:
+      learning_rate, b1, b2, b3, eps, mask, state_dtype: see the module.
+      weight_decay: decoupled, times the learning rate and its schedule; at least 0.
+      convention: "reference": the rate that is averaged includes the learning rate and both bias
+        corrections, ``lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v_t) + eps)``, and multiplies the raw
+        ``m_t``; equals the authors' released code (package ``adamod`` 0.0.3, lancopku/AdaMod) and
+        ``torch_optimizer.AdaMod``.
+        "paper": the rate is ``lr / (sqrt(v^_t) + eps)`` and multiplies ``m^_t``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adamod
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adamod(1e-2, b3=0.9)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.999
+    """
+    mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps)
+    listings = {
+        "reference": (mu, nu, rate, debias_rate(b1, b2)),
+        "paper": (mu, nu, debias(b1, b2), rate),
+    }
+    return optax.chain(
+        adaptive(
+            *choose("convention", convention, listings),
+            scale_rate(learning_rate),
+            adamod_momental_bound(b3),
+            state_dtype=state_dtype,
+        ),
+        decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
+        optax.scale(-1.0),
+    )
+
+
+@recipe
+def diffgrad(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    friction: str = "absolute",
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam, damped where the gradient does not change: ``x - lr rate sigmoid|g_{t-1} - g_t| m``.
+
+    Dubey et al. 2020, arXiv:1909.11015. The bias corrections are in the eps-hat form. Equals the
+    authors' ``diffGrad_v2.py`` (shivram1987/diffGrad) and ``torch_optimizer.DiffGrad``; the first
+    version of their code had no friction where gradients are written in place.
+
+    Args:
+      learning_rate, b1, b2, eps, state_dtype: see the module.
+      weight_decay: L2, as in the authors' code: added to the gradient first, and so part of the
+        change that the friction measures; at least 0.
+      friction: "absolute", "signed" or "wide"; see ``diffgrad_friction``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import diffgrad
+    >>> x = jnp.array([1.0])
+    >>> optimizer = diffgrad(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.990474
+    """
+    return optax.chain(
+        l2_regularization(weight_decay),
+        adaptive(
+            first_moment(b1),
+            second_moment(b2),
+            per_weight_rate(eps),
+            debias_rate(b1, b2),
+            diffgrad_friction(friction),
+            state_dtype=state_dtype,
+        ),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@recipe
+def diffmod(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    len_memory: float = 1000,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    friction: str = "absolute",
+    average: bool = False,
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """AdaMod with diffGrad's friction: ``x - min(rate, ema(rate)) sigmoid|g_{t-1} - g_t| m - lr wd
+    x``.
+
+    Published as code only: ``diffmod/diffmod.py`` of lessw2020/Best-Deep-Learning-Optimizers, whose
+    trajectories this equals as long as there every backward pass makes a new gradient tensor (its
+    previous gradient is a reference; here it is a copy).
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      len_memory: how many steps the average of rates remembers, at least 1; b3 = 1 - 1/len_memory.
+      weight_decay: decoupled, times the learning rate and its schedule; at least 0.
+      friction: "absolute" (version 0 of that code), "signed" (1) or "wide" (2).
+      average: follow the mean of the rate and its average, not the smaller (``average_step``).
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import diffmod
+    >>> x = jnp.array([1.0])
+    >>> optimizer = diffmod(1e-2, len_memory=10)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.999047
+    """
+    return optax.chain(
+        adaptive(
+            first_moment(b1),
+            second_moment(b2),
+            per_weight_rate(eps),
+            debias_rate(b1, b2),
+            scale_rate(learning_rate),
+            adamod_momental_bound(len_memory=len_memory, average=average),
+            diffgrad_friction(friction),
+            state_dtype=state_dtype,
+        ),
+        decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
+        optax.scale(-1.0),
+    )

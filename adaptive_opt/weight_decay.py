@@ -1,0 +1,160 @@
+"""Weight decay and the learning rate: plain updates in, plain updates out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from adaptive_opt.describe import described
+from adaptive_opt.policies import (
+    Hyperparameter,
+    Tree,
+    check_nonnegative,
+    is_zero,
+    map_leaves,
+    map_none,
+    update_dtypes,
+    value_at,
+)
+
+Mask = Tree | Callable[[Tree], Tree]
+"""A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
+
+
+@described
+def decoupled_weight_decay(
+    weight_decay: Hyperparameter,
+    mask: Mask | None = None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the decay to the update, after and apart from the gradient: ``u_t + wd_t x_t``.
+
+    Followed by the learning rate this is ``-lr (u + wd x)``, the decay of AdamW in PyTorch, optax
+    and Keras, all of which take it off the old x. A recipe that has spent the learning rate already
+    says ``learning_rate=``, and the decay is ``u_t + lr_t wd_t x_t``.
+
+    Three conventions go by the name of AdamW's decay: times the learning rate and its schedule
+    (this, in its ordinary place), times the schedule only (the paper: put the base rate before, the
+    schedule after), and neither (put it after the learning rate, with the sign turned). Decoupled
+    weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2, line 12).
+
+    Args:
+      weight_decay: at least 0, per step and unit of learning rate; a number or a schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+      learning_rate: a number or a schedule, where no later stage multiplies by it.
+
+    State: that of ``optax.add_decayed_weights``: empty, or a count if something is a schedule.
+    ValueError if params are not given to ``update``, unless weight_decay is 0.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import decoupled_weight_decay
+    >>> decay, x = decoupled_weight_decay(0.5), jnp.array([4.0])
+    >>> print(decay.update(jnp.array([1.0]), decay.init(x), x)[0].round(4))
+    [3.]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+    if learning_rate is not None:
+        check_nonnegative(learning_rate=learning_rate)
+
+    def decay_of(count: Any) -> Any:
+        decay = value_at(weight_decay, count)
+        return decay if learning_rate is None else value_at(learning_rate, count) * decay
+
+    def combine(updates: Tree, params: Tree, count: Any) -> Tree:
+        if is_zero(weight_decay):
+            return updates
+        if params is None:
+            raise ValueError(
+                "decoupled_weight_decay needs the parameters: call update(gradients, state,"
+                " params)."
+            )
+        return map_leaves(lambda u, p, *, s: u + s * p, updates, updates, params, s=decay_of(count))
+
+    scheduled = callable(weight_decay) or callable(learning_rate)
+    template = optax.add_decayed_weights((lambda _: 0.0) if scheduled else 0.0)
+    decayed = _plain(template.init, combine, scheduled, promote=True)
+    return decayed if mask is None else optax.masked(decayed, mask)
+
+
+@described
+def l2_regularization(
+    weight_decay: Hyperparameter, mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of ``wd / 2 |x|^2`` to the gradient, before anything else: ``g_t + wd_t
+    x_t``.
+
+    The same line as :func:`decoupled_weight_decay`, but put first in the chain, so that the moments
+    see it. In adaptive methods it decays weights with large gradients less than others; it is what
+    ``weight_decay`` means in ``torch.optim.Adam`` and in diffGrad's and AdaBound's code.
+
+    Args:
+      weight_decay: at least 0; a number or a schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import l2_regularization
+    >>> l2, x = l2_regularization(0.5), jnp.array([4.0])
+    >>> print(l2.update(jnp.array([1.0]), l2.init(x), x)[0].round(4))
+    [3.]
+    """
+    return decoupled_weight_decay(weight_decay, mask)
+
+
+@described
+def scale_by_learning_rate(
+    learning_rate: Hyperparameter, *, flip_sign: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Turns a direction into a step downhill: ``-lr_t u_t``.
+
+    ``optax.scale_by_learning_rate`` with its state, except that the update keeps its dtype when the
+    learning rate is a traced array, and that the product is formed in float32 for 16-bit updates.
+
+    Args:
+      learning_rate: at least 0, in units of the parameters per unit of update; a number, a traced
+        array or a schedule.
+      flip_sign: whether the product is negated.
+
+    State: empty, or ``optax.ScaleByScheduleState(count)`` for a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import scale_by_learning_rate
+    >>> downhill = scale_by_learning_rate(0.5)
+    >>> print(downhill.update(jnp.array([4.0]), downhill.init(jnp.zeros(1)))[0].round(4))
+    [-2.]
+    """
+    check_nonnegative(learning_rate=learning_rate)
+
+    def combine(updates: Tree, params: Tree, count: Any) -> Tree:
+        del params
+        lr = value_at(learning_rate, count)
+        return map_leaves(lambda u, *, lr: sign * lr * u, updates, updates, lr=lr)
+
+    sign = -1 if flip_sign else 1
+    template = optax.scale_by_learning_rate(learning_rate)
+    return _plain(template.init, combine, callable(learning_rate), promote=False)
+
+
+def _plain(
+    init: optax.TransformInitFn,
+    combine: Callable[[Tree, Tree, Any], Tree],
+    scheduled: bool,
+    promote: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """A plain transformation: it counts if scheduled, and its updates keep their dtype.
+
+    With ``promote`` that is promote(update, parameter), without it the update's own.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del extra
+        dtypes = update_dtypes(updates, params if promote else None)
+        count = optax.safe_increment(state.count) if scheduled else None
+        new = combine(updates, params, count)
+        new = map_none(lambda u, dtype: jnp.asarray(u, dtype), new, dtypes)
+        return new, state._replace(count=count) if scheduled else state
+
+    return optax.GradientTransformationExtraArgs(init, update)
