@@ -51,9 +51,9 @@ def scale_by_adam(
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import scale_by_adam
-    >>> tx = optax.chain(scale_by_adam(), optax.scale_by_learning_rate(0.1))
+    >>> tx = optax.chain(scale_by_adam(), optax.scale_by_learning_rate(0.5))
     >>> print(tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0].round(4))
-    [-0.1]
+    [-0.5]
     """
     settings = dict(
         b1=b1,

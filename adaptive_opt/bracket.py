@@ -70,9 +70,9 @@ def close_step() -> optax.GradientTransformationExtraArgs:
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import close_step, first_moment, open_step
-    >>> flat = optax.chain(open_step(), first_moment(0.9), close_step())
+    >>> flat = optax.chain(open_step(), first_moment(0.5), close_step())
     >>> print(flat.update(jnp.array([2.0]), flat.init(jnp.zeros(1)))[0].round(4))
-    [0.2]
+    [1.]
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:

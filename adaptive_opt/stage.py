@@ -242,8 +242,8 @@ def stage(
     ...         return step.replace(direction=clipped)
     ...     return line
     >>> optimizer = adaptive(clipped_direction(0.5))
-    >>> print(optimizer.update(jnp.array([0.1, -3.0]), optimizer.init(jnp.zeros(2)))[0].round(4))
-    [0.1 -0.5]
+    >>> print(optimizer.update(jnp.array([0.25, -3.0]), optimizer.init(jnp.zeros(2)))[0].round(4))
+    [ 0.25 -0.5 ]
     """
 
     def decorate(factory: Callable[P, Callable[..., Any]]) -> Callable[P, Stage]:

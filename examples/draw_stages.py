@@ -1,0 +1,104 @@
+"""Draw every recipe as the list of its stages, as `describe` gives it: the picture of the README.
+
+python examples/draw_stages.py --output examples/images/stages.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import matplotlib
+import optax
+
+import adaptive_opt
+from adaptive_opt import describe
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+RECIPES = {
+    "adam": adaptive_opt.adam(1e-3),
+    "adamw": adaptive_opt.adamw(1e-3),
+    "amsgrad, as in PyTorch": adaptive_opt.amsgrad(1e-3),
+    "amsgrad, as in optax": adaptive_opt.amsgrad(1e-3, convention="optax"),
+    "adamod, as in the paper": adaptive_opt.adamod(1e-3, convention="paper", weight_decay=1e-2),
+    "adamod, as released": adaptive_opt.adamod(1e-3, weight_decay=1e-2),
+    "diffgrad": adaptive_opt.diffgrad(1e-3, weight_decay=1e-2),
+    "diffmod": adaptive_opt.diffmod(1e-3, weight_decay=1e-2),
+}
+GROUPS = {
+    "moments": ("#CFE3F2", ("first_moment", "second_moment", "debias", "amsgrad_max")),
+    "rate of each weight": (
+        "#FBE0B3",
+        ("per_weight_rate", "scale_rate", "debias_rate", "adamod_momental_bound"),
+    ),
+    "friction": ("#CDE9DB", ("diffgrad_friction",)),
+    "plain updates": ("#E8E8E8", ()),
+}
+
+
+def colour_of(stage: str) -> str:
+    return next((colour for colour, names in GROUPS.values() if stage in names), "#E8E8E8")
+
+
+def stages_of(recipe: optax.GradientTransformation) -> list[str]:
+    """The names of its stages; the sign at the end of a chain is none."""
+    return [part.name for part in describe(recipe).stages() if part.name != "scale"]
+
+
+def broken(name: str, width: int = 13) -> str:
+    """A long name over several lines, broken after underscores."""
+    lines = [""]
+    for word in name.replace("_", "_ ").split():
+        if len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
+
+
+def draw(path: str) -> None:
+    """One row a recipe, one box a stage, the colour says what the stage is about."""
+    lists = {name: stages_of(recipe) for name, recipe in RECIPES.items()}
+    longest = max(map(len, lists.values()))
+    figure, axes = plt.subplots(figsize=(12.5, 5.2), layout="constrained")
+    axes.set(xlim=(-1.95, longest), ylim=(len(lists), -0.75))
+    axes.axis("off")
+    for row, (name, stages) in enumerate(lists.items()):
+        axes.text(-0.08, row + 0.4, name, ha="right", va="center", fontsize=11, weight="bold")
+        for column, stage in enumerate(stages):
+            box = FancyBboxPatch(
+                (column + 0.04, row + 0.02),
+                width=0.92,
+                height=0.76,
+                boxstyle="round,pad=0,rounding_size=0.1",
+                facecolor=colour_of(stage),
+                edgecolor="#666666",
+                linewidth=0.8,
+            )
+            axes.add_patch(box)
+            axes.text(
+                column + 0.5,
+                row + 0.4,
+                broken(stage),
+                ha="center",
+                va="center",
+                fontsize=8.2,
+                linespacing=1.0,
+            )
+    for index, (label, (colour, _)) in enumerate(GROUPS.items()):
+        axes.scatter(1.6 * index + 0.15, -0.42, s=90, marker="s", color=colour, edgecolor="#666666")
+        axes.text(1.6 * index + 0.3, -0.42, label, va="center", fontsize=10)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="stages.png", help="the picture (stages.png)")
+    draw(parser.parse_args(arguments).output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What several tests need: a small tree of parameters, gradients for it, and a loop over them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adaptive_opt
+
+RECIPES = {
+    name: getattr(adaptive_opt, name)
+    for name in ("adam", "adamw", "amsgrad", "adamod", "diffgrad", "diffmod")
+}
+
+SHAPES = {"dense": {"kernel": (17, 9), "bias": (9,)}, "scale": ()}
+
+
+def normal_tree(seed: int = 0, dtype=np.float32, shapes=SHAPES):
+    """Standard normal arrays of the given shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def gradient_trees(steps: int, dtype=np.float32, shapes=SHAPES):
+    """Gradients of sizes from 1e-6 to 1e3, some of them exactly zero."""
+    rng = np.random.default_rng(1)
+
+    def draw(shape):
+        size = 10 ** rng.uniform(-6, 3, shape)
+        return jnp.asarray(rng.standard_normal(shape) * size * (rng.random(shape) > 0.1), dtype)
+
+    for _ in range(steps):
+        yield jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def train(optimizer, params, gradients, state=None):
+    """The parameters, the state and the updates after a jitted step for every gradient."""
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    state = optimizer.init(params) if state is None else state
+    history = []
+    for gradient in gradients:
+        params, state, updates = step(params, state, gradient)
+        history.append((state, updates))
+    return params, state, history
+
+
+def assert_bit_equal(actual, expected):
+    """The same tree structure, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert a.tobytes() == b.tobytes()
+
+
+def ulps(actual, expected) -> int:
+    """The largest distance in units in the last place, over two trees of float32 arrays."""
+
+    def ordered(x):
+        bits = np.asarray(x, np.float32).view(np.int32).astype(np.int64)
+        return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    distances = jax.tree.map(lambda a, b: np.abs(ordered(a) - ordered(b)).max(), actual, expected)
+    return max(jax.tree.leaves(distances))

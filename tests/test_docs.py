@@ -1,0 +1,79 @@
+"""What the documents show works: code blocks, docstring examples, links, pictures, names."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import pathlib
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+from common import RECIPES
+
+import adaptive_opt
+
+ROOT = pathlib.Path(__file__).parent.parent
+TYPES = ("AdaptiveStep", "RateRule", "Stage", "AdaptiveState", "OpenStepState", "Description")
+FUNCTIONS = [name for name in adaptive_opt.__all__ if name not in TYPES]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_python_blocks_run_in_order(document):
+    code = blocks(document, "python")
+    assert len(code) >= 2
+    namespace: dict = {}
+    for block in code:
+        exec(compile(block, document, "exec"), namespace)
+
+
+def test_the_listings_in_contributing_are_those_of_the_package():
+    stage, recipe = blocks("CONTRIBUTING.md", "python")
+    for shown, real in ((stage, adaptive_opt.amsgrad_max), (recipe, adaptive_opt.diffgrad)):
+        source = inspect.getsource(inspect.unwrap(real))
+        body = source[source.rindex('"""') + 3 :]
+        assert "".join(body.split()) in "".join(shown.split())
+
+
+def test_the_two_commands_of_the_readme_name_what_exists():
+    first, second = blocks("README.md", "sh")
+    assert first.strip() == "pip install -e '.[examples]' && python examples/quickstart.py"
+    assert second.strip() == "pip install -e '.[test]' && pytest"
+    assert (ROOT / "examples" / "quickstart.py").exists()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_examples_run_and_every_public_function_has_one(name):
+    function = inspect.unwrap(getattr(adaptive_opt, name))
+    tests = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
+    assert any(test.examples for test in tests)
+    runner = doctest.DocTestRunner()
+    for test in tests:
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_every_public_name_is_documented():
+    for name in adaptive_opt.__all__:
+        assert inspect.getdoc(getattr(adaptive_opt, name))
+    assert len(set(adaptive_opt.__all__)) == len(adaptive_opt.__all__)
+
+
+def test_recipes_that_equal_something_public_name_it():
+    for recipe in RECIPES.values():
+        assert "equals" in inspect.getdoc(recipe).lower()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_pictures_exist(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists()
+
+
+def test_the_stages_picture_can_be_drawn_again(tmp_path, example):
+    example("draw_stages").main(["--output", str(tmp_path / "stages.png")])
+    assert plt.imread(tmp_path / "stages.png").std() > 0.05

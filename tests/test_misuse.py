@@ -1,0 +1,329 @@
+"""Wrong orders, wrong places and wrong values fail at once, and say what to do."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import RECIPES, normal_tree
+
+import adaptive_opt
+from adaptive_opt import (
+    AdaptiveStep,
+    adam,
+    adamod,
+    adamod_momental_bound,
+    adamw,
+    adaptive,
+    amsgrad,
+    amsgrad_max,
+    close_step,
+    debias,
+    debias_rate,
+    decoupled_weight_decay,
+    diffgrad,
+    diffgrad_friction,
+    diffmod,
+    first_moment,
+    nesterov_moment,
+    open_step,
+    per_weight_rate,
+    scale_by_adam,
+    scale_rate,
+    second_moment,
+    stage,
+)
+
+# Each stage, and the stages that have to stand before it. Written from the papers' listings and not
+# from the implementation.
+PRECEDENCE = {
+    "first_moment": (lambda: first_moment(0.9), ()),
+    "second_moment": (lambda: second_moment(0.9), ()),
+    "debias": (lambda: debias(0.9, 0.9), ("first_moment", "second_moment")),
+    "amsgrad_max": (lambda: amsgrad_max(), ("second_moment",)),
+    "per_weight_rate": (lambda: per_weight_rate(1e-8), ("second_moment",)),
+    "scale_rate": (lambda: scale_rate(0.1), ("per_weight_rate", "amsgrad_max", "debias")),
+    "adamod_momental_bound": (
+        lambda: adamod_momental_bound(),
+        ("per_weight_rate", "amsgrad_max", "debias"),
+    ),
+    "diffgrad_friction": (lambda: diffgrad_friction(), ()),
+}
+
+
+def is_right(order) -> bool:
+    return all(
+        order.index(before) < order.index(name)
+        for name in order
+        for before in PRECEDENCE[name][1]
+        if before in order
+    )
+
+
+def test_exactly_the_right_orders_of_the_stages_are_accepted():
+    stages = {name: make() for name, (make, _) in PRECEDENCE.items()}
+    accepted = 0
+    for order in itertools.permutations(stages):
+        if is_right(order):
+            adaptive(*(stages[name] for name in order))
+            accepted += 1
+        else:
+            with pytest.raises(ValueError, match=r"Put|Keep one"):
+                adaptive(*(stages[name] for name in order))
+    assert 100 < accepted < 10_000
+
+
+def test_a_flat_chain_refuses_what_a_bracket_refuses():
+    x = {"w": jnp.ones(3)}
+    for left, right in itertools.permutations(PRECEDENCE, 2):
+        stages = [PRECEDENCE[left][0](), PRECEDENCE[right][0]()]
+        flat = optax.chain(open_step(), *stages, close_step())
+        outcomes = []
+        for build in (lambda: adaptive(*stages), lambda: flat.update(x, flat.init(x), x)):  # noqa: B023
+            try:
+                build()
+                outcomes.append(None)
+            except ValueError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([amsgrad_max()], "amsgrad_max reads the second_moment .* Put amsgrad_max after"),
+        ([adamod_momental_bound()], "adamod_momental_bound reads the rate .* not set yet"),
+        ([scale_rate(0.1)], "scale_rate reads the rate .* per_weight_rate"),
+        ([second_moment(0.9)], "second moment that no rate uses. Put per_weight_rate"),
+        (
+            [scale_by_adam(), adamod_momental_bound(), amsgrad_max()],
+            "the rate no longer follows it.* Put amsgrad_max before adamod_momental_bound",
+        ),
+        (
+            [scale_by_adam(), scale_rate(0.1), amsgrad_max()],
+            "Put amsgrad_max before scale_rate",
+        ),
+        ([scale_by_adam(), debias(b1=0.9)], r"debias\(b1\) corrects .* corrected already"),
+        ([scale_by_adam(), debias(b2=0.9)], r"debias\(b2\) corrects .* corrected already"),
+        ([scale_by_adam(), debias_rate(0.9, 0.9)], "debias_rate corrects .* corrected already"),
+        ([debias(b1=0.9), first_moment(0.9)], "no moving average here"),
+        ([nesterov_moment(0.9)], "no moving average here"),
+        ([scale_by_adam(), per_weight_rate(1e-8)], "would overwrite the rate"),
+        ([second_moment(0.9), scale_by_adam()], "would overwrite the second_moment"),
+        ([first_moment(0.9), first_moment(0.9)], "two stages keep a buffer called 'mu'"),
+        ([scale_by_adam(), amsgrad_max(name="nu")], "two stages keep a buffer called 'nu'"),
+    ],
+)
+def test_the_error_of_a_wrong_list_names_the_stage_and_its_place(stages, message):
+    with pytest.raises(ValueError, match=message):
+        adaptive(*stages)
+
+
+def test_a_second_buffer_of_a_kind_is_welcome_under_another_name():
+    twice = adaptive(first_moment(0.9), first_moment(0.5, name="mu_slow"))
+    assert set(twice.init(jnp.zeros(1)).buffers) == {"mu", "mu_slow"}
+
+
+def test_stages_refuse_plain_updates():
+    x = jnp.ones(2)
+    for make, _ in PRECEDENCE.values():
+        made = make()
+        with pytest.raises(TypeError, match=r"needs an open step.*Put open_step\(\) before"):
+            made.update(x, made.init(x), x)
+    with pytest.raises(TypeError, match=r"close_step\(\) needs an open step"):
+        close_step().update(x, close_step().init(x), x)
+
+
+def test_a_step_is_opened_once():
+    x = jnp.ones(2)
+    twice = optax.chain(open_step(), open_step(), close_step())
+    with pytest.raises(TypeError, match="open already"):
+        twice.update(x, twice.init(x))
+    nested = optax.chain(open_step(), adaptive(first_moment(0.9)), close_step())
+    with pytest.raises(TypeError, match="opens and closes one by itself"):
+        nested.update(x, nested.init(x))
+
+
+def test_a_bracket_takes_nothing_but_stages():
+    for foreign in (optax.clip(1.0), adaptive(first_moment(0.9)), optax.scale_by_adam(), 3.0):
+        with pytest.raises(TypeError, match="takes stages"):
+            adaptive(foreign)
+
+
+FOREIGN = {
+    "add_decayed_weights": optax.add_decayed_weights(0.1),
+    "add_noise": optax.add_noise(1.0, 0.5, 0),
+    "apply_every": optax.apply_every(2),
+    "apply_if_finite": optax.apply_if_finite(optax.scale(0.5), 3),
+    "centralize": optax.centralize(),
+    "clip": optax.clip(1.0),
+    "clip_by_block_rms": optax.clip_by_block_rms(1.0),
+    "clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "adaptive_grad_clip": optax.adaptive_grad_clip(0.1),
+    "ema": optax.ema(0.9),
+    "freeze": optax.freeze({"w": True}),
+    "masked": optax.masked(optax.scale(0.5), {"w": True}),
+    "normalize_by_update_norm": optax.normalize_by_update_norm(),
+    "partition": optax.partition({"a": optax.scale(0.5)}, {"w": "a"}),
+    "scale": optax.scale(0.5),
+    "scale_by_adam": optax.scale_by_adam(),
+    "scale_by_learning_rate": optax.scale_by_learning_rate(0.5),
+    "scale_by_rms": optax.scale_by_rms(),
+    "scale_by_schedule": optax.scale_by_schedule(lambda _: 0.5),
+    "scale_by_trust_ratio": optax.scale_by_trust_ratio(),
+    "set_to_zero": optax.set_to_zero(),
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "trace": optax.trace(0.9),
+    "zero_nans": optax.zero_nans(),
+    "decoupled_weight_decay": decoupled_weight_decay(0.1),
+    "scale_by_learning_rate (ours)": adaptive_opt.scale_by_learning_rate(0.1),
+    "adam": adam(1e-3),
+    "amsgrad": amsgrad(1e-3),
+}
+
+
+BETWEEN = [(name, {"w": jnp.ones(3)}) for name in FOREIGN]
+BETWEEN += [(name, jnp.ones(3)) for name in FOREIGN.keys() - {"freeze", "masked", "partition"}]
+
+
+@pytest.mark.parametrize(("name", "x"), sorted(BETWEEN, key=lambda pair: pair[0]))
+def test_a_transformation_between_open_and_close_fails_with_our_message(name, x):
+    foreign = FOREIGN[name]
+    chain = optax.chain(open_step(), first_moment(0.9, name="first"), foreign, close_step())
+    with pytest.raises(TypeError, match=r"AdaptiveStep reached something|opens and closes one"):
+        chain.update(x, chain.init(x), x)
+
+
+def test_the_parameter_first_transformation_fails_too_and_names_the_step():
+    # It maps over the parameters first, so that the message is JAX's.
+    chain = optax.chain(open_step(), optax.keep_params_nonnegative(), close_step())
+    x = {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match="AdaptiveStep"):
+        chain.update(x, chain.init(x), x)
+
+
+def test_a_missing_close_fails_where_the_step_arrives():
+    x = {"w": jnp.ones(3)}
+    chain = optax.chain(open_step(), scale_by_adam())
+    with pytest.raises(TypeError, match=r"if there is no close_step\(\) yet, add it"):
+        jax.jit(chain.update)(x, chain.init(x), x)
+    step, _ = chain.update(x, chain.init(x), x)
+    assert isinstance(step, AdaptiveStep)
+    assert "close_step() turns it into updates" in repr(step)
+    with pytest.raises(ValueError, match="AdaptiveStep"):
+        optax.apply_updates(x, step)
+
+
+def test_a_stage_may_replace_only_what_it_declares():
+    @stage(reads=("direction",))
+    def sly():
+        return lambda step: step.replace(direction=step.map(lambda d: 2 * d, step.direction))
+
+    rule = adaptive(sly())
+    with pytest.raises(TypeError, match="sly replaced the direction, but declares"):
+        rule.update(jnp.ones(1), rule.init(jnp.ones(1)))
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+WRONG_VALUES = [
+    (lambda: adam(1e-3, b1=1.0), r"b1 must be in \[0, 1\), got 1\."),
+    (lambda: adam(1e-3, b2=-0.1), r"b2 must be in \[0, 1\), got -0.1\."),
+    (lambda: adam(1e-3, eps=-1e-8), "eps must be finite and at least 0, got -1e-08"),
+    (lambda: adam(1e-3, eps_root=-1.0), "eps_root must be finite and at least 0, got -1"),
+    (lambda: adam(-1e-3), "learning_rate must be finite and at least 0, got -0.001"),
+    (lambda: adam(float("nan")), "learning_rate must be finite and at least 0, got nan"),
+    (lambda: adam(np.inf), "learning_rate must be finite and at least 0, got inf"),
+    (lambda: adam(jnp.float32(-1)), "learning_rate must be finite and at least 0, got -1"),
+    (lambda: adam(jnp.ones(2)), r"learning_rate must be a scalar, got an array of shape \(2,\)"),
+    (lambda: adamw(1e-3, weight_decay=-0.1), "weight_decay must be finite and at least 0"),
+    (lambda: adamod(1e-3, b3=1.0), r"b3 must be in \[0, 1\), got 1\."),
+    (lambda: adamod(1e-3, weight_decay=-1.0), "weight_decay must be finite"),
+    (lambda: diffgrad(1e-3, weight_decay=-1.0), "weight_decay must be finite"),
+    (lambda: diffmod(1e-3, len_memory=0.5), "len_memory must be finite and at least 1, got 0.5"),
+    (lambda: adamod_momental_bound(0.9, len_memory=10), "give b3 or len_memory, not both"),
+    (lambda: debias(), "debias needs b1, b2 or both"),
+    (lambda: amsgrad(1e-3, convention="tf"), "'torch', 'optax', 'keras', 'paper', got 'tf'"),
+    (lambda: adam(1e-3, convention="optax"), "'torch', 'paper', 'keras', got 'optax'"),
+    (lambda: adamod(1e-3, convention="torch"), "'reference', 'paper', got 'torch'"),
+    (lambda: diffgrad(1e-3, friction="abs"), "'absolute', 'signed', 'wide', got 'abs'"),
+    (lambda: adam(1e-3, nesterov=True, convention="keras"), "nesterov=True is not defined"),
+    (lambda: adamw(1e-3, schedule=lambda t: 1.0), 'schedule= belongs to convention="paper"'),
+    (
+        lambda: adamw(lambda t: 1.0, convention="paper"),
+        "give a number, and its course as schedule=",
+    ),
+    (lambda: adam(jnp.bfloat16(1e-3)), "learning_rate arrived as bfloat16.*hyperparam_dtype"),
+    (lambda: adam(1e-3, b2=jnp.float16(0.999)), "b2 arrived as float16.*hyperparam_dtype"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG_VALUES, ids=[m for _, m in WRONG_VALUES])
+def test_a_wrong_value_is_named_with_what_is_allowed(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("wrong", ["0.9", None, True, [0.9]])
+def test_a_hyperparameter_of_a_wrong_type_is_named(wrong):
+    with pytest.raises(TypeError, match=r"b1 must be a number in \[0, 1\)"):
+        adam(1e-3, b1=wrong)
+
+
+def test_every_error_is_one_line():
+    for make, _ in WRONG_VALUES:
+        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+            make()
+
+
+def test_traced_values_pass():
+    x = jnp.ones(3)
+
+    @jax.jit
+    def first_update(h):
+        outputs = []
+        for name, recipe in RECIPES.items():
+            optimizer = recipe(h["lr"], b1=h["b1"], b2=h["b2"], eps=h["eps"])
+            outputs.append(optimizer.update(x, optimizer.init(x), x)[0])
+            if name in ("adamw", "adamod", "diffgrad", "diffmod"):
+                optimizer = recipe(h["lr"], weight_decay=h["wd"])
+                outputs.append(optimizer.update(x, optimizer.init(x), x)[0])
+        bound = adaptive(scale_by_adam(), adamod_momental_bound(len_memory=h["n"]))
+        return [*outputs, bound.update(x, bound.init(x))[0]]
+
+    h = {"lr": 1e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "wd": 0.1, "n": 10}
+    assert all(np.isfinite(out).all() for out in first_update(h))
+
+
+def test_decay_without_parameters_says_what_to_call():
+    x = jnp.ones(1)
+    optimizer = adamw(1e-3)
+    with pytest.raises(ValueError, match=re.escape("call update(gradients, state, params)")):
+        optimizer.update(x, optimizer.init(x))
+    for recipe in ("adam", "amsgrad", "adamod", "diffgrad", "diffmod"):  # no decay by default
+        optimizer = RECIPES[recipe](1e-3)
+        optimizer.update(x, optimizer.init(x))
+
+
+def test_a_state_of_other_parameters_is_refused():
+    optimizer = adamod(1e-3)
+    x = normal_tree()
+    other = x | {"dense": {"kernel": jnp.ones((17, 1)), "bias": jnp.ones(9)}}
+    with pytest.raises(ValueError, match=r"\['dense'\]\['kernel'\] has shape \(17, 1\)"):
+        optimizer.update(x, optimizer.init(other), x)
+    with pytest.raises(ValueError, match="trees of one structure"):
+        optimizer.update(x, optimizer.init({"w": jnp.ones(3)}), x)
+    with pytest.raises(ValueError, match="finds no buffer 'rate_ema'"):
+        optimizer.update(x, (*amsgrad(1e-3).init(x), optax.EmptyState()), x)
+    with pytest.raises(ValueError, match="met a state of shape"):
+        optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(3)))
+
+
+def test_integer_leaves_are_refused_by_name_of_the_dtype():
+    with pytest.raises(TypeError, match="a leaf of dtype int32 cannot be optimized"):
+        adam(1e-3).init({"w": jnp.ones(2), "steps": jnp.zeros((), jnp.int32)})

@@ -1,0 +1,275 @@
+"""Dtypes, None, structure, count: what holds for every recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import RECIPES, assert_bit_equal, normal_tree, train
+
+import adaptive_opt
+from adaptive_opt import adam, adamod, adaptive, per_weight_rate, second_moment
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
+
+
+def dtypes(tree):
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_updates_are_promoted_and_the_state_keeps_its_dtypes(recipe):
+    for param_dtype in DTYPES:
+        for gradient_dtype in DTYPES:
+            optimizer = RECIPES[recipe](1e-2)
+            params = jnp.asarray([1.0, -1.0], param_dtype)
+            gradient = jnp.asarray([0.5, 0.0], gradient_dtype)
+            state = optimizer.init(params)
+            updates, after = jax.eval_shape(optimizer.update, gradient, state, params)
+            assert updates.dtype == jnp.promote_types(param_dtype, gradient_dtype)
+            assert dtypes(after) == dtypes(state)
+            assert all(d in (jnp.float32, jnp.int32) for d in dtypes(state))
+            if recipe != "adamw":
+                updates, _ = jax.eval_shape(optimizer.update, gradient, state)
+                assert updates.dtype == gradient_dtype
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_compiles_once_whatever_the_dtypes(recipe):
+    optimizer = RECIPES[recipe](1e-2)
+    params = jnp.ones(2, jnp.bfloat16)
+    gradient = jnp.ones(2, jnp.float32)
+    step = jax.jit(optimizer.update)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = step(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    assert params.dtype == jnp.bfloat16
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_state_dtype_is_the_dtype_of_every_moment_and_rates_stay_wide(recipe):
+    state = RECIPES[recipe](1e-3, state_dtype=jnp.bfloat16).init(jnp.ones(2))
+    for name in ("mu", "nu", "nu_max", "previous_gradient"):
+        for _, buffer in optax.tree.get_all_with_path(state, name):
+            assert buffer.dtype == jnp.bfloat16
+    for _, buffer in optax.tree.get_all_with_path(state, "rate_ema"):
+        assert buffer.dtype == jnp.float32
+    if recipe in ("adam", "adamw"):
+        both = RECIPES[recipe](1e-3, mu_dtype=jnp.float16, state_dtype=jnp.bfloat16)
+        assert dtypes(both.init(jnp.ones(2))[0]) == [jnp.int32, jnp.float16, jnp.bfloat16]
+
+
+def test_a_float16_second_moment_is_refused():
+    with pytest.raises(ValueError, match="'nu' cannot be float16"):
+        adam(1e-3, state_dtype=jnp.float16).init(jnp.ones(2))
+    with pytest.raises(ValueError, match="a buffer's dtype must be floating point, got int8"):
+        adam(1e-3, mu_dtype=jnp.int8).init(jnp.ones(2))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_becomes_nan_in_any_dtype(recipe):
+    for dtype, huge in ((jnp.float16, 6e4), (jnp.bfloat16, 1e18), (jnp.float32, 1e18)):
+        smallest = float(jnp.finfo(dtype).smallest_subnormal)
+        params = jnp.ones(6, dtype)
+        kinds = [[0.0] * 6, [smallest] * 6, [huge] * 6, [0, smallest, huge, -huge, 1, -1]]
+        optimizer = RECIPES[recipe](1e-3)
+        for first in kinds:
+            gradients = [jnp.asarray(g, dtype) for g in (first, *kinds, first)]
+            params_after, state, history = train(optimizer, params, gradients)
+            for leaf in jax.tree.leaves((params_after, state, [u for _, u in history])):
+                assert np.isfinite(np.asarray(leaf, np.float64)).all()
+
+
+def test_a_zero_gradient_gives_a_zero_update_whatever_eps(x64):
+    x = jnp.zeros(2)
+    for eps in (0.0, 1e-300, 1e-8, 1.0):
+        for recipe in RECIPES.values():
+            optimizer = recipe(1e-3, eps=eps)
+            _, _, history = train(optimizer, x, [x, x, jnp.array([0.0, 1.0]), x])
+            assert all(updates[0] == 0 for _, updates in history)
+            assert all(np.isfinite(updates).all() for _, updates in history)
+
+
+def test_complex_gradients_have_real_second_moments(x64):
+    for dtype in (jnp.complex64, jnp.complex128):
+        gradients = [jnp.asarray([1 + 2j, -3j, 0], dtype) * (t + 1) for t in range(20)]
+        for name, recipe in RECIPES.items():
+            params, state, history = train(recipe(1e-2), jnp.ones(3, dtype), gradients)
+            assert params.dtype == history[0][1].dtype == dtype
+            for field in ("nu", "nu_max", "rate_ema"):
+                for _, buffer in optax.tree.get_all_with_path(state, field):
+                    assert buffer.dtype == jnp.finfo(dtype).dtype
+            if name == "adam":
+                expected = train(optax.adam(1e-2), jnp.ones(3, dtype), gradients)[2]
+                for (_, a), (_, b) in zip(history, expected, strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-6)
+    signed = adaptive_opt.diffgrad(1e-2, friction="signed")
+    with pytest.raises(TypeError, match="no meaning for complex"):
+        signed.update(gradients[0], signed.init(gradients[0]))
+
+
+def test_mixed_trees_keep_each_leaf_its_dtype(x64):
+    params = {
+        "half": jnp.ones(2, jnp.bfloat16),
+        "single": jnp.ones(2, jnp.float32),
+        "double": jnp.ones(2, jnp.float64),
+    }
+    for recipe in RECIPES.values():
+        optimizer = recipe(optax.constant_schedule(1e-2))
+        updates, state = optimizer.update(params, optimizer.init(params), params)
+        assert dtypes(updates) == dtypes(params)
+        mu = optax.tree.get(state, "mu")
+        assert dtypes(mu) == [jnp.float64, jnp.float32, jnp.float32]
+
+
+def test_a_traced_learning_rate_does_not_widen_the_update():
+    x = jnp.ones(2, jnp.bfloat16)
+
+    @jax.jit
+    def update(lr):
+        return [r(lr).update(x, r(lr).init(x), x)[0] for r in RECIPES.values()]
+
+    assert dtypes(update(jnp.float32(1e-3))) == [jnp.bfloat16] * len(RECIPES)
+
+
+# --- None and structure ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_leaf_without_gradient_is_left_alone_and_so_are_its_buffers(recipe):
+    optimizer = RECIPES[recipe](1e-2)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    both = {"a": jnp.ones(2), "b": -jnp.ones(2)}
+    _, state, _ = train(optimizer, params, [both])
+    updates, after = jax.jit(optimizer.update)(both | {"b": None}, state, params)
+    assert updates["b"] is None
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for name in ("mu", "nu", "nu_max", "rate_ema", "previous_gradient"):
+        before = optax.tree.get_all_with_path(state, name)
+        for (_, old), (_, new) in zip(
+            before, optax.tree.get_all_with_path(after, name), strict=True
+        ):
+            assert_bit_equal(new["b"], old["b"])
+            if name != "previous_gradient":
+                assert np.any(new["a"] != old["a"])
+    full, _ = optimizer.update(both, state, params)
+    np.testing.assert_allclose(updates["a"], full["a"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_none_parameters_and_every_kind_of_tree(recipe):
+    optimizer = RECIPES[recipe](1e-2)
+    trees = [
+        {"a": jnp.ones(2), "b": None},
+        (jnp.ones(2), [jnp.ones(())], {}),
+        {},
+        jnp.ones(()),
+        {"empty": jnp.zeros((0, 3)), "full": jnp.ones(1)},
+        {"masked": optax.MaskedNode(), "x": jnp.ones(1)},
+        1.0,
+        np.ones(2, np.float32),
+    ]
+    for params in trees:
+        state = optimizer.init(params)
+        updates, after = optimizer.update(params, state, params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_a_gradient_without_parameter_is_refused_by_path():
+    optimizer = adam(1e-3)
+    state = optimizer.init({"a": jnp.ones(1), "b": None})
+    both = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    with pytest.raises(ValueError, match=r"gradient at \['b'\], but the state"):
+        optimizer.update(both, state, both)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+def test_dataclasses_are_parameters_too():
+    model = Model(kernel=jnp.ones((2, 2)), bias=None)
+    for recipe in RECIPES.values():
+        params, state, _ = train(recipe(1e-2), model, [model])
+        assert isinstance(params, Model)
+        assert isinstance(optax.tree.get(state, "mu"), Model)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_shapes_are_enough_to_initialise(recipe):
+    optimizer = RECIPES[recipe](1e-3)
+    params = normal_tree()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert_bit_equal(optimizer.init(shapes), optimizer.init(params))
+    assert_bit_equal(jax.jit(optimizer.init)(params), optimizer.init(params))
+
+
+def test_optax_tree_functions_find_the_parameters_in_the_state():
+    for recipe in RECIPES.values():
+        optimizer = recipe(1e-3)
+        state = optimizer.init(normal_tree())
+        marked = optax.tree.map_params(optimizer, lambda x: x + 1, state)
+        for name in ("mu", "nu"):
+            for leaf in jax.tree.leaves(optax.tree.get(marked, name)):
+                assert np.all(leaf == 1)
+
+
+def test_states_survive_pickle():
+    for recipe in RECIPES.values():
+        state = train(recipe(1e-3), normal_tree(), [normal_tree(1)])[1]
+        assert_bit_equal(pickle.loads(pickle.dumps(state)), state)
+
+
+# --- Count -------------------------------------------------------------------------------------
+
+
+def test_the_count_saturates():
+    last = np.iinfo(np.int32).max
+    for recipe in RECIPES.values():
+        optimizer = recipe(optax.constant_schedule(1e-3))
+        x = jnp.ones(2)
+        state = jax.tree.map(
+            lambda leaf: jnp.full_like(leaf, last) if leaf.dtype == jnp.int32 else leaf,
+            optimizer.init(x),
+        )
+        updates, state = optimizer.update(x, state, x)
+        assert np.isfinite(updates).all()
+        assert all(leaf == last for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32)
+
+
+def test_every_count_in_a_state_is_the_same_number():
+    schedule = optax.constant_schedule(1e-3)
+    for recipe in RECIPES.values():
+        _, state, _ = train(recipe(schedule), normal_tree(), [normal_tree(1)] * 3)
+        counts = [int(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
+        assert counts
+        assert set(counts) == {3}
+
+
+def test_rates_of_16_bit_parameters_do_not_overflow():
+    # 1/eps is 1e8, float16 ends at 65504.
+    x = jnp.zeros(1, jnp.float16)
+    _, state, _ = train(adamod(1e-3), x, [x])
+    np.testing.assert_allclose(
+        optax.tree.get(state, "rate_ema"), 1e-3 * 1e-3 * 0.316 * 1e8, rtol=1e-2
+    )
+
+
+def test_a_bfloat16_weight_keeps_a_second_moment_that_moves():
+    x = jnp.ones(1, jnp.bfloat16)
+    rule = adaptive(second_moment(0.999), per_weight_rate(1e-8))
+    _, state, _ = train(rule, x, [x] * 1000)
+    np.testing.assert_allclose(state.buffers["nu"], 1 - 0.999**1000, rtol=1e-3)
+    frozen = train(optax.scale_by_adam(), x, [x] * 1000)[1].nu
+    assert frozen == 0.5  # that of optax is bfloat16 and stops at a half
