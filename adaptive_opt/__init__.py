@@ -18,7 +18,7 @@ from adaptive_opt.moments import (
 )
 from adaptive_opt.rates import adamod_momental_bound, debias_rate, per_weight_rate, scale_rate
 from adaptive_opt.recipes import adam, adamod, adamw, amsgrad, diffgrad, diffmod
-from adaptive_opt.stage import Stage, stage
+from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
 from adaptive_opt.weight_decay import (
     decoupled_weight_decay,
@@ -61,7 +61,6 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "stage",
     "AdaptiveStep",
     "RateRule",
-    "Stage",
     "AdaptiveState",
     "OpenStepState",
     "Description",

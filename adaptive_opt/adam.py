@@ -12,7 +12,7 @@ from adaptive_opt.describe import describe_as
 from adaptive_opt.moments import debias, first_moment, nesterov_moment, second_moment
 from adaptive_opt.policies import Hyperparameter, Tree
 from adaptive_opt.rates import per_weight_rate
-from adaptive_opt.stage import Stage, checked, init_buffers, run
+from adaptive_opt.stage import Stage, checked, init_buffers, make_stage, rules_of, run
 from adaptive_opt.step import AdaptiveStep, closed, opened
 
 
@@ -71,7 +71,7 @@ def scale_by_adam(
         *corrected,
         per_weight_rate(eps, eps_root),
     )
-    rules = checked(rule for part in stages for rule in part.rules)
+    rules = checked(rule for part in stages for rule in rules_of(part) or ())
 
     def init(params: Tree) -> optax.ScaleByAdamState:
         buffers = init_buffers(rules, params, state_dtype)
@@ -85,4 +85,4 @@ def scale_by_adam(
         step, buffers = run(rules, step, {"mu": state.mu, "nu": state.nu})
         return step if is_open else closed(step), optax.ScaleByAdamState(count, **buffers)
 
-    return describe_as(Stage(rules, init, update), "scale_by_adam", settings, parts=stages)
+    return describe_as(make_stage(rules, init, update), "scale_by_adam", settings, parts=stages)

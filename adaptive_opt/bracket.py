@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from adaptive_opt.describe import describe_as, described
 from adaptive_opt.policies import Tree
-from adaptive_opt.stage import Stage, checked, init_buffers, run
+from adaptive_opt.stage import Stage, checked, init_buffers, rules_of, run
 from adaptive_opt.step import AdaptiveStep, closed, opened
 
 
@@ -108,13 +108,13 @@ def adaptive(
     [1.]
     """
     for given in stages:
-        if not isinstance(given, Stage):
+        if rules_of(given) is None:
             raise TypeError(
                 "adaptive(...) takes stages, such as first_moment(b1) or amsgrad_max(), got"
                 f" {type(given).__name__}. An optax transformation goes before or after it in"
                 " optax.chain(...)."
             )
-    rules = checked(rule for given in stages for rule in given.rules)
+    rules = checked(rule for given in stages for rule in rules_of(given) or ())
 
     def init(params: Tree) -> AdaptiveState:
         count = jnp.zeros([], jnp.int32)
@@ -126,6 +126,11 @@ def adaptive(
             raise TypeError(
                 "adaptive(...) was given an open step, but opens and closes one by itself. List its"
                 " stages in this chain, or move it after close_step()."
+            )
+        if not isinstance(state, AdaptiveState):
+            raise ValueError(
+                f"this optimizer needs an AdaptiveState, but was given {type(state).__name__}. A"
+                " state belongs to the optimizer that initialised it."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         step, buffers = run(rules, opened(updates, count, params), state.buffers)

@@ -67,7 +67,16 @@ def describe(transformation: optax.GradientTransformation) -> Description:
             "describe takes an optax transformation, for instance adamod(1e-3) or adaptive(...),"
             f" got {type(transformation).__name__}."
         )
-    return _describe(transformation.update)
+    update = inspect.unwrap(transformation.update)  # of a jit
+    if hasattr(update, _ATTRIBUTE):
+        name, settings, parts = getattr(update, _ATTRIBUTE)
+        return Description(name, dict(settings), _inner(transformation) if parts is None else parts)
+    held = _held(update)
+    name = getattr(update, "__qualname__", type(update).__name__).split(".<locals>")[0]
+    if name == "with_extra_args_support":
+        return describe(held["tx"])
+    numbers = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
+    return Description(name.removesuffix(".update"), numbers, _inner(transformation))
 
 
 def describe_as(
@@ -76,9 +85,15 @@ def describe_as(
     settings: Mapping[str, Any],
     parts: Iterable[optax.GradientTransformation] | None = None,
 ) -> Tx:
-    """Give a transformation its name and settings; without ``parts`` they are read off its"
-    " chain."""
-    described = None if parts is None else tuple(describe(part) for part in parts)
+    """Give a transformation its name and settings.
+
+    Without ``parts`` they are read off the transformation: those of its chain or, if it has a
+    description already, what that describes.
+    """
+    if parts is None and hasattr(transformation.update, _ATTRIBUTE):
+        described = (describe(transformation),)
+    else:
+        described = None if parts is None else tuple(describe(part) for part in parts)
     setattr(transformation.update, _ATTRIBUTE, (name, dict(settings), described))
     return transformation
 
@@ -89,7 +104,7 @@ def described(factory: Callable[P, Tx]) -> Callable[P, Tx]:
 
 
 def recipe(factory: Callable[P, Tx]) -> Callable[P, Tx]:
-    """The same for a function that returns an ``optax.chain``: its parts are described too."""
+    """The same for a function that puts an optimizer together: its parts are described too."""
     return _named_after(factory, parts=None)
 
 
@@ -105,32 +120,27 @@ def _named_after(factory: Callable[P, Tx], parts: tuple[()] | None) -> Callable[
     return make
 
 
-def _describe(update: Callable[..., Any]) -> Description:
-    """The description of what an update function belongs to: its own, or what its closure shows."""
-    if hasattr(update, _ATTRIBUTE):
-        name, settings, parts = getattr(update, _ATTRIBUTE)
-        return Description(name, settings, _inner(update) if parts is None else parts)
-    name = getattr(update, "__qualname__", type(update).__name__).split(".<locals>")[0]
-    held = _held(update)
-    if name == "with_extra_args_support":
-        return describe(held["tx"])
-    numbers = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
-    return Description(name, numbers, _inner(update))
-
-
-def _inner(update: Callable[..., Any]) -> tuple[Description, ...]:
-    held = _held(update)
+def _inner(transformation: optax.GradientTransformation) -> tuple[Description, ...]:
+    """What a transformation holds on to that is a transformation itself."""
+    held = {**_held(transformation.init), **_held(inspect.unwrap(transformation.update))}
     if "update_fns" in held:  # optax.chain
-        return tuple(_describe(inner) for inner in held["update_fns"])
-    inner = jax.tree.leaves(
+        pairs = zip(held["init_fns"], held["update_fns"], strict=True)
+        return tuple(describe(optax.GradientTransformation(*pair)) for pair in pairs)
+    if "inner_factory" in held:  # optax.inject_hyperparams
+        schedules = {k: getattr(v, "schedule_fn", v) for k, v in held["sched_hps"].items()}
+        arguments = held["other_hps"] | held["numeric_hps"] | schedules
+        return (describe(held["inner_factory"](**arguments)),)
+    leaves = jax.tree.leaves(
         list(held.values()), is_leaf=lambda x: isinstance(x, optax.GradientTransformation)
     )
-    return tuple(describe(x) for x in inner if isinstance(x, optax.GradientTransformation))
+    return tuple(describe(x) for x in leaves if isinstance(x, optax.GradientTransformation))
 
 
-def _held(update: Callable[..., Any]) -> Mapping[str, Any]:
-    """The variables that an update function holds on to."""
-    return inspect.getclosurevars(update).nonlocals if inspect.isfunction(update) else {}
+def _held(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """The variables that a function, or the object it is a method of, holds on to."""
+    if inspect.ismethod(function):
+        return vars(function.__self__)
+    return inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Stages that damp the direction where the gradient hardly changes."""
+"""Stages that weigh the direction by how much the gradient changes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def diffgrad_friction(
     >>> print(rule.update(jnp.array([3.0]), state)[0].round(4))
     [1.5]
     """
-    friction = choose("kind", kind, FRICTIONS)
+    friction = choose("friction", kind, FRICTIONS)
 
     def damped(direction, gradient, before):
         if kind == "signed" and jnp.iscomplexobj(gradient):
@@ -62,6 +62,6 @@ def diffgrad_friction(
 
     def line(step, before):
         direction = step.map(damped, step.direction, step.gradient, before)
-        return step.replace(direction=direction), step.gradient
+        return step.replace(direction=direction), step.map(jnp.copy, step.gradient)
 
     return line

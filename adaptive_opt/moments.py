@@ -22,12 +22,12 @@ def absolute_square(x: jax.Array) -> jax.Array:
     return x**2 if jnp.isrealobj(x) else (x.conj() * x).real
 
 
-@stage(reads=("direction",), replaces=("direction",), keeps="direction", biases="direction")
+@stage(reads=("direction",), replaces=("direction",), keeps="direction", biases={"direction": "b1"})
 def first_moment(b1: Hyperparameter, *, name: str = "mu", dtype: DTypeLike | None = None) -> Any:
     """The moving average of the direction: ``m_t = b1 m_{t-1} + (1 - b1) d_t``, with ``m_0 = 0``.
 
     Reads and replaces ``direction``, which is the gradient unless a stage before has changed it.
-    Line 6 of Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
+    Adam's biased first moment estimate (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     Args:
       b1: decay in [0, 1), or a schedule of it.
@@ -51,13 +51,16 @@ def first_moment(b1: Hyperparameter, *, name: str = "mu", dtype: DTypeLike | Non
 
 
 @stage(
-    reads=("gradient",), replaces=("second_moment",), keeps="second_moment", biases="second_moment"
+    reads=("gradient",),
+    replaces=("second_moment",),
+    keeps="second_moment",
+    biases={"second_moment": "b2"},
 )
 def second_moment(b2: Hyperparameter, *, name: str = "nu", dtype: DTypeLike | None = None) -> Any:
     """The moving average of the squared gradient: ``v_t = b2 v_{t-1} + (1 - b2) |g_t|^2``.
 
     Reads ``gradient``, sets ``second_moment``; real for complex gradients.
-    Line 7 of Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
+    Adam's biased second raw moment estimate (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     Args:
       b2: decay in [0, 1), or a schedule of it.
@@ -88,7 +91,7 @@ def debias(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -
     With ``b1`` reads and replaces ``direction``, with ``b2`` reads and replaces ``second_moment``;
     at least one must be given. Remembers nothing. Where it stands matters: before ``amsgrad_max``
     the maximum is over corrected moments (optax), after it over raw ones (PyTorch).
-    Lines 9 and 10 of Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
+    Adam's bias-corrected estimates (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     Args:
       b1: the decay given to ``first_moment``, in [0, 1). A schedule is taken at the current step
@@ -115,10 +118,15 @@ def bias_correction(decay: Hyperparameter, step: Any, ahead: int = 0) -> Any:
     count = step.count
     for _ in range(ahead):
         count = optax.safe_increment(count)
-    return 1 - step.at(decay) ** count
+    return 1 - step.at(decay) ** count.astype(float)
 
 
-@stage(reads=("direction",), replaces=("direction",), debiases=("direction",), called="debias(b1)")
+@stage(
+    reads=("direction",),
+    replaces=("direction",),
+    debiases={"direction": "b1"},
+    called="debias(b1)",
+)
 def _debias_direction(b1: Hyperparameter) -> Any:
     check_decay(b1=b1)
 
@@ -132,7 +140,7 @@ def _debias_direction(b1: Hyperparameter) -> Any:
 @stage(
     reads=("second_moment",),
     replaces=("second_moment",),
-    debiases=("second_moment",),
+    debiases={"second_moment": "b2"},
     called="debias(b2)",
 )
 def _debias_second_moment(b2: Hyperparameter) -> Any:
@@ -149,7 +157,12 @@ def _divided(x: Any, *, by: Any) -> Any:
     return x / by
 
 
-@stage(reads=("gradient", "direction"), replaces=("direction",), debiases=("direction",))
+@stage(
+    reads=("gradient", "direction"),
+    replaces=("direction",),
+    debiases={"direction": "b1"},
+    raw=("direction",),
+)
 def nesterov_moment(b1: Hyperparameter) -> Any:
     """Looks one step ahead: ``b1 m_t / (1 - b1^{t+1}) + (1 - b1) g_t / (1 - b1^t)``.
 

@@ -70,7 +70,16 @@ def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
 
 def zeros_like(params: Tree, dtype: Callable[[np.dtype], DTypeLike]) -> Tree:
     """Zeros in the shape, and on the devices, of the parameters; ``dtype`` maps their dtypes."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype(dtype_of(p))), params)
+
+    def zeros(path: Any, param: Any) -> jax.Array:
+        try:
+            return jnp.zeros_like(param, dtype=dtype(dtype_of(param)))
+        except TypeError as error:
+            raise TypeError(
+                f"at {jax.tree_util.keystr(path) or 'the only leaf'}: {error}"
+            ) from None
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
 
 
 def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalars: Any) -> Tree:
@@ -122,8 +131,13 @@ def update_dtypes(updates: Tree, params: Tree | None) -> Tree:
         return jax.tree.map(dtype_of, updates)
 
     def promoted(update: Any, param: Any) -> np.dtype:
-        return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
+        with jax.numpy_dtype_promotion("standard"):
+            return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
 
+    leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
+    same = jax.tree.leaves(params, is_leaf=is_none)
+    if jax.tree.structure(params, is_leaf=is_none) != structure and len(same) == len(leaves):
+        params = structure.unflatten(same)  # another container, a FrozenDict for a dict, say
     return map_none(promoted, updates, params)
 
 
@@ -172,6 +186,8 @@ def value_at(hyperparameter: Hyperparameter, count: jax.Array) -> Any:
     """The value at the ``count``-th gradient (1-based); schedules are asked for ``count - 1``."""
     if callable(hyperparameter):
         return hyperparameter(count - 1)
+    if isinstance(hyperparameter, (np.generic, np.ndarray)):
+        return hyperparameter.item()  # as precise as a Python number, as it was meant
     return hyperparameter
 
 
@@ -196,8 +212,9 @@ def check_at_least_one(**values: Any) -> None:
 def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) -> None:
     if callable(value):
         return
-    if isinstance(value, bool) or not isinstance(
-        value, (int, float, np.generic, np.ndarray, jax.Array)
+    if (
+        not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+        or dtype_of(value) == np.bool_
     ):
         raise TypeError(
             f"{name} must be a number {allowed}, a scalar array or a schedule, got {value!r}."
@@ -214,9 +231,7 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
             " 1): pass it as float32. With optax.inject_hyperparams, give"
             " hyperparam_dtype=jnp.float32."
         )
-    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
-        return
-    if not holds(float(value)):
+    if is_number(value) and not holds(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {float(value):g}.")
 
 
@@ -228,6 +243,18 @@ def choose(name: str, value: str, allowed: Mapping[str, T]) -> T:
     return allowed[value]
 
 
+def is_number(value: Any) -> bool:
+    """Whether the value of a hyperparameter is known before anything runs."""
+    if isinstance(value, jax.Array):
+        return not isinstance(value, Tracer) and value.is_fully_addressable
+    return isinstance(value, (int, float, np.generic, np.ndarray))
+
+
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is known, before anything runs, to be 0."""
-    return type(value) in (int, float) and value == 0
+    """Whether a hyperparameter is known to be 0."""
+    return is_number(value) and float(value) == 0
+
+
+def are_different_numbers(a: Any, b: Any) -> bool:
+    """Whether two hyperparameters are known to differ."""
+    return is_number(a) and is_number(b) and float(a) != float(b)

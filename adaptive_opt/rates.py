@@ -25,7 +25,7 @@ def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> Any:
     Reads ``second_moment``, sets ``rate``, as a rule: a stage that later replaces the second moment
     (``amsgrad_max``) changes the rate with it. Remembers nothing. A weight with no second moment at
     all (eps = 0 and only zero gradients) has the rate 0.
-    Line 11 of Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
+    The denominator of Adam's update (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     Args:
       eps: added outside the root, in the units of a gradient; at least 0.
@@ -67,7 +67,7 @@ def scale_rate(factor: Hyperparameter) -> Any:
     return line
 
 
-@stage(reads=("rate",), replaces=("rate",), debiases=("direction", "second_moment"))
+@stage(reads=("rate",), replaces=("rate",), debiases={"direction": "b1", "second_moment": "b2"})
 def debias_rate(b1: Hyperparameter, b2: Hyperparameter) -> Any:
     """Both bias corrections in the rate: ``rate_t * sqrt(1 - b2^t) / (1 - b1^t)``.
 
@@ -100,11 +100,17 @@ def _times(rate: Any, *, factor: Any) -> Any:
     return rate * factor
 
 
-@stage(reads=("rate",), replaces=("rate",), keeps="rate")
+def decay_of_memory(steps: Hyperparameter) -> Hyperparameter:
+    """The decay of an average that remembers so many steps: ``1 - 1/n``."""
+    check_at_least_one(len_memory=steps)
+    return (lambda count: 1 - 1 / steps(count)) if callable(steps) else 1 - 1 / steps
+
+
+@stage(reads=("rate",), replaces=("rate",), keeps="rate", bounds_rate=True)
 def adamod_momental_bound(
     b3: Hyperparameter | None = None,
     *,
-    len_memory: float | None = None,
+    len_memory: Hyperparameter | None = None,
     average: bool = False,
     name: str = "rate_ema",
     dtype: DTypeLike | None = None,
@@ -114,7 +120,7 @@ def adamod_momental_bound(
 
     Reads and replaces ``rate``; from here on it is values. ``s_0 = 0`` and there is no correction
     for it, so the bound is also a warm-up over about ``1 / (1 - b3)`` steps. AdaMod (Ding, Ren, Luo
-    & Sun 2019, arXiv:1910.12249, Algorithm 1, lines 9 and 10).
+    & Sun 2019, arXiv:1910.12249, Algorithm 1).
 
     Args:
       b3: decay of the average of rates, in [0, 1), or a schedule of it; default 0.999.
@@ -136,8 +142,7 @@ def adamod_momental_bound(
             " 1/len_memory."
         )
     if len_memory is not None:
-        check_at_least_one(len_memory=len_memory)
-        b3 = 1 - 1 / len_memory
+        b3 = decay_of_memory(len_memory)
     decay = 0.999 if b3 is None else b3
     check_decay(b3=decay)
 

@@ -19,7 +19,7 @@ from adaptive_opt.bracket import adaptive
 from adaptive_opt.describe import recipe
 from adaptive_opt.friction import diffgrad_friction
 from adaptive_opt.moments import amsgrad_max, debias, first_moment, second_moment
-from adaptive_opt.policies import Hyperparameter, choose
+from adaptive_opt.policies import Hyperparameter, check_nonnegative, choose
 from adaptive_opt.rates import adamod_momental_bound, debias_rate, per_weight_rate, scale_rate
 from adaptive_opt.weight_decay import (
     Mask,
@@ -46,8 +46,9 @@ def adam(
 ) -> Optimizer:
     """Adam: ``x_{t+1} = x_t - lr m^_t / (sqrt(v^_t) + eps)``.
 
-    Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1. Signature, defaults and state (tree structure)
-    are those of ``optax.adam``, and a checkpoint of one goes on in the other.
+    Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1. Signature and defaults are those of
+    ``optax.adam``; so is the state under the "torch" convention, and a checkpoint of one goes on in
+    the other.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
@@ -89,9 +90,9 @@ def adamw(
 ) -> Optimizer:
     """Adam with decoupled weight decay: ``x - lr_t (m^_t / (sqrt(v^_t) + eps) + wd x)``.
 
-    Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2. Signature, defaults and state (tree
-    structure) are those of ``optax.adamw``. Note that ``weight_decay`` defaults to 1e-4 here and in
-    optax, 1e-2 in PyTorch, 4e-3 in Keras.
+    Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2. Signature and defaults are those of
+    ``optax.adamw``; so is the state under the "torch" convention. Note that ``weight_decay``
+    defaults to 1e-4 here and in optax, 1e-2 in PyTorch, 4e-3 in Keras.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
@@ -232,9 +233,9 @@ def adamod(
     Ding, Ren, Luo & Sun 2019, arXiv:1910.12249, Algorithm 1. The average remembers about
     ``1 / (1 - b3)`` steps. The learning rate is part of the averaged rate: when a schedule lowers
     it, the average still remembers higher rates and the bound lets go; in a warm-up it holds
-    longer. One exactly zero gradient at the start puts ``lr / eps`` into the average of that weight
-    and leaves it unbounded for about ``ln(lr / eps) / (1 - b3)`` steps, in the released code as
-    here.
+    longer. An exactly zero first gradient puts ``lr / eps`` into the average of
+    that weight and leaves it unbounded for many times ``1 / (1 - b3)`` steps, in the released code
+    as here.
 
     Args:
       learning_rate, b1, b2, b3, eps, mask, state_dtype: see the module.
@@ -253,6 +254,7 @@ def adamod(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.999
     """
+    check_nonnegative(learning_rate=learning_rate)
     mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps)
     listings = {
         "reference": (mu, nu, rate, debias_rate(b1, b2)),
@@ -322,7 +324,7 @@ def diffmod(
     b2: Hyperparameter = 0.999,
     eps: Hyperparameter = 1e-8,
     *,
-    len_memory: float = 1000,
+    len_memory: Hyperparameter = 1000,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     friction: str = "absolute",
@@ -338,7 +340,7 @@ def diffmod(
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.
-      len_memory: how many steps the average of rates remembers, at least 1; b3 = 1 - 1/len_memory.
+      len_memory: how many steps the average of rates remembers, at least 1; b3 is 1 - 1/len_memory.
       weight_decay: decoupled, times the learning rate and its schedule; at least 0.
       friction: "absolute" (version 0 of that code), "signed" (1) or "wide" (2).
       average: follow the mean of the rate and its average, not the smaller (``average_step``).
@@ -351,6 +353,7 @@ def diffmod(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.999047
     """
+    check_nonnegative(learning_rate=learning_rate)
     return optax.chain(
         adaptive(
             first_moment(b1),

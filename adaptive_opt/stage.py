@@ -3,7 +3,8 @@
 A stage is an ``optax.GradientTransformationExtraArgs`` whose updates are an open step. It reads the
 fields it names, replaces the ones it names, and keeps at most one buffer. :func:`stage` makes one
 from a function of a few lines; everything a stage must get right besides its formula (dtypes, None,
-the buffer's name, the order of the list, its description) is here and in ``policies``.
+the buffer's name, its place in the list, its description) is here, in ``ledger`` and in
+``policies``.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
-import numpy as np
+import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt import policies
 from adaptive_opt.describe import describe_as
+from adaptive_opt.ledger import FIELDS, Declaration, Field, Ledger
 from adaptive_opt.policies import Tree
-from adaptive_opt.step import FIELDS, AdaptiveStep, Ledger
+from adaptive_opt.step import AdaptiveStep, RateRule
 
 P = ParamSpec("P")
-Field = Literal["gradient", "direction", "second_moment", "rate"]
+Stage = optax.GradientTransformationExtraArgs
 
-_WHERE_IT_COMES_FROM = {
-    "second_moment": "second_moment(b2) or scale_by_adam(...)",
-    "rate": "per_weight_rate(eps) or scale_by_adam(...)",
-}
+# The attribute of a stage's update function that holds its rules; a tuple subclass with fields of
+# its own would not survive being copied or mapped over.
+_RULES = "_adaptive_opt_rules"
 
 
 class Buffer(NamedTuple):
@@ -53,12 +54,14 @@ class Buffer(NamedTuple):
             if asked is None:
                 return own
             chosen = policies.buffer_dtype(asked, own)
-            if self.like == "second_moment" and chosen == np.float16:
+            if self.like == "rate":
+                return policies.wide(chosen)
+            if self.like == "second_moment" and jnp.finfo(chosen).minexp > -126:
                 raise ValueError(
-                    f"the buffer {self.name!r} cannot be float16: squares of gradients below 2e-4"
+                    f"the buffer {self.name!r} cannot be {chosen}: the squares of small gradients"
                     " would be lost in it. Use bfloat16 or float32."
                 )
-            return policies.wide(chosen) if self.like == "rate" else chosen
+            return chosen
 
         return policies.zeros_like(params, dtype)
 
@@ -66,96 +69,69 @@ class Buffer(NamedTuple):
 class Rule(NamedTuple):
     """A stage without its optax clothes."""
 
-    name: str
-    reads: tuple[Field, ...]
-    replaces: tuple[Field, ...]
-    biases: Field | None
-    debiases: tuple[Field, ...]
-    fixes_rate: bool
+    declaration: Declaration
     buffer: Buffer | None
-    apply: Callable[..., Any]
+    line: Callable[..., Any]
     """``step -> step``, or with a buffer ``(step, buffer) -> (step, buffer)``."""
 
-    def note(self, ledger: Ledger) -> Ledger:
-        """The ledger after this rule; an error that says where the stage belongs, if not here."""
-        for field in self.reads:
-            if field not in ledger.filled:
-                raise ValueError(
-                    f"{self.name} reads the {field} of the step, which is not set yet. Put"
-                    f" {self.name} after {_WHERE_IT_COMES_FROM[field]}."
-                )
-        for field in self.replaces:
-            if field in ledger.filled and field not in self.reads:
-                raise ValueError(
-                    f"{self.name} would overwrite the {field} that an earlier stage has set. Keep"
-                    " one of the two; a stage that changes a field must come after the one that"
-                    " sets it."
-                )
-        if "second_moment" in self.replaces and ledger.rate_fixed_by is not None:
-            raise ValueError(
-                f"{self.name} changes the second moment, but the rate no longer follows it: it"
-                f" became values in {ledger.rate_fixed_by}. Put {self.name} before"
-                f" {ledger.rate_fixed_by}."
-            )
-        for field in self.debiases:
-            if field not in ledger.biased:
-                raise ValueError(
-                    f"{self.name} corrects the {field} for its start at zero, but that is no moving"
-                    " average here, or has been corrected already. Put it once, after"
-                    " first_moment(b1) and second_moment(b2); scale_by_adam(...) corrects by"
-                    " itself."
-                )
-        if self.buffer is not None and self.buffer.name in ledger.buffers:
-            raise ValueError(
-                f"two stages keep a buffer called {self.buffer.name!r}. Give one of them another"
-                f" name: {self.name}(..., name={self.buffer.name + '_2'!r})."
-            )
-        biased = ledger.biased | ({self.biases} if self.biases else set())
-        return Ledger(
-            filled=ledger.filled | set(self.replaces),
-            rate_fixed_by=self.name if self.fixes_rate else ledger.rate_fixed_by,
-            biased=frozenset(biased - set(self.debiases)),
-            buffers=ledger.buffers | ({self.buffer.name} if self.buffer else set()),
-        )
-
     def __call__(self, step: AdaptiveStep, buffer: Tree) -> tuple[AdaptiveStep, Tree]:
-        ledger = self.note(step.ledger)
-        given = step.replace(rate=step.rate_values()) if "rate" in self.reads else step
-        if self.buffer is None:
-            new = self.apply(given)
-        else:
-            new, new_buffer = self.apply(given, buffer)
-            buffer = policies.keep_dtype(buffer, new_buffer, f"the buffer {self.buffer.name!r}")
+        declared = self.declaration
+        ledger = step.ledger.after(declared)
+        given = step.replace(rate=step.rate_values()) if "rate" in declared.reads else step
+        arguments = (given,) if self.buffer is None else (given, buffer)
+        result = self.line(*arguments)
+        new, *new_buffers = result if isinstance(result, tuple) else (result,)
+        if not isinstance(new, AdaptiveStep) or len(new_buffers) != len(arguments) - 1:
+            raise TypeError(
+                f"the line of {declared.name} must return"
+                f" {'a step' if self.buffer is None else 'a step and its buffer'}."
+            )
+        self._check_what_was_replaced(given, new)
+        if self.buffer is not None:
+            what = f"the buffer {self.buffer.name!r}"
+            buffer = policies.keep_dtype(buffer, new_buffers[0], what)
+        if "rate" not in declared.replaces:
+            new = new.replace(rate=step.rate)  # a rule again, where only values were read
+        return new.replace(ledger=ledger), buffer
+
+    def _check_what_was_replaced(self, given: AdaptiveStep, new: AdaptiveStep) -> None:
+        declared = self.declaration
         for field in FIELDS:
-            if field not in self.replaces and getattr(new, field) is not getattr(given, field):
+            if field not in declared.replaces and getattr(new, field) is not getattr(given, field):
                 raise TypeError(
-                    f"{self.name} replaced the {field}, but declares that it replaces only"
-                    f" {', '.join(self.replaces) or 'nothing'}: name the field in"
+                    f"{declared.name} replaced the {field}, but declares that it replaces only"
+                    f" {', '.join(declared.replaces) or 'nothing'}: name the field in"
                     " @stage(replaces=)."
                 )
-        if "rate" not in self.replaces:
-            new = new.replace(rate=step.rate)
-        return new.replace(ledger=ledger), buffer
+        if "rate" in declared.replaces and declared.fixes_rate == isinstance(new.rate, RateRule):
+            raise TypeError(
+                f"{declared.name} sets the rate to {'a rule' if declared.fixes_rate else 'values'}:"
+                f" say so with @stage(fixes_rate={not declared.fixes_rate})."
+            )
 
 
 def run(
     rules: Iterable[Rule], step: AdaptiveStep, buffers: Mapping[str, Tree]
 ) -> tuple[AdaptiveStep, dict[str, Tree]]:
     """The step after all the rules, and the buffers they keep, each under its name."""
-    kept = dict(buffers)
+    rules = tuple(rules)
+    names = {rule.buffer.name for rule in rules if rule.buffer}
+    if names != set(buffers):
+        raise ValueError(
+            f"{', '.join(rule.declaration.name for rule in rules)}: the state should hold the"
+            f" buffers {_listed(names)}, but holds {_listed(buffers)}. A state belongs to the"
+            " optimizer that initialised it."
+        )
+    kept = {}
     for rule in rules:
-        if rule.buffer is None:
-            step, _ = rule(step, None)
-            continue
-        name = rule.buffer.name
-        if name not in kept:
-            raise ValueError(
-                f"{rule.name} finds no buffer {name!r} in this state, which holds"
-                f" {', '.join(map(repr, kept)) or 'none'}. A state belongs to the optimizer that"
-                " initialised it."
-            )
-        step, kept[name] = rule(step, kept[name])
+        name = rule.buffer.name if rule.buffer else None
+        step, buffer = rule(step, buffers.get(name) if name else None)
+        kept |= {name: buffer} if name else {}
     return step, kept
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def init_buffers(
@@ -167,50 +143,51 @@ def init_buffers(
     }
 
 
-class Stage(optax.GradientTransformationExtraArgs):
+def make_stage(
+    rules: tuple[Rule, ...],
+    init: optax.TransformInitFn | None = None,
+    update: optax.TransformUpdateExtraArgsFn | None = None,
+) -> Stage:
     """An optax transformation from open step to open step, made of one or more rules.
 
     On its own, in a flat chain, its state is a dict of its buffers by name, or an ``EmptyState``.
     In a bracket, ``adaptive(...)`` keeps the buffers of all the stages side by side.
     """
 
-    rules: tuple[Rule, ...]
+    def init_alone(params: Tree) -> Any:
+        return init_buffers(rules, params) or optax.EmptyState()
 
-    def __new__(
-        cls,
-        rules: tuple[Rule, ...],
-        init: optax.TransformInitFn | None = None,
-        update: optax.TransformUpdateExtraArgsFn | None = None,
-    ) -> Stage:
-        name = " + ".join(rule.name for rule in rules)
+    def update_alone(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del params, extra
+        if not isinstance(updates, AdaptiveStep):
+            raise TypeError(
+                f"{rules[0].declaration.name} needs an open step, but was given plain updates"
+                f" ({type(updates).__name__}). Put open_step() before it and close_step() after"
+                " it, or list it in adaptive(...)."
+            )
+        step, buffers = run(rules, updates, state if isinstance(state, dict) else {})
+        return step, buffers or optax.EmptyState()
 
-        def init_buffers_of(params: Tree) -> Any:
-            return init_buffers(rules, params) or optax.EmptyState()
+    update = update or update_alone
+    setattr(update, _RULES, rules)
+    return optax.GradientTransformationExtraArgs(init or init_alone, update)
 
-        def update_open(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            del params, extra
-            if not isinstance(updates, AdaptiveStep):
-                raise TypeError(
-                    f"{name} needs an open step, but was given plain updates"
-                    f" ({type(updates).__name__}). Put open_step() before it and close_step() after"
-                    " it, or list it in adaptive(...)."
-                )
-            step, buffers = run(rules, updates, state if state else {})
-            return step, buffers or optax.EmptyState()
 
-        self = super().__new__(cls, init or init_buffers_of, update or update_open)
-        self.rules = rules
-        return self
+def rules_of(transformation: Any) -> tuple[Rule, ...] | None:
+    """The rules of a stage; None for anything else."""
+    return getattr(getattr(transformation, "update", None), _RULES, None)
 
 
 def stage(
     *,
-    reads: tuple[Field, ...],
+    reads: tuple[Field, ...] = (),
     replaces: tuple[Field, ...] = (),
     keeps: Field | None = None,
-    biases: Field | None = None,
-    debiases: tuple[Field, ...] = (),
+    biases: Mapping[Field, str] | None = None,
+    debiases: Mapping[Field, str] | None = None,
+    raw: tuple[Field, ...] = (),
     fixes_rate: bool = True,
+    bounds_rate: bool = False,
     called: str | None = None,
 ) -> Callable[[Callable[P, Callable[..., Any]]], Callable[P, Stage]]:
     """Make a stage of a function that returns one line of an algorithm.
@@ -225,11 +202,17 @@ def stage(
       replaces: the fields it replaces. A field it replaces without reading must not be set yet.
       keeps: the field its buffer is like, if it keeps one; then the function takes ``name`` and
         ``dtype``, the buffer's name in the state and its dtype.
-      biases: the field that it turns into an average started at zero.
-      debiases: the averages that it corrects for such a start.
+      biases: the fields that it turns into averages started at zero, each with the name of the
+        argument that is its decay: ``{"direction": "b1"}``.
+      debiases: the averages that it corrects for such a start, likewise.
+      raw: the averages that no stage may have changed since they were made.
       fixes_rate: whether the rate it sets is values, which no longer follow the second moment
         (True) or a :class:`RateRule` (False).
+      bounds_rate: whether it makes the rate depend on earlier rates or on limits; corrections of
+        the rate must come before.
       called: the stage's name; default: the function's.
+
+    TypeError if the declaration does not fit the function, or the line not its declaration.
 
     Example, a direction that is clipped to [-limit, limit]:
 
@@ -245,10 +228,23 @@ def stage(
     >>> print(optimizer.update(jnp.array([0.25, -3.0]), optimizer.init(jnp.zeros(2)))[0].round(4))
     [ 0.25 -0.5 ]
     """
+    biases, debiases = biases or {}, debiases or {}
 
     def decorate(factory: Callable[P, Callable[..., Any]]) -> Callable[P, Stage]:
         signature = inspect.signature(factory)
         name = called or factory.__name__
+        needed = {"name", "dtype"} if keeps else set()
+        missing = (needed | {*biases.values(), *debiases.values()}) - set(signature.parameters)
+        unknown = {*reads, *replaces, *raw, *biases, *debiases, keeps or "rate"} - set(FIELDS)
+        if missing or unknown:
+            raise TypeError(
+                f"@stage of {name}: "
+                + (f"the function must take {_listed(missing)}" if missing else "")
+                + (
+                    f"no such field: {_listed(unknown)}; there are {_listed(FIELDS)}"
+                    * bool(unknown)
+                )
+            )
 
         @functools.wraps(factory)
         def make(*args: P.args, **kwargs: P.kwargs) -> Stage:
@@ -257,9 +253,19 @@ def stage(
             settings = given.arguments
             buffer = Buffer(settings["name"], keeps, settings["dtype"]) if keeps else None
             line = factory(*args, **kwargs)
-            fixed = fixes_rate and "rate" in replaces
-            rule = Rule(name, reads, replaces, biases, debiases, fixed, buffer, line)
-            return describe_as(Stage((rule,)), name, _without_defaults(settings, signature))
+            declaration = Declaration(
+                name=name,
+                reads=reads,
+                replaces=replaces,
+                biases={field: settings[argument] for field, argument in biases.items()},
+                debiases={field: settings[argument] for field, argument in debiases.items()},
+                fixes_rate=fixes_rate and "rate" in replaces,
+                bounds_rate=bounds_rate,
+                raw=raw,
+                buffer=buffer.name if buffer else None,
+            )
+            made = make_stage((Rule(declaration, buffer, line),))
+            return describe_as(made, name, _without_defaults(settings, signature), parts=())
 
         return make
 
@@ -274,12 +280,15 @@ def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature)
 
 def compose(name: str, settings: Mapping[str, Any], *stages: Stage) -> Stage:
     """Several stages as one, under one name."""
-    rules = tuple(rule for part in stages for rule in part.rules)
-    return describe_as(Stage(rules), name, settings, parts=())
+    rules = tuple(rule for part in stages for rule in rules_of(part) or ())
+    return describe_as(make_stage(rules), name, settings, parts=())
 
 
 def checked(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """The rules of a whole bracket, once their order is known to make sense."""
     rules = tuple(rules)
-    functools.reduce(lambda ledger, rule: rule.note(ledger), rules, Ledger()).close()
+    ledger = Ledger()
+    for rule in rules:
+        ledger = ledger.after(rule.declaration)
+    ledger.check_closing()
     return rules

@@ -15,35 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_opt import policies
+from adaptive_opt.ledger import Ledger
 from adaptive_opt.policies import Hyperparameter, Tree
-
-FIELDS = ("gradient", "direction", "second_moment", "rate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Ledger:
-    """What has been done to a step so far: enough to refuse a wrong order of stages.
-
-    Nothing in it is an array, so a bracket can walk its stages through a ledger when it is built,
-    and a flat chain does the same when it is traced.
-    """
-
-    filled: frozenset[str] = frozenset({"gradient", "direction"})
-    """The fields that hold something."""
-    rate_fixed_by: str | None = None
-    """The stage after which the rate is values and no longer follows the second moment."""
-    biased: frozenset[str] = frozenset()
-    """The fields that are averages started at zero, not yet corrected for it."""
-    buffers: frozenset[str] = frozenset()
-    """The names of the buffers kept so far."""
-
-    def close(self) -> None:
-        """An error if something is missing before the step can be closed."""
-        if "second_moment" in self.filled and "rate" not in self.filled:
-            raise ValueError(
-                "close_step() was given a second moment that no rate uses. Put per_weight_rate(eps)"
-                " after the stages that change the second moment, or drop them."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +39,15 @@ class RateRule:
         )
 
 
+class _SaysWhatToDo(type):
+    """JAX names the types where two trees differ; this one says in its name what is missing."""
+
+    def __repr__(cls) -> str:
+        return "an open AdaptiveStep: only stages can read it, put close_step() before"
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
-class AdaptiveStep:
+class AdaptiveStep(metaclass=_SaysWhatToDo):
     """One step of an adaptive optimizer, opened up, on its way through the stages.
 
     Deliberately no container that JAX or optax can look into: a foreign transformation between
@@ -91,7 +71,7 @@ class AdaptiveStep:
     second_moment: Tree | None = None
     rate: RateRule | Tree | None = None
     update_dtype: Tree = None
-    ledger: Ledger = Ledger()
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
 
     def replace(self, **fields: Any) -> AdaptiveStep:
         """The same step with some fields replaced."""
@@ -160,7 +140,7 @@ def closed(step: AdaptiveStep) -> Tree:
             f"close_step() needs an open step, but was given plain updates ({type(step).__name__})."
             " Put open_step() before it, and every stage between the two."
         )
-    step.ledger.close()
+    step.ledger.check_closing()
     update = step.direction
     if isinstance(step.rate, RateRule):
         update = step.map(_divide, step.direction, step.rate.denominator(step))

@@ -38,9 +38,10 @@ def decoupled_weight_decay(
     says ``learning_rate=``, and the decay is ``u_t + lr_t wd_t x_t``.
 
     Three conventions go by the name of AdamW's decay: times the learning rate and its schedule
-    (this, in its ordinary place), times the schedule only (the paper: put the base rate before, the
-    schedule after), and neither (put it after the learning rate, with the sign turned). Decoupled
-    weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2, line 12).
+    (this, in its ordinary place), times the schedule only (the paper: the base rate before, the
+    schedule after; ``adamw(convention="paper")``), and neither (``x - lr u - wd x``: after
+    ``scale_by_learning_rate(lr, flip_sign=False)``, and ``optax.scale(-1.0)`` last). Decoupled
+    weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2).
 
     Args:
       weight_decay: at least 0, per step and unit of learning rate; a number or a schedule.
@@ -75,8 +76,7 @@ def decoupled_weight_decay(
         return map_leaves(lambda u, p, *, s: u + s * p, updates, updates, params, s=decay_of(count))
 
     scheduled = callable(weight_decay) or callable(learning_rate)
-    template = optax.add_decayed_weights((lambda _: 0.0) if scheduled else 0.0)
-    decayed = _plain(template.init, combine, scheduled, promote=True)
+    decayed = _plain(optax.add_decayed_weights((lambda _: 0.0) if scheduled else 0.0), combine)
     return decayed if mask is None else optax.masked(decayed, mask)
 
 
@@ -134,27 +134,25 @@ def scale_by_learning_rate(
         return map_leaves(lambda u, *, lr: sign * lr * u, updates, updates, lr=lr)
 
     sign = -1 if flip_sign else 1
-    template = optax.scale_by_learning_rate(learning_rate)
-    return _plain(template.init, combine, callable(learning_rate), promote=False)
+    return _plain(optax.scale_by_learning_rate(learning_rate), combine)
 
 
 def _plain(
-    init: optax.TransformInitFn,
-    combine: Callable[[Tree, Tree, Any], Tree],
-    scheduled: bool,
-    promote: bool,
+    template: optax.GradientTransformation, combine: Callable[[Tree, Tree, Any], Tree]
 ) -> optax.GradientTransformationExtraArgs:
-    """A plain transformation: it counts if scheduled, and its updates keep their dtype.
+    """A transformation of plain updates, with the state of ``template`` (empty, or a count).
 
-    With ``promote`` that is promote(update, parameter), without it the update's own.
+    The updates leave as promote(update, parameter).
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
-        dtypes = update_dtypes(updates, params if promote else None)
-        count = optax.safe_increment(state.count) if scheduled else None
+        dtypes = update_dtypes(updates, params)
+        count = None
+        if not isinstance(state, optax.EmptyState):
+            count = optax.safe_increment(state.count)
+            state = state._replace(count=count)
         new = combine(updates, params, count)
-        new = map_none(lambda u, dtype: jnp.asarray(u, dtype), new, dtypes)
-        return new, state._replace(count=count) if scheduled else state
+        return map_none(lambda u, dtype: jnp.asarray(u, dtype), new, dtypes), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(template.init, update)

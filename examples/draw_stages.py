@@ -62,16 +62,16 @@ def draw(path: str) -> None:
     """One row a recipe, one box a stage, the colour says what the stage is about."""
     lists = {name: stages_of(recipe) for name, recipe in RECIPES.items()}
     longest = max(map(len, lists.values()))
-    figure, axes = plt.subplots(figsize=(12.5, 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12.5, 5.8), layout="constrained")
     axes.set(xlim=(-1.95, longest), ylim=(len(lists), -0.75))
     axes.axis("off")
     for row, (name, stages) in enumerate(lists.items()):
         axes.text(-0.08, row + 0.4, name, ha="right", va="center", fontsize=11, weight="bold")
         for column, stage in enumerate(stages):
             box = FancyBboxPatch(
-                (column + 0.04, row + 0.02),
+                (column + 0.04, row - 0.02),
                 width=0.92,
-                height=0.76,
+                height=0.84,
                 boxstyle="round,pad=0,rounding_size=0.1",
                 facecolor=colour_of(stage),
                 edgecolor="#666666",

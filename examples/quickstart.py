@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pathlib
 import time
 from collections.abc import Sequence
 
@@ -157,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
+    folder = pathlib.Path(options.output).parent
+    if not folder.is_dir():
+        parser.error(f"--output: there is no folder {folder}")
 
     results = [train(name, options.steps, options.seed) for name in options.optimizers]
     print(f"\n{'optimizer':10}{'final loss':>12}{'accuracy':>10}{'seconds':>9}{'state bytes':>13}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,12 +58,10 @@ def train(optimizer, params, gradients, state=None):
 
 def assert_bit_equal(actual, expected):
     """The same tree structure, dtypes and bits."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        assert a.tobytes() == b.tobytes()
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def ulps(actual, expected) -> int:

@@ -22,6 +22,7 @@ from adaptive_opt import (
     scale_by_adam,
     second_moment,
 )
+from adaptive_opt.describe import recipe
 
 
 def names(optimizer):
@@ -64,8 +65,8 @@ def test_a_buffer_is_named_only_where_it_was_chosen():
 
 
 def test_every_recipe_prints_its_own_name_and_its_stages():
-    for name, recipe in RECIPES.items():
-        text = str(describe(recipe(1e-3)))
+    for name, make in RECIPES.items():
+        text = str(describe(make(1e-3)))
         assert text.startswith(f"{name}(learning_rate=0.001")
         assert "second_moment(b2=0.999)" in text
         assert "object at" not in text
@@ -96,6 +97,9 @@ def test_schedules_arrays_and_tracers_print_readably():
         lambda tx: optax.partition({"a": tx, "b": optax.sgd(0.1)}, "a"),
         lambda tx: optax.apply_if_finite(tx, 3),
         lambda tx: optax.flatten(tx),
+        lambda tx: optax.MultiSteps(tx, 4).gradient_transformation(),
+        lambda tx: optax.inject_hyperparams(amsgrad)(1e-3),
+        lambda tx: optax.GradientTransformation(tx.init, jax.jit(tx.update)),
     ],
 )
 def test_recipes_are_found_inside_what_wraps_them(wrap):
@@ -108,6 +112,25 @@ def test_a_flat_chain_is_described_like_a_bracket():
     inner = describe(adaptive(*stages)).parts
     assert describe(flat).parts[1:-1] == inner
     assert describe(scale_by_adam()).parts[0].name == "first_moment"
+
+
+def test_a_recipe_made_of_a_bracket_or_of_a_recipe_keeps_it_as_a_part():
+    @recipe
+    def bare(b1):
+        return adaptive(first_moment(b1))
+
+    @recipe
+    def faster(learning_rate):
+        return adamw(2 * learning_rate)
+
+    assert str(describe(bare(0.9))) == "bare(b1=0.9)\n  adaptive\n    first_moment(b1=0.9)"
+    assert describe(faster(1.0)).parts[0].name == "adamw"
+
+
+def test_a_description_is_a_copy():
+    optimizer = adamw(1e-3)
+    describe(optimizer).settings["b1"] = 77
+    assert describe(optimizer).settings["b1"] == 0.9
 
 
 def test_other_things_are_refused():

@@ -14,7 +14,7 @@ from common import RECIPES
 import adaptive_opt
 
 ROOT = pathlib.Path(__file__).parent.parent
-TYPES = ("AdaptiveStep", "RateRule", "Stage", "AdaptiveState", "OpenStepState", "Description")
+TYPES = ("AdaptiveStep", "RateRule", "AdaptiveState", "OpenStepState", "Description")
 FUNCTIONS = [name for name in adaptive_opt.__all__ if name not in TYPES]
 
 

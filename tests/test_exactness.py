@@ -19,6 +19,7 @@ import adaptive_opt
 REFERENCES = pathlib.Path(__file__).parent / "references"
 ROWS = json.loads((REFERENCES / "core.json").read_text())
 TOLERANCE = 1e-12
+CONVENTIONS = ("torch", "optax", "keras", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_the_recorded_gradients_are_hard_enough(recorded):
     assert np.any(np.diff(np.sign(gradients), axis=0) == 2)
 
 
-@pytest.mark.parametrize("name", ["amsgrad-torch-binding", "amsgrad-paper-binding"])
+@pytest.mark.parametrize("name", [f"amsgrad-{c}-binding" for c in CONVENTIONS])
 def test_the_maximum_binds_in_the_recorded_amsgrad(name, recorded, x64):
     adam = adaptive_opt.adam(0.01, b2=0.9)
     _, updates = trajectory(adam, recorded["gradients"], np.zeros(5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ def test_a_checkpoint_of_one_trains_on_identically_in_the_other(case, dtype):
         assert jax.tree.structure(ours_state) == jax.tree.structure(theirs_state)
         end_ours, last_ours, _ = train(ours, middle, gradients[10:], theirs_state)
         end_theirs, last_theirs, _ = train(theirs, middle, gradients[10:], ours_state)
-        assert_bit_equal(jax.tree.map(jnp.shape, last_ours), jax.tree.map(jnp.shape, last_theirs))
+        chex.assert_trees_all_equal_shapes_and_dtypes(last_ours, last_theirs)
         tolerance = 1e-6 if dtype == np.float32 else 1e-14
         for a, b in zip(*map(jax.tree.leaves, (end_ours, end_theirs)), strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)

@@ -5,15 +5,25 @@ from __future__ import annotations
 import dataclasses
 import pickle
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal, normal_tree, train
+from common import RECIPES, assert_bit_equal, gradient_trees, normal_tree, train
 
 import adaptive_opt
-from adaptive_opt import adam, adamod, adaptive, per_weight_rate, second_moment
+from adaptive_opt import (
+    adam,
+    adamod,
+    adaptive,
+    close_step,
+    open_step,
+    per_weight_rate,
+    scale_by_adam,
+    second_moment,
+)
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 
@@ -66,9 +76,10 @@ def test_state_dtype_is_the_dtype_of_every_moment_and_rates_stay_wide(recipe):
         assert dtypes(both.init(jnp.ones(2))[0]) == [jnp.int32, jnp.float16, jnp.bfloat16]
 
 
-def test_a_float16_second_moment_is_refused():
-    with pytest.raises(ValueError, match="'nu' cannot be float16"):
-        adam(1e-3, state_dtype=jnp.float16).init(jnp.ones(2))
+def test_a_second_moment_of_little_range_is_refused():
+    for narrow in (jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2):
+        with pytest.raises(ValueError, match=f"'nu' cannot be {np.dtype(narrow)}"):
+            adam(1e-3, state_dtype=narrow).init(jnp.ones(2))
     with pytest.raises(ValueError, match="a buffer's dtype must be floating point, got int8"):
         adam(1e-3, mu_dtype=jnp.int8).init(jnp.ones(2))
 
@@ -231,6 +242,121 @@ def test_states_survive_pickle():
         assert_bit_equal(pickle.loads(pickle.dumps(state)), state)
 
 
+# --- Hyperparameters ---------------------------------------------------------------------------
+
+EVERYWHERE = {"learning_rate": 1e-2, "b1": 0.8, "b2": 0.99, "eps": 1e-3}
+OWN = {
+    "adam": {"eps_root": 1e-4},
+    "adamw": {"eps_root": 1e-4, "weight_decay": 0.1},
+    "adamod": {"b3": 0.9, "weight_decay": 0.1},
+    "diffgrad": {"weight_decay": 0.1},
+    "diffmod": {"len_memory": 10, "weight_decay": 0.1},
+}
+HYPERPARAMETERS = {name: EVERYWHERE | OWN.get(name, {}) for name in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_numpy_numbers_are_numbers(recipe):
+    h = HYPERPARAMETERS[recipe] | {"b2": 0.99999}
+    gradients = list(gradient_trees(5))
+    expected = train(RECIPES[recipe](**h), normal_tree(), gradients)
+    for kind in (np.float64, np.array):
+        optimizer = RECIPES[recipe](**{name: kind(value) for name, value in h.items()})
+        actual = train(optimizer, normal_tree(), gradients)
+        assert_bit_equal(actual[0], expected[0])
+        assert_bit_equal(actual[1], expected[1])
+    if "weight_decay" in h:
+        still = RECIPES[recipe](1e-3, weight_decay=np.float64(0))
+        still.update(jnp.ones(1), still.init(jnp.ones(1)))  # needs no parameters
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_schedule_of_any_hyperparameter_gives_its_value_at_each_step(recipe, x64):
+    h = HYPERPARAMETERS[recipe]
+    params = normal_tree(dtype=np.float64)
+    gradients = list(gradient_trees(3, np.float64))
+    for name, value in h.items():
+        factors = jnp.array([1.0, 0.95, 0.9])
+        scheduled = RECIPES[recipe](**h | {name: lambda t, v=value: v * factors[t]})  # noqa: B023
+        state = scheduled.init(params)
+        for t, gradient in enumerate(gradients):
+            constant = RECIPES[recipe](**h | {name: value * float(factors[t])})
+            # The same numbers in a state without counts of schedules.
+            plain = optax.tree.set(constant.init(params), **_buffers(state))
+            expected, _ = constant.update(gradient, plain, params)
+            updates, state = scheduled.update(gradient, state, params)
+            for a, b in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=0, err_msg=name)
+
+
+def _buffers(state):
+    first = next(part for part in state if hasattr(part, "buffers") or hasattr(part, "mu"))
+    buffers = first.buffers if hasattr(first, "buffers") else {"mu": first.mu, "nu": first.nu}
+    return buffers | {"count": first.count}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda mask: RECIPES["adamw"](1e-2, weight_decay=0.1, mask=mask),
+        lambda mask: RECIPES["adamw"](1e-2, weight_decay=0.1, mask=mask, convention="paper"),
+        lambda mask: RECIPES["adamw"](1e-2, weight_decay=0.1, mask=mask, convention="keras"),
+        lambda mask: RECIPES["adamod"](1e-2, weight_decay=0.1, mask=mask),
+        lambda mask: RECIPES["diffmod"](1e-2, weight_decay=0.1, mask=mask),
+        lambda mask: adaptive_opt.l2_regularization(0.1, mask),
+    ],
+)
+def test_only_masked_in_weights_decay(make):
+    params = normal_tree()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    kernels = {"dense": {"kernel": True, "bias": False}, "scale": False}
+    for mask in (kernels, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)):
+        optimizer = make(mask)
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        assert np.all(updates["dense"]["kernel"] != 0)
+        assert np.all(updates["dense"]["bias"] == 0)
+        assert updates["scale"] == 0
+
+
+def test_the_keras_form_takes_eps_root_and_mu_dtype(x64):
+    x = jnp.array([0.3])
+    optimizer = adam(1.0, eps=0.0, eps_root=0.16, mu_dtype=jnp.bfloat16, convention="keras")
+    updates, state = optimizer.update(x, optimizer.init(x), x)
+    expected = -0.1 * 0.3 / np.sqrt(0.001 * 0.09 + 0.16) * np.sqrt(0.001) / 0.1
+    np.testing.assert_allclose(updates, [expected], rtol=1e-12)
+    assert optax.tree.get(state, "mu").dtype == jnp.bfloat16
+
+
+def test_complex_weights_decay_towards_zero_in_both_parts():
+    x = jnp.array([1 + 2j], jnp.complex64)
+    decay = adaptive_opt.decoupled_weight_decay(0.5)
+    updates, _ = decay.update(jnp.zeros_like(x), decay.init(x), x)
+    np.testing.assert_allclose(updates, 0.5 * x)
+
+
+def test_complex_buffers_keep_both_parts_whatever_the_state_dtype():
+    x = jnp.array([1 + 2j], jnp.complex64)
+    state = adam(1e-3, state_dtype=jnp.bfloat16).init(x)
+    assert state[0].mu.dtype == jnp.complex64
+    assert state[0].nu.dtype == jnp.bfloat16
+
+
+def test_float64_parameters_are_stepped_in_float64_whatever_the_gradient(x64):
+    x, g = jnp.ones(1, jnp.float64), jnp.ones(1, jnp.float32) / 3
+    optimizer = RECIPES["adamod"](1e-2)
+    updates, _ = optimizer.update(g, optimizer.init(x), x)
+    exact, _ = optimizer.update(g.astype(jnp.float64), optimizer.init(x), x)
+    assert updates.dtype == jnp.float64
+    assert_bit_equal(updates, exact)
+
+
+def test_parameters_in_another_container_give_their_dtypes():
+    x = {"w": jnp.ones(2), "b": jnp.ones(1, jnp.bfloat16)}
+    optimizer = adam(1e-3)
+    updates, _ = optimizer.update(x, optimizer.init(x), flax.core.freeze(x))
+    assert dtypes(updates) == dtypes(x)
+
+
 # --- Count -------------------------------------------------------------------------------------
 
 
@@ -255,6 +381,24 @@ def test_every_count_in_a_state_is_the_same_number():
         counts = [int(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
         assert counts
         assert set(counts) == {3}
+
+
+def test_counts_in_a_flat_chain_agree():
+    flat = optax.chain(open_step(), scale_by_adam(), close_step())
+    state = flat.init(jnp.ones(1))
+    ahead = (state[0]._replace(count=jnp.int32(7)), *state[1:])
+    _, after = flat.update(jnp.ones(1), ahead)
+    assert int(after[0].count) == int(after[1].count) == 8
+
+
+def test_nesterov_looks_ahead_of_a_saturated_count_too():
+    last = jnp.asarray(np.iinfo(np.int32).max)
+    optimizer = adam(1e-3, nesterov=True)
+    state = optimizer.init(jnp.ones(1))
+    state = (state[0]._replace(count=last), *state[1:])
+    updates, _ = optimizer.update(jnp.ones(1), state)
+    expected = -1e-3 * (0.9 * 0.1 + 0.1) / (np.sqrt(0.001) + 1e-8)
+    np.testing.assert_allclose(updates, [expected], rtol=1e-5)
 
 
 def test_rates_of_16_bit_parameters_do_not_overflow():

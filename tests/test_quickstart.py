@@ -41,7 +41,7 @@ def test_the_options(example, tmp_path, capsys):
     assert picture.exists()
     table = capsys.readouterr().out
     assert "state bytes" in table
-    assert "held" not in table.splitlines()[0]
+    assert [line.split()[0] for line in table.splitlines() if line][1:3] == ["adamod", "adam"]
 
 
 def test_a_wrong_optimizer_lists_the_right_ones(example, capsys):
@@ -50,8 +50,13 @@ def test_a_wrong_optimizer_lists_the_right_ones(example, capsys):
     message = capsys.readouterr().err
     for name in ("adagram", "adam", "adamw", "amsgrad", "adamod", "diffmod"):
         assert name in message
-    with pytest.raises(SystemExit):
-        example("quickstart").main(["--steps", "0"])
+    for arguments, reason in (
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--output", "no/such/folder/curves.png"], "there is no folder no/such/folder"),
+    ):
+        with pytest.raises(SystemExit):
+            example("quickstart").main(arguments)
+        assert reason in capsys.readouterr().err
 
 
 def test_help_explains_every_option(example, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from adaptive_opt import (
     debias,
     debias_rate,
     decoupled_weight_decay,
+    describe,
     diffgrad,
     diffgrad_friction,
     diffmod,
@@ -115,6 +118,15 @@ def test_every_recipe_gives_extra_args_support_and_ignores_what_it_does_not_know
         optimizer.update(x, optimizer.init(x), x, value=1.0, anything="else")
 
 
+def test_stages_and_recipes_survive_copying():
+    x = jnp.ones(2)
+    for made in (scale_by_adam(), first_moment(0.9), adamod(1e-3)):
+        copied = copy.deepcopy(made)
+        assert jax.tree.structure(copied.init(x)) == jax.tree.structure(made.init(x))
+        assert describe(copied) == describe(made)
+    adaptive(copy.deepcopy(first_moment(0.9)), first_moment(0.5, name="b")._replace())
+
+
 def test_buffers_are_found_by_name():
     names = {
         "amsgrad": ("mu", "nu", "nu_max"),
@@ -146,8 +158,14 @@ def test_no_two_fields_of_a_state_share_a_buffer():
         params = normal_tree()
         gradient = normal_tree(1)
         update = jax.jit(optimizer.update)
-        for state in (optimizer.init(params), update(gradient, optimizer.init(params), params)[1]):
-            pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+        state = optimizer.init(params)
+        for after in (
+            state,
+            update(gradient, state, params)[1],
+            optimizer.update(gradient, state, params)[1],  # outside of jit, where nothing is copied
+        ):
+            leaves = jax.tree.leaves((after, gradient, params))
+            pointers = [x.unsafe_buffer_pointer() for x in leaves]
             assert len(set(pointers)) == len(pointers)
 
 

@@ -24,7 +24,7 @@ import os
 import pathlib
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -41,9 +41,12 @@ from adamod import AdaMod
 
 STEPS, WEIGHTS = 300, 5
 HERE = pathlib.Path(__file__).parent
-SHARED = {"eps": 1e-8, "b1": 0.9, "b2": 0.999}
-FAR = {"eps": 1e-3, "b1": 0.8, "b2": 0.9}
-BINDING = {"eps": 1e-8, "b1": 0.9, "b2": 0.9}  # for AMSGrad: at b2 = .999 the maximum never binds
+LR = 0.01
+BOTH = {
+    "defaults": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+    "far": {"b1": 0.8, "b2": 0.9, "eps": 1e-3},
+}
+LESSW, SHIVRAM = "lessw2020/Best-Deep-Learning-Optimizers", "shivram1987/diffGrad"
 
 
 def gradients() -> np.ndarray:
@@ -131,8 +134,8 @@ def run_keras(make: Callable[[], keras.optimizers.Optimizer]) -> Callable[..., n
 
 def run_optax(make: Callable[[optax.Schedule], Any]) -> Callable[..., np.ndarray]:
     def run(g, start, factor, reset):
-        factors = jnp.asarray([factor(t) for t in range(STEPS)])
-        optimizer = make(lambda count: factors[count])
+        rates = jnp.asarray([LR * factor(t) for t in range(STEPS)])
+        optimizer = make(lambda count: rates[count])
         x = jnp.asarray(start)
         state = optimizer.init(x)
         path = []
@@ -146,240 +149,238 @@ def run_optax(make: Callable[[optax.Schedule], Any]) -> Callable[..., np.ndarray
     return run
 
 
-def adamod_paper(lr: float, b1: float, b2: float, b3: float, eps: float) -> Any:
-    """AdaMod as its paper lists it, put together from optax's parts."""
+def adamod_paper(lr: optax.Schedule, b1: float, b2: float, b3: float, eps: float) -> Any:
+    """AdaMod's update, before its sign, as its paper lists it: put together from optax's parts."""
 
-    def make(factor):
-        def init(params):
-            zeros = jnp.zeros_like(params)
-            return {"t": 0, "m": zeros, "v": zeros, "s": zeros}
+    def init(params):
+        zeros = jnp.zeros_like(params)
+        return {"t": 0, "m": zeros, "v": zeros, "s": zeros}
 
-        def update(g, state, params):
-            t = state["t"] + 1
-            m = optax.tree.update_moment(g, state["m"], b1, 1)
-            v = optax.tree.update_moment(g, state["v"], b2, 2)
-            m_hat = optax.tree.bias_correction(m, b1, jnp.asarray(t))
-            v_hat = optax.tree.bias_correction(v, b2, jnp.asarray(t))
-            rate = lr * factor(state["t"]) / (jnp.sqrt(v_hat) + eps)
-            s = optax.tree.update_moment(rate, state["s"], b3, 1)
-            return -jnp.minimum(rate, s) * m_hat, {"t": t, "m": m, "v": v, "s": s}
+    def update(g, state, params=None):
+        t = state["t"] + 1
+        m = optax.tree.update_moment(g, state["m"], b1, 1)
+        v = optax.tree.update_moment(g, state["v"], b2, 2)
+        m_hat = optax.tree.bias_correction(m, b1, jnp.asarray(t))
+        v_hat = optax.tree.bias_correction(v, b2, jnp.asarray(t))
+        rate = lr(state["t"]) / (jnp.sqrt(v_hat) + eps)
+        s = optax.tree.update_moment(rate, state["s"], b3, 1)
+        return jnp.minimum(rate, s) * m_hat, {"t": t, "m": m, "v": v, "s": s}
 
-        return optax.GradientTransformation(init, update)
-
-    return run_optax(make)
+    return optax.GradientTransformation(init, update)
 
 
-def betas(h: dict[str, float]) -> dict[str, Any]:
-    return {"betas": (h["b1"], h["b2"]), "eps": h["eps"]}
+def torch_options(h: dict[str, float]) -> dict[str, Any]:
+    return {"lr": LR, "betas": (h["b1"], h["b2"]), "eps": h["eps"]}
 
 
-def rows(lessw: Any, diffgrad_v2: Any, diffmod: Any, diffgrad_versions: Any) -> list[Row]:
-    both = {"defaults": SHARED, "far": FAR}
-    three = both | {"binding": BINDING}
-    lr = 0.01
-    found: list[Row] = []
+def keras_options(h: dict[str, float]) -> dict[str, Any]:
+    return {"learning_rate": LR, "beta_1": h["b1"], "beta_2": h["b2"], "epsilon": h["eps"]}
 
-    def add(name, source, recipe, arguments, run, scheduled=False):
-        arguments = {"learning_rate": lr, **arguments}
-        found.append(Row(name, source, recipe, arguments, run, scheduled))
 
-    for label, h in both.items():
-        pair = {"b1": h["b1"], "b2": h["b2"], "eps": h["eps"]}
-        kpair = {"beta_1": h["b1"], "beta_2": h["b2"], "epsilon": h["eps"]}
-        torch_adam = run_torch(lambda p, h=h: torch.optim.Adam(p, lr=lr, **betas(h), foreach=False))
-        add(f"adam-torch-{label}", "torch.optim.Adam", "adam", pair, torch_adam)
-        add(f"adam-torch-schedule-{label}", "torch.optim.Adam", "adam", pair, torch_adam, True)
-        for extra in ({"eps_root": 1e-4}, {"nesterov": True}):
-            add(
-                f"adam-optax-{next(iter(extra))}-{label}",
-                "optax.adam",
-                "adam",
-                pair | extra,
-                run_optax(lambda f, a=pair | extra: optax.adam(lambda t: lr * f(t), **a)),
-            )
-        add(
-            f"adam-keras-{label}",
-            "keras.optimizers.Adam",
+def rows_of(
+    name: str,
+    source: str,
+    recipe: str,
+    run_of: Callable[[dict[str, float], dict[str, float]], Callable[..., np.ndarray]],
+    *,
+    sets: dict[str, dict[str, float]] = BOTH,
+    decay: float = 0.0,
+    always_decays: bool = False,
+    **ours: Any,
+) -> Iterator[Row]:
+    """A row for each set of hyperparameters, and one with a schedule and, if there is one, decay.
+
+    ``run_of(hyperparameters, {"weight_decay": ...} or {})`` runs the public implementation;
+    ``ours`` are further arguments of the recipe.
+    """
+    given = {"weight_decay": decay} if decay else {}
+    always = given if always_decays else {}
+    for label, h in sets.items():
+        arguments = {"learning_rate": LR} | h | always | ours
+        yield Row(f"{name}-{label}", source, recipe, arguments, run_of(h, always))
+    arguments = {"learning_rate": LR} | h | given | ours
+    suffix = "-decay-schedule" if given and not always_decays else "-schedule"
+    yield Row(f"{name}-{label}{suffix}", source, recipe, arguments, run_of(h, given), True)
+
+
+def rows(lessw2020: pathlib.Path, shivram1987: pathlib.Path) -> Iterator[Row]:
+    adam = torch.optim.Adam
+    yield from rows_of(
+        "adam-torch",
+        "torch.optim.Adam",
+        "adam",
+        lambda h, wd: run_torch(lambda p: adam(p, **torch_options(h), foreach=False)),
+    )
+    for option in ({"eps_root": 1e-4}, {"nesterov": True}):
+        yield from rows_of(
+            f"adam-optax-{next(iter(option))}",
+            "optax.adam",
             "adam",
-            pair | {"convention": "keras"},
-            run_keras(lambda k=kpair: keras.optimizers.Adam(lr, **k)),
+            lambda h, wd, o=option: run_optax(lambda lr: optax.adam(lr, **h, **o)),
+            **option,
         )
-        wd = 1.0
-        decayed = pair | {"weight_decay": wd}
-        torch_adamw = run_torch(
-            lambda p, h=h, wd=wd: torch.optim.AdamW(
-                p, lr=lr, weight_decay=wd, **betas(h), foreach=False
+    yield from rows_of(
+        "adam-keras",
+        "keras.optimizers.Adam",
+        "adam",
+        lambda h, wd: run_keras(lambda: keras.optimizers.Adam(**keras_options(h))),
+        convention="keras",
+    )
+    adamw = torch.optim.AdamW
+    yield from rows_of(
+        "adamw-torch",
+        "torch.optim.AdamW",
+        "adamw",
+        lambda h, wd: run_torch(lambda p: adamw(p, **torch_options(h), **wd, foreach=False)),
+        decay=1.0,
+        always_decays=True,
+    )
+    yield from rows_of(
+        "adamw-optax-nesterov",
+        "optax.adamw",
+        "adamw",
+        lambda h, wd: run_optax(lambda lr: optax.adamw(lr, **h, **wd, nesterov=True)),
+        decay=1.0,
+        always_decays=True,
+        nesterov=True,
+    )
+    yield from rows_of(
+        "adamw-keras",
+        "keras.optimizers.AdamW",
+        "adamw",
+        lambda h, wd: run_keras(lambda: keras.optimizers.AdamW(**keras_options(h), **wd)),
+        decay=1.0,
+        always_decays=True,
+        convention="keras",
+    )
+    yield from rows_of(
+        "adamw-paper",
+        "optax.chain of the paper's Algorithm 2",
+        "adamw",
+        lambda h, wd: run_optax(
+            lambda lr: optax.chain(
+                optax.scale_by_adam(**h),
+                optax.scale(LR),
+                optax.add_decayed_weights(wd["weight_decay"]),
+                optax.scale_by_schedule(lambda t: -lr(t) / LR),
             )
-        )
-        add(f"adamw-torch-{label}", "torch.optim.AdamW", "adamw", decayed, torch_adamw)
-        add(
-            f"adamw-torch-schedule-{label}",
-            "torch.optim.AdamW",
-            "adamw",
-            decayed,
-            torch_adamw,
-            True,
-        )
-        add(
-            f"adamw-optax-nesterov-{label}",
-            "optax.adamw",
-            "adamw",
-            decayed | {"nesterov": True},
-            run_optax(
-                lambda f, a=decayed | {"nesterov": True}: optax.adamw(lambda t: lr * f(t), **a)
-            ),
-        )
-        add(
-            f"adamw-keras-schedule-{label}",
-            "keras.optimizers.AdamW",
-            "adamw",
-            decayed | {"convention": "keras"},
-            run_keras(lambda k=kpair, wd=wd: keras.optimizers.AdamW(lr, weight_decay=wd, **k)),
-            True,
-        )
-        add(
-            f"adamw-paper-schedule-{label}",
-            "optax.chain of the paper's Algorithm 2",
-            "adamw",
-            decayed | {"convention": "paper"},
-            run_optax(
-                lambda f, a=pair, wd=wd: optax.chain(
-                    optax.scale_by_adam(**a),
-                    optax.scale(lr),
-                    optax.add_decayed_weights(wd),
-                    optax.scale_by_schedule(lambda t: -f(t)),
-                )
-            ),
-            True,
-        )
-
-    for label, h in three.items():
-        pair = {"b1": h["b1"], "b2": h["b2"], "eps": h["eps"]}
-        kpair = {"beta_1": h["b1"], "beta_2": h["b2"], "epsilon": h["eps"]}
-        raw = {"bias_correction_mu": False, "bias_correction_nu": False}
-        add(
-            f"amsgrad-torch-{label}",
-            "torch.optim.Adam(amsgrad=True)",
-            "amsgrad",
-            pair | {"convention": "torch"},
-            run_torch(
-                lambda p, h=h: torch.optim.Adam(p, lr=lr, amsgrad=True, **betas(h), foreach=False)
-            ),
-        )
-        add(
-            f"amsgrad-optax-{label}",
-            "optax.amsgrad",
-            "amsgrad",
-            pair | {"convention": "optax"},
-            run_optax(lambda f, a=pair: optax.amsgrad(lambda t: lr * f(t), **a)),
-        )
-        add(
-            f"amsgrad-keras-{label}",
-            "keras.optimizers.Adam(amsgrad=True)",
-            "amsgrad",
-            pair | {"convention": "keras"},
-            run_keras(lambda k=kpair: keras.optimizers.Adam(lr, amsgrad=True, **k)),
-        )
-        add(
-            f"amsgrad-paper-{label}",
-            "optax.amsgrad(bias_correction_mu=False, bias_correction_nu=False)",
-            "amsgrad",
-            pair | {"convention": "paper"},
-            run_optax(lambda f, a=pair | raw: optax.amsgrad(lambda t: lr * f(t), **a)),
-        )
-
-    for label, h, b3 in (("defaults", SHARED, 0.999), ("far", FAR, 0.95)):
-        pair = {"b1": h["b1"], "b2": h["b2"], "b3": b3, "eps": h["eps"]}
-        package = run_torch(lambda p, h=h, b3=b3: AdaMod(p, lr=lr, beta3=b3, **betas(h)))
-        decayed = run_torch(
-            lambda p, h=h, b3=b3: AdaMod(p, lr=lr, beta3=b3, weight_decay=1.0, **betas(h))
-        )
-        add(f"adamod-package-{label}", "adamod.AdaMod", "adamod", pair, package)
-        add(f"adamod-package-schedule-{label}", "adamod.AdaMod", "adamod", pair, package, True)
-        add(
-            f"adamod-package-decay-schedule-{label}",
-            "adamod.AdaMod",
+        ),
+        decay=1.0,
+        always_decays=True,
+        convention="paper",
+    )
+    # At b2 = .999 the maximum never binds in so few steps.
+    three = BOTH | {"binding": {"b1": 0.9, "b2": 0.9, "eps": 1e-8}}
+    yield from rows_of(
+        "amsgrad-torch",
+        "torch.optim.Adam(amsgrad=True)",
+        "amsgrad",
+        lambda h, wd: run_torch(lambda p: adam(p, **torch_options(h), amsgrad=True, foreach=False)),
+        sets=three,
+        convention="torch",
+    )
+    yield from rows_of(
+        "amsgrad-optax",
+        "optax.amsgrad",
+        "amsgrad",
+        lambda h, wd: run_optax(lambda lr: optax.amsgrad(lr, **h)),
+        sets=three,
+        convention="optax",
+    )
+    yield from rows_of(
+        "amsgrad-keras",
+        "keras.optimizers.Adam(amsgrad=True)",
+        "amsgrad",
+        lambda h, wd: run_keras(lambda: keras.optimizers.Adam(**keras_options(h), amsgrad=True)),
+        sets=three,
+        convention="keras",
+    )
+    raw = {"bias_correction_mu": False, "bias_correction_nu": False}
+    yield from rows_of(
+        "amsgrad-paper",
+        "optax.amsgrad(bias_correction_mu=False, bias_correction_nu=False)",
+        "amsgrad",
+        lambda h, wd: run_optax(lambda lr: optax.amsgrad(lr, **h, **raw)),
+        sets=three,
+        convention="paper",
+    )
+    with_b3 = {
+        label: h | {"b3": b3} for (label, h), b3 in zip(BOTH.items(), (0.999, 0.95), strict=True)
+    }
+    for name, source, optimizer in (
+        ("adamod-package", "adamod.AdaMod", AdaMod),
+        ("adamod-torch_optimizer", "torch_optimizer.AdaMod", torch_optimizer.AdaMod),
+    ):
+        yield from rows_of(
+            name,
+            source,
             "adamod",
-            pair | {"weight_decay": 1.0},
-            decayed,
-            True,
+            lambda h, wd, o=optimizer: run_torch(
+                lambda p: o(p, **torch_options(h), beta3=h["b3"], **wd)
+            ),
+            sets=with_b3,
+            decay=1.0,
         )
-        add(
-            f"adamod-torch_optimizer-{label}",
-            "torch_optimizer.AdaMod",
-            "adamod",
-            pair,
-            run_torch(lambda p, h=h, b3=b3: torch_optimizer.AdaMod(p, lr=lr, beta3=b3, **betas(h))),
-        )
-        add(
-            f"adamod-paper-schedule-{label}",
-            "optax.tree functions in the order of the paper",
-            "adamod",
-            pair | {"convention": "paper"},
-            adamod_paper(lr, **pair),
-            True,
-        )
-
-    for label, h in both.items():
-        pair = {"b1": h["b1"], "b2": h["b2"], "eps": h["eps"]}
-        add(
-            f"diffgrad-v2-{label}",
-            "shivram1987/diffGrad diffGrad_v2.py",
-            "diffgrad",
-            pair,
-            run_torch(lambda p, h=h: diffgrad_v2(p, lr=lr, **betas(h))),
-        )
-        add(
-            f"diffgrad-v2-decay-schedule-{label}",
-            "shivram1987/diffGrad diffGrad_v2.py",
-            "diffgrad",
-            pair | {"weight_decay": 0.1},
-            run_torch(lambda p, h=h: diffgrad_v2(p, lr=lr, weight_decay=0.1, **betas(h))),
-            True,
-        )
-        add(
-            f"diffgrad-torch_optimizer-{label}",
-            "torch_optimizer.DiffGrad",
-            "diffgrad",
-            pair,
-            run_torch(lambda p, h=h: torch_optimizer.DiffGrad(p, lr=lr, **betas(h))),
-        )
-        for version, friction in ((1, "signed"), (2, "wide")):
-            add(
-                f"diffgrad-{friction}-{label}",
-                f"{lessw} diffgrad/diffgrad.py version={version}",
-                "diffgrad",
-                pair | {"friction": friction},
-                run_torch(
-                    lambda p, h=h, v=version: diffgrad_versions(p, lr=lr, version=v, **betas(h))
-                ),
+    yield from rows_of(
+        "adamod-paper",
+        "optax.tree functions in the order of the paper",
+        "adamod",
+        lambda h, wd: run_optax(
+            lambda lr: optax.chain(
+                adamod_paper(lr, **h),
+                optax.add_decayed_weights(lambda t: wd.get("weight_decay", 0.0) * lr(t)),
+                optax.scale(-1.0),
             )
-        memory = 1000 if label == "defaults" else 20
-        for version, friction in enumerate(("absolute", "signed", "wide")):
-            add(
-                f"diffmod-{friction}-{label}",
-                f"{lessw} diffmod/diffmod.py version={version}",
-                "diffmod",
-                pair | {"friction": friction, "len_memory": memory},
-                run_torch(
-                    lambda p, h=h, v=version, n=memory: diffmod(
-                        p, lr=lr, version=v, len_memory=n, **betas(h)
-                    )
-                ),
-            )
-        add(
-            f"diffmod-average-decay-schedule-{label}",
-            f"{lessw} diffmod/diffmod.py average_step=True",
+        ),
+        sets=with_b3,
+        decay=1.0,
+        convention="paper",
+    )
+    diffgrad = load(shivram1987 / "diffGrad_v2.py", "diffgrad")
+    for name, source, optimizer in (
+        ("diffgrad-v2", f"{SHIVRAM} diffGrad_v2.py", diffgrad),
+        ("diffgrad-torch_optimizer", "torch_optimizer.DiffGrad", torch_optimizer.DiffGrad),
+    ):
+        yield from rows_of(
+            name,
+            source,
+            "diffgrad",
+            lambda h, wd, o=optimizer: run_torch(lambda p: o(p, **torch_options(h), **wd)),
+            decay=0.1,
+        )
+    versions = load(lessw2020 / "diffgrad/diffgrad.py", "DiffGrad")
+    for version, friction in ((1, "signed"), (2, "wide")):
+        yield from rows_of(
+            f"diffgrad-{friction}",
+            f"{LESSW} diffgrad/diffgrad.py version={version}",
+            "diffgrad",
+            lambda h, wd, v=version: run_torch(
+                lambda p: versions(p, **torch_options(h), **wd, version=v)
+            ),
+            decay=0.1,
+            friction=friction,
+        )
+    with_memory = {
+        label: h | {"len_memory": n} for (label, h), n in zip(BOTH.items(), (1000, 20), strict=True)
+    }
+    diffmod = load(lessw2020 / "diffmod/diffmod.py", "DiffMod")
+    for name, theirs, ours in (
+        ("absolute", {"version": 0}, {"friction": "absolute"}),
+        ("signed", {"version": 1}, {"friction": "signed"}),
+        ("wide", {"version": 2}, {"friction": "wide"}),
+        ("average", {"average_step": True}, {"average": True}),
+    ):
+        yield from rows_of(
+            f"diffmod-{name}",
+            f"{LESSW} diffmod/diffmod.py {theirs}",
             "diffmod",
-            pair | {"len_memory": memory, "average": True, "weight_decay": 1.0},
-            run_torch(
-                lambda p, h=h, n=memory: diffmod(
-                    p, lr=lr, len_memory=n, average_step=True, weight_decay=1.0, **betas(h)
-                )
+            lambda h, wd, o=theirs: run_torch(
+                lambda p: diffmod(p, **torch_options(h), len_memory=h["len_memory"], **wd, **o)
             ),
-            True,
+            sets=with_memory,
+            decay=1.0,
+            **ours,
         )
-    return found
 
 
 def load(path: pathlib.Path, name: str) -> Any:
@@ -400,26 +401,18 @@ def main() -> None:
     parser.add_argument("--shivram1987", type=pathlib.Path, required=True)
     paths = parser.parse_args()
     warnings.filterwarnings("ignore", message="This overload of")  # old torch signatures
-    lessw = "lessw2020/Best-Deep-Learning-Optimizers"
     versions = {
-        name: importlib.metadata.version(name.partition(".")[0])
+        name: importlib.metadata.version(name)
         for name in ("torch", "optax", "keras", "adamod", "torch_optimizer")
     }
-    versions[lessw] = commit(paths.lessw2020)
-    versions["shivram1987/diffGrad"] = commit(paths.shivram1987)
+    versions |= {LESSW: commit(paths.lessw2020), SHIVRAM: commit(paths.shivram1987)}
     g = gradients()
-    table = rows(
-        lessw,
-        load(paths.shivram1987 / "diffGrad_v2.py", "diffgrad"),
-        load(paths.lessw2020 / "diffmod/diffmod.py", "DiffMod"),
-        load(paths.lessw2020 / "diffgrad/diffgrad.py", "DiffGrad"),
-    )
     arrays, manifest = {"gradients": g}, []
-    for row in table:
+    for row in rows(paths.lessw2020, paths.shivram1987):
         with contextlib.redirect_stdout(None):  # some of the classes print when constructed
             record = row.record(g)
         arrays |= {f"{row.name}/{key}": value for key, value in record.items()}
-        package = next(name for name in versions if row.source.startswith(name))
+        package = max((name for name in versions if row.source.startswith(name)), key=len)
         manifest.append(
             {
                 "name": row.name,
@@ -432,7 +425,7 @@ def main() -> None:
         )
     np.savez_compressed(HERE / "core.npz", **arrays)
     (HERE / "core.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{len(table)} rows, {(HERE / 'core.npz').stat().st_size / 1e6:.2f} MB")
+    print(f"{len(manifest)} rows, {(HERE / 'core.npz').stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
