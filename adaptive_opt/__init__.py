@@ -1,26 +1,64 @@
 """Adaptive optimizers for JAX and Optax, each a list of stages that reads like its paper.
 
-The recipes (``adam``, ``adamw``, ``amsgrad``, ``adamod``, ``diffgrad``, ``diffmod``) are ordinary
-optax optimizers. What they are made of is public too: ``describe`` shows it, ``adaptive`` puts
-stages together anew, ``stage`` makes a new one.
+The recipes (``adam`` to ``sgdw``) are ordinary optax optimizers. What they are made of is public
+too: ``describe`` shows it, ``adaptive`` puts stages together anew, ``stage`` makes a new one.
 """
 
 from adaptive_opt.adam import scale_by_adam
 from adaptive_opt.bracket import AdaptiveState, OpenStepState, adaptive, close_step, open_step
+from adaptive_opt.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.describe import Description, describe
 from adaptive_opt.friction import diffgrad_friction
+from adaptive_opt.groups import (
+    Group,
+    ParameterGroups,
+    decay_mask,
+    gradual_unfreezing,
+    layerwise_learning_rates,
+)
+from adaptive_opt.lookahead import LookaheadState, lookahead, ranger
 from adaptive_opt.moments import (
     amsgrad_max,
+    centered_moment,
     debias,
     first_moment,
+    heavy_ball,
+    infinity_moment,
+    nadam_moment,
     nesterov_moment,
     second_moment,
+    sum_of_squares,
 )
-from adaptive_opt.rates import adamod_momental_bound, debias_rate, per_weight_rate, scale_rate
-from adaptive_opt.recipes import adam, adamod, adamw, amsgrad, diffgrad, diffmod
+from adaptive_opt.rates import (
+    adabound_dynamic_bound,
+    adadelta_units,
+    adamod_momental_bound,
+    apply_rate,
+    debias_rate,
+    inverse_rate,
+    per_weight_rate,
+    radam_rectifier,
+    scale_rate,
+    uniform_rate,
+)
+from adaptive_opt.recipes import (
+    adabound,
+    adam,
+    adamod,
+    adamw,
+    amsbound,
+    amsgrad,
+    diffgrad,
+    diffmod,
+    nadam,
+    nadamw,
+    radam,
+)
+from adaptive_opt.schedules import OneCycle, normalized_weight_decay, one_cycle, warm_restarts
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
 from adaptive_opt.weight_decay import (
+    decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
     scale_by_learning_rate,
@@ -29,13 +67,37 @@ from adaptive_opt.weight_decay import (
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
-    # Optimizers.
+    # Optimizers: Adam and its kin.
     "adam",
     "adamw",
     "amsgrad",
     "adamod",
     "diffgrad",
     "diffmod",
+    "adabound",
+    "amsbound",
+    "radam",
+    "nadam",
+    "nadamw",
+    # Optimizers: what came before and beside.
+    "sgd",
+    "sgdw",
+    "rmsprop",
+    "adagrad",
+    "adadelta",
+    "adamax",
+    # Around an optimizer.
+    "lookahead",
+    "ranger",
+    "ParameterGroups",
+    "Group",
+    "decay_mask",
+    "layerwise_learning_rates",
+    "gradual_unfreezing",
+    # Schedules that optax does not have.
+    "one_cycle",
+    "warm_restarts",
+    "normalized_weight_decay",
     # Putting one together.
     "adaptive",
     "open_step",
@@ -44,18 +106,30 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     # Stages, in the order in which a listing uses them.
     "scale_by_adam",
     "first_moment",
+    "heavy_ball",
     "second_moment",
+    "sum_of_squares",
+    "infinity_moment",
+    "centered_moment",
+    "amsgrad_max",
     "debias",
     "nesterov_moment",
-    "amsgrad_max",
+    "nadam_moment",
     "per_weight_rate",
-    "scale_rate",
+    "inverse_rate",
+    "uniform_rate",
     "debias_rate",
+    "scale_rate",
+    "adadelta_units",
+    "radam_rectifier",
     "adamod_momental_bound",
+    "adabound_dynamic_bound",
+    "apply_rate",
     "diffgrad_friction",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",
+    "decoupled_l1_decay",
     "scale_by_learning_rate",
     # Writing a new stage, and the types one meets.
     "stage",
@@ -63,5 +137,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "RateRule",
     "AdaptiveState",
     "OpenStepState",
+    "LookaheadState",
+    "OneCycle",
     "Description",
 ]

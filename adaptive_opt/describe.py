@@ -108,6 +108,21 @@ def recipe(factory: Callable[P, Tx]) -> Callable[P, Tx]:
     return _named_after(factory, parts=None)
 
 
+def described_around(factory: Callable[P, Tx]) -> Callable[P, Tx]:
+    """The same for a function that wraps its first argument, which is described as its part."""
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Tx:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        (_, inner), *settings = given.arguments.items()
+        wrapper = factory(*args, **kwargs)
+        return describe_as(wrapper, factory.__name__, dict(settings), parts=(inner,))
+
+    return make
+
+
 def _named_after(factory: Callable[P, Tx], parts: tuple[()] | None) -> Callable[P, Tx]:
     signature = inspect.signature(factory)
 

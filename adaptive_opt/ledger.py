@@ -13,7 +13,7 @@ FIELDS: tuple[Field, ...] = ("gradient", "direction", "second_moment", "rate")
 
 _WHERE_IT_COMES_FROM = {
     "second_moment": "second_moment(b2) or scale_by_adam(...)",
-    "rate": "per_weight_rate(eps) or scale_by_adam(...)",
+    "rate": "per_weight_rate(eps) or scale_by_adam(...), and before apply_rate()",
 }
 
 
@@ -29,6 +29,7 @@ class Declaration:
     fixes_rate: bool
     bounds_rate: bool
     raw: tuple[Field, ...]
+    consumes: tuple[Field, ...]
     buffer: str | None
 
 
@@ -74,8 +75,8 @@ class Ledger:
             self._require_biased(stage, field, decay)
         if stage.debiases and "rate" in stage.replaces and self.rate_bounded_by is not None:
             raise ValueError(
-                f"{stage.name} corrects a rate that {self.rate_bounded_by} has bounded already. Put"
-                f" {stage.name} before {self.rate_bounded_by}."
+                f"{stage.name} corrects a rate on which {self.rate_bounded_by} has acted already."
+                f" Put {stage.name} before {self.rate_bounded_by}."
             )
         for field in stage.raw:
             if field in self.changed:
@@ -131,11 +132,14 @@ class Ledger:
             decays[field] = (*decays.get(field, ()), decay)
         averaged = set(stage.biases)
         changed = (set(stage.replaces) & set(self.decays)) - averaged - set(stage.debiases)
+        used_up = "rate" in stage.consumes
+        fixed_by = stage.name if stage.fixes_rate else self.rate_fixed_by
+        bounded_by = stage.name if stage.bounds_rate else self.rate_bounded_by
         return Ledger(
-            filled=self.filled | set(stage.replaces),
-            rate_fixed_by=stage.name if stage.fixes_rate else self.rate_fixed_by,
-            rate_bounded_by=stage.name if stage.bounds_rate else self.rate_bounded_by,
-            decays=decays,
+            filled=(self.filled | set(stage.replaces)) - set(stage.consumes),
+            rate_fixed_by=None if used_up else fixed_by,
+            rate_bounded_by=None if used_up else bounded_by,
+            decays={k: v for k, v in decays.items() if k not in stage.consumes},
             changed=frozenset((self.changed - averaged) | changed),
             buffers=self.buffers | ({stage.buffer} if stage.buffer else set()),
         )

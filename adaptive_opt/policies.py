@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ Tree: TypeAlias = Any
 
 Hyperparameter: TypeAlias = float | jax.Array | optax.Schedule
 """A number, a scalar array (traced or not), or a schedule ``step -> scalar``."""
+
+Scope: TypeAlias = Literal["weight", "tensor", "tree"]
+"""What has a number of its own: every weight, every tensor, or the tree as a whole."""
 
 T = TypeVar("T")
 
@@ -68,18 +71,28 @@ def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
     return asked
 
 
-def zeros_like(params: Tree, dtype: Callable[[np.dtype], DTypeLike]) -> Tree:
-    """Zeros in the shape, and on the devices, of the parameters; ``dtype`` maps their dtypes."""
+def full_like(
+    params: Tree, value: Any, dtype: Callable[[np.dtype], DTypeLike], scope: Scope = "weight"
+) -> Tree:
+    """``value`` in the shape, and on the devices, of the parameters; ``dtype`` maps their dtypes.
 
-    def zeros(path: Any, param: Any) -> jax.Array:
+    A scalar for each parameter with the scope "tensor", a single one with "tree".
+    """
+
+    def full(path: Any, param: Any) -> jax.Array:
         try:
-            return jnp.zeros_like(param, dtype=dtype(dtype_of(param)))
+            chosen = dtype(dtype_of(param))
         except TypeError as error:
-            raise TypeError(
-                f"at {jax.tree_util.keystr(path) or 'the only leaf'}: {error}"
-            ) from None
+            where = jax.tree_util.keystr(path) or "the only leaf"
+            raise TypeError(f"at {where}: {error}") from None
+        if scope == "weight":
+            return jnp.full_like(param, value, dtype=chosen)
+        return jnp.full((), value, chosen)
 
-    return jax.tree_util.tree_map_with_path(zeros, params)
+    if scope == "tree":
+        dtypes = [dtype(dtype_of(p)) for p in jax.tree.leaves(params)] or [dtype(np.dtype("f4"))]
+        return jnp.full((), value, max(dtypes, key=lambda d: np.dtype(d).itemsize))
+    return jax.tree_util.tree_map_with_path(full, params)
 
 
 def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalars: Any) -> Tree:
@@ -191,6 +204,13 @@ def value_at(hyperparameter: Hyperparameter, count: jax.Array) -> Any:
     return hyperparameter
 
 
+def scaled(hyperparameter: Hyperparameter, factor: Any) -> Hyperparameter:
+    """A hyperparameter times a number, whether it is a number itself or a schedule."""
+    if callable(hyperparameter):
+        return lambda step: hyperparameter(step) * factor
+    return hyperparameter * factor
+
+
 def check_decay(**values: Any) -> None:
     """Each value is the decay of a moving average: in [0, 1)."""
     for name, value in values.items():
@@ -201,6 +221,12 @@ def check_nonnegative(**values: Any) -> None:
     """Each value is finite and at least 0."""
     for name, value in values.items():
         _check(name, value, lambda x: 0 <= x < math.inf, "finite and at least 0")
+
+
+def check_positive(**values: Any) -> None:
+    """Each value is finite and greater than 0."""
+    for name, value in values.items():
+        _check(name, value, lambda x: 0 < x < math.inf, "finite and greater than 0")
 
 
 def check_at_least_one(**values: Any) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.moments import bias_correction, moving_average
+from adaptive_opt.moments import absolute_square, bias_correction, divided, moving_average
 from adaptive_opt.policies import (
     Hyperparameter,
+    Scope,
     check_at_least_one,
     check_decay,
     check_nonnegative,
+    check_positive,
 )
-from adaptive_opt.stage import stage
+from adaptive_opt.stage import Stage, compose, stage
 from adaptive_opt.step import RateRule
 
 
@@ -39,7 +43,83 @@ def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> Any:
     [0.75]
     """
     check_nonnegative(eps=eps, eps_root=eps_root)
-    return lambda step: step.replace(rate=RateRule(eps, eps_root))
+    rule = RateRule(
+        lambda v, *, eps, eps_root: jnp.sqrt(v + eps_root) + eps,
+        {"eps": eps, "eps_root": eps_root},
+    )
+    return lambda step: step.replace(rate=rule)
+
+
+@stage(reads=("second_moment",), replaces=("rate",), fixes_rate=False)
+def inverse_rate(eps: Hyperparameter = 0.0) -> Any:
+    """The rate of every weight without a root: ``1 / (u_t + eps)``; for ``infinity_moment``.
+
+    Reads ``second_moment``, sets ``rate``, as a rule, like ``per_weight_rate``. Remembers nothing.
+    Adamax (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 2).
+
+    Args:
+      eps: in the units of u; at least 0.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, infinity_moment, inverse_rate
+    >>> rule = adaptive(infinity_moment(0.9), inverse_rate(eps=1.0))
+    >>> print(rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))[0].round(4))
+    [0.75]
+    """
+    check_nonnegative(eps=eps)
+    rule = RateRule(lambda u, *, eps: u + eps, {"eps": eps})
+    return lambda step: step.replace(rate=rule)
+
+
+@stage(replaces=("rate",))
+def uniform_rate(learning_rate: Hyperparameter) -> Any:
+    """The same rate for every weight: the learning rate.
+
+    Sets ``rate``, as values. Remembers nothing. For SGD with the learning rate inside its momentum.
+
+    Args:
+      learning_rate: a number of at least 0, or a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, uniform_rate
+    >>> rule = adaptive(uniform_rate(0.5))
+    >>> print(rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))[0].round(4))
+    [1.5]
+    """
+    check_nonnegative(learning_rate=learning_rate)
+
+    def line(step):
+        lr = step.at(learning_rate)
+        rate = step.map(
+            lambda g, *, lr: jnp.asarray(lr, jnp.finfo(g.dtype).dtype), step.gradient, lr=lr
+        )
+        return step.replace(rate=rate)
+
+    return line
+
+
+@stage(
+    reads=("direction", "rate"),
+    replaces=("direction",),
+    consumes=("rate", "second_moment"),
+)
+def apply_rate() -> Any:
+    """Takes the step that the rate says, ahead of the stages that follow: ``d_t * rate_t``.
+
+    Reads ``direction`` and ``rate``, replaces ``direction``; rate and second moment are not set
+    after it. Remembers nothing. For a momentum of steps and not of gradients (RMSprop's).
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, apply_rate, heavy_ball, uniform_rate
+    >>> rule = adaptive(uniform_rate(0.5), apply_rate(), heavy_ball(0.9))
+    >>> print(rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))[0].round(4))
+    [1.5]
+    """
+
+    def line(step):
+        return step.replace(direction=step.map(jnp.multiply, step.direction, step.rate))
+
+    return line
 
 
 @stage(reads=("rate",), replaces=("rate",))
@@ -67,18 +147,20 @@ def scale_rate(factor: Hyperparameter) -> Any:
     return line
 
 
-@stage(reads=("rate",), replaces=("rate",), debiases={"direction": "b1", "second_moment": "b2"})
-def debias_rate(b1: Hyperparameter, b2: Hyperparameter) -> Any:
-    """Both bias corrections in the rate: ``rate_t * sqrt(1 - b2^t) / (1 - b1^t)``.
+def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -> Stage:
+    """Bias corrections in the rate: ``rate_t / (1 - b1^t)`` and ``rate_t * sqrt(1 - b2^t)``.
 
     Reads and replaces ``rate``; from here on it is values. Remembers nothing. In place of
     ``debias(b1, b2)`` this is the eps-hat form of Adam: eps counts as ``eps / sqrt(1 - b2^t)``, 32
     times more at the first step for b2 = 0.999. It is the form of Keras, of AdaMod's and diffGrad's
-    released code (end of section 2 of Kingma & Ba 2015, arXiv:1412.6980).
+    released code (end of section 2 of Kingma & Ba 2015, arXiv:1412.6980). It must come before
+    stages that bound or average the rate.
 
     Args:
       b1: the decay given to ``first_moment``, in [0, 1), or a schedule of it.
       b2: the decay given to ``second_moment``, likewise.
+
+    ValueError if neither is given, or if there is no such average, or it is corrected already.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, debias_rate, first_moment, per_weight_rate, second_moment
@@ -87,11 +169,35 @@ def debias_rate(b1: Hyperparameter, b2: Hyperparameter) -> Any:
     >>> print(rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))[0].round(4))
     [1.]
     """
-    check_decay(b1=b1, b2=b2)
+    if b1 is None and b2 is None:
+        raise ValueError("debias_rate needs b1, b2 or both, the decays of the averages.")
+    first = () if b1 is None else (_debias_rate_of_direction(b1),)
+    second = () if b2 is None else (_debias_rate_of_second_moment(b2),)
+    return compose("debias_rate", {"b1": b1, "b2": b2}, *first, *second)
+
+
+@stage(reads=("rate",), replaces=("rate",), debiases={"direction": "b1"}, called="debias_rate(b1)")
+def _debias_rate_of_direction(b1: Hyperparameter) -> Any:
+    check_decay(b1=b1)
 
     def line(step):
-        correction = jnp.sqrt(bias_correction(b2, step)) / bias_correction(b1, step)
-        return step.replace(rate=step.map(_times, step.rate, factor=correction))
+        return step.replace(rate=step.map(divided, step.rate, by=bias_correction(b1, step)))
+
+    return line
+
+
+@stage(
+    reads=("rate",),
+    replaces=("rate",),
+    debiases={"second_moment": "b2"},
+    called="debias_rate(b2)",
+)
+def _debias_rate_of_second_moment(b2: Hyperparameter) -> Any:
+    check_decay(b2=b2)
+
+    def line(step):
+        root = jnp.sqrt(bias_correction(b2, step))
+        return step.replace(rate=step.map(_times, step.rate, factor=root))
 
     return line
 
@@ -106,12 +212,13 @@ def decay_of_memory(steps: Hyperparameter) -> Hyperparameter:
     return (lambda count: 1 - 1 / steps(count)) if callable(steps) else 1 - 1 / steps
 
 
-@stage(reads=("rate",), replaces=("rate",), keeps="rate", bounds_rate=True)
+@stage(reads=("rate",), replaces=("rate",), keeps="rate", scope=None, bounds_rate=True)
 def adamod_momental_bound(
     b3: Hyperparameter | None = None,
     *,
     len_memory: Hyperparameter | None = None,
     average: bool = False,
+    scope: Scope | None = None,
     name: str = "rate_ema",
     dtype: DTypeLike | None = None,
 ) -> Any:
@@ -127,7 +234,9 @@ def adamod_momental_bound(
       len_memory: the same as a number of steps n >= 1, meaning ``b3 = 1 - 1/n``. Not with ``b3``.
       average: follow ``(rate_t + s_t) / 2`` instead of the smaller (``average_step`` of DiffMod's
         published code).
-      name: the name of its buffer ``rate_ema``: one real array per parameter, zeros at first.
+      scope: that of ``second_moment``, which a bracket knows; in a flat chain say it again, or the
+        buffer has the full shape.
+      name: the name of its buffer ``rate_ema``: real, zeros at first, in the shape of the rate.
       dtype: the buffer's dtype, float32 at least, as 1/eps overflows anything smaller.
 
     >>> import jax.numpy as jnp
@@ -150,5 +259,154 @@ def adamod_momental_bound(
         rate_ema = step.map(moving_average, step.rate, rate_ema, decay=step.at(decay))
         bounded = (lambda r, s: (r + s) / 2) if average else jnp.minimum
         return step.replace(rate=step.map(bounded, step.rate, rate_ema)), rate_ema
+
+    return line
+
+
+@stage(reads=("rate",), replaces=("rate",), bounds_rate=True)
+def adabound_dynamic_bound(
+    final_learning_rate: Hyperparameter = 0.1, gamma: Hyperparameter = 1e-3
+) -> Any:
+    """Every rate between two bounds that close on one: from Adam, in the course of time, to SGD.
+
+    ``clip(rate_t, f (1 - 1/(gamma t + 1)), f (1 + 1/(gamma t)))`` with the final rate ``f``. Reads
+    and replaces ``rate``, which must include the learning rate. Remembers nothing. AdaBound (Luo,
+    Xiong, Liu & Sun 2019, arXiv:1902.09843), with the bounds of its released code.
+
+    Args:
+      final_learning_rate: f, at least 0, in units of the parameters per unit of gradient, or a
+        schedule of it.
+      gamma: how fast the bounds close, greater than 0, per step; ``1 / gamma`` steps halve the
+        lower bound's distance.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adabound_dynamic_bound, adaptive, per_weight_rate, second_moment
+    >>> rule = adaptive(second_moment(0.0), per_weight_rate(0.0), adabound_dynamic_bound(0.5, 1.0))
+    >>> print(rule.update(jnp.array([10.0, 0.5]), rule.init(jnp.zeros(2)))[0].round(4))
+    [2.5 0.5]
+    """
+    check_nonnegative(final_learning_rate=final_learning_rate)
+    check_positive(gamma=gamma)
+
+    def line(step):
+        t = jnp.asarray(step.count, float) * step.at(gamma)
+        final = step.at(final_learning_rate)
+        bounds = {"low": final * (1 - 1 / (t + 1)), "high": final * (1 + 1 / t)}
+        clipped = step.map(lambda r, *, low, high: jnp.clip(r, low, high), step.rate, **bounds)
+        return step.replace(rate=clipped)
+
+    return line
+
+
+# The coefficients of h(x) = 1/expm1(x) - 1/x + 1/2 in x, x^3, x^5, ...: Bernoulli's B_2k / (2k)!.
+_H = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000)
+
+
+def simple_average_length(b2: Any, count: Any) -> Any:
+    """RAdam's rho_t: the length of a simple average as reliable as the moving one after t steps.
+
+    ``2/(1 - b2) - 1 - 2 t b2^t / (1 - b2^t)`` as it stands is a difference of numbers of the size
+    of 2000 that is of the size of 5. With ``a = -log(b2)`` it equals ``t (1 - 2 h(a t)) + 2 h(a)``,
+    where nothing cancels as long as ``a t`` is small; later the first form is good.
+    """
+    a = -jnp.log(jnp.asarray(b2, float)) if isinstance(b2, jax.Array) else -math.log(b2)
+    t = jnp.asarray(count, float)
+    x = a * t
+
+    def h(x: Any) -> Any:
+        square, value = x * x, 0.0
+        for coefficient in reversed(_H):
+            value = coefficient + square * value
+        return x * value
+
+    early = t * (1 - 2 * h(jnp.minimum(x, 0.5))) + 2 * h(a)
+    return jnp.where(x < 0.5, early, 2 / (1 - b2) - 1 - 2 * t / jnp.expm1(x))
+
+
+@stage(reads=("rate",), replaces=("rate",), bounds_rate=True)
+def radam_rectifier(
+    b2: Hyperparameter, *, threshold: float = 5.0, unrectified_rate: float = 1.0
+) -> Any:
+    """The rate times RAdam's ``r_t`` once the second moment can be relied on; a fixed rate before.
+
+    With ``rho_t`` the length of the average behind v_t and ``rho_inf = 2/(1 - b2) - 1`` its limit,
+    ``r_t = sqrt((rho_t - 4)(rho_t - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho_t))`` where
+    ``rho_t >= threshold``. Reads and replaces ``rate``. Remembers nothing. rho is computed so that
+    nothing cancels: in float32 the factor is within 1e-6 of the rule, where a literal transcription
+    is off by 6e-3 at steps 6 and 7. RAdam (Liu et al. 2020, arXiv:1908.03265, Algorithm 2).
+
+    Args:
+      b2: the decay given to ``second_moment``, in (0, 1), or a schedule of it.
+      threshold: at least 4, below which r_t is not defined; 5 in every public implementation.
+      unrectified_rate: the rate below the threshold: 1 follows the direction (PyTorch, optax), 0
+        stands still (the authors' code).
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, per_weight_rate, radam_rectifier, second_moment
+    >>> rule = adaptive(second_moment(0.9), per_weight_rate(eps=0.0), radam_rectifier(0.9))
+    >>> print(rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))[0].round(4))
+    [3.]
+    """
+    check_decay(b2=b2)
+    check_positive(b2=b2)
+    check_nonnegative(unrectified_rate=unrectified_rate)
+    if threshold < 4:
+        raise ValueError(f"threshold must be at least 4, where r_t is defined, got {threshold}.")
+
+    def line(step):
+        b = step.at(b2)
+        rho, limit = simple_average_length(b, step.count), 2 / (1 - b) - 1
+        reliable = rho >= threshold
+        rho, limit = jnp.where(reliable, rho, 5.0), jnp.where(reliable, limit, 5.0)
+        r = jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
+        rectified = step.map(
+            lambda rate, *, r, below, reliable: jnp.where(reliable, rate * r, below),
+            step.rate,
+            r=r,
+            below=unrectified_rate,
+            reliable=reliable,
+        )
+        return step.replace(rate=rectified)
+
+    return line
+
+
+@stage(reads=("direction", "rate"), replaces=("rate",), keeps="second_moment", bounds_rate=True)
+def adadelta_units(
+    b2: Hyperparameter,
+    eps: Hyperparameter,
+    *,
+    name: str = "step_ema",
+    dtype: DTypeLike | None = None,
+) -> Any:
+    """The rate in the units of the parameters: times the size of the recent steps.
+
+    ``rate_t sqrt(s_{t-1} + eps)`` with ``s_t = b2 s_{t-1} + (1 - b2) |step_t|^2``, where the step
+    is the direction times this rate. Reads ``direction`` and ``rate``, replaces ``rate``. AdaDelta
+    (Zeiler 2012, arXiv:1212.5701, Algorithm 1).
+
+    Args:
+      b2: decay in [0, 1), or a schedule of it.
+      eps: added under the root, in the units of a squared step; the first step is of size
+        ``sqrt(eps)``.
+      name: the name of its buffer ``step_ema``: one real array per parameter, zeros at first.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adadelta_units, adaptive, per_weight_rate, second_moment
+    >>> rule = adaptive(second_moment(0.0), per_weight_rate(eps=0.0), adadelta_units(0.9, 0.25))
+    >>> print(rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))[0].round(4))
+    [0.5]
+    """
+    check_decay(b2=b2)
+    check_nonnegative(eps=eps)
+
+    def line(step, step_ema):
+        rate = step.map(
+            lambda r, s, *, eps: r * jnp.sqrt(s + eps), step.rate, step_ema, eps=step.at(eps)
+        )
+        squares = step.map(lambda d, r: absolute_square(d * r), step.direction, rate)
+        step_ema = step.map(moving_average, squares, step_ema, decay=step.at(b2))
+        return step.replace(rate=rate), step_ema
 
     return line

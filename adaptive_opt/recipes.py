@@ -11,6 +11,9 @@ the value and the range.
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
@@ -18,9 +21,32 @@ from adaptive_opt.adam import scale_by_adam
 from adaptive_opt.bracket import adaptive
 from adaptive_opt.describe import recipe
 from adaptive_opt.friction import diffgrad_friction
-from adaptive_opt.moments import amsgrad_max, debias, first_moment, second_moment
-from adaptive_opt.policies import Hyperparameter, check_nonnegative, choose
-from adaptive_opt.rates import adamod_momental_bound, debias_rate, per_weight_rate, scale_rate
+from adaptive_opt.moments import (
+    amsgrad_max,
+    debias,
+    first_moment,
+    nadam_moment,
+    second_moment,
+)
+from adaptive_opt.policies import (
+    Hyperparameter,
+    check_nonnegative,
+    check_positive,
+    choose,
+    is_number,
+    is_zero,
+    scaled,
+    value_at,
+)
+from adaptive_opt.rates import (
+    adabound_dynamic_bound,
+    adamod_momental_bound,
+    debias_rate,
+    per_weight_rate,
+    radam_rectifier,
+    scale_rate,
+    simple_average_length,
+)
 from adaptive_opt.weight_decay import (
     Mask,
     decoupled_weight_decay,
@@ -54,7 +80,7 @@ def adam(
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
         ``scale_by_adam``.
       nesterov: look one step ahead, as in ``optax.nadam``; not with "keras".
-      convention: "torch" (also "paper"): equals ``torch.optim.Adam`` and ``optax.adam``.
+      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam`` and ``optax.adam``.
         "keras": the eps-hat form, ``lr sqrt(1 - b2^t) / (1 - b1^t) m_t / (sqrt(v_t) + eps)``;
         equals ``keras.optimizers.Adam`` given the same eps (its default is 1e-7).
 
@@ -105,7 +131,9 @@ def adamw(
         "keras": the same decay, Adam in the eps-hat form; equals ``keras.optimizers.AdamW``.
         "paper": ``x - eta_t (lr m^_t / (sqrt(v^_t) + eps) + wd x)`` with the multiplier eta from
         ``schedule``: the decay follows it but not the base learning rate, which is then a number.
-      schedule: the multiplier eta_t of the "paper" convention, a schedule; default: 1.
+        With ``warm_restarts`` and ``normalized_weight_decay`` this is AdamWR.
+        "keras-adamw": the same decay, Adam in the eps-hat form; equals the package ``keras-adamw``.
+      schedule: the multiplier eta_t of the last two conventions, a schedule; default: 1.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adamw
@@ -116,21 +144,34 @@ def adamw(
     0.989
     """
     form = _adam_form(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    by_schedule = convention in ("paper", "keras-adamw")
+    return optax.chain(
+        form, *_decay_and_rate(learning_rate, weight_decay, mask, by_schedule, schedule)
+    )
+
+
+def _decay_and_rate(
+    learning_rate: Hyperparameter,
+    weight_decay: Hyperparameter,
+    mask: Mask | None,
+    by_schedule: bool,
+    schedule: optax.Schedule | None,
+) -> tuple[Optimizer, ...]:
+    """Decoupled decay times the learning rate or, by schedule, times the schedule alone."""
     decay = decoupled_weight_decay(weight_decay, mask)
-    if convention != "paper":
+    if not by_schedule:
         if schedule is not None:
             raise ValueError(
-                'schedule= belongs to convention="paper"; under the others give the schedule as'
-                " learning_rate."
+                'schedule= belongs to the conventions "paper" and "keras-adamw"; under the others'
+                " give the schedule as learning_rate."
             )
-        return optax.chain(form, decay, scale_by_learning_rate(learning_rate))
+        return decay, scale_by_learning_rate(learning_rate)
     if callable(learning_rate):
         raise ValueError(
-            'convention="paper" multiplies the base learning rate, but not the decay, by'
+            "this convention multiplies the base learning rate, but not the decay, by"
             " learning_rate: give a number, and its course as schedule=."
         )
-    return optax.chain(
-        form,
+    return (
         scale_by_learning_rate(learning_rate, flip_sign=False),
         decay,
         scale_by_learning_rate(1.0 if schedule is None else schedule),
@@ -163,7 +204,7 @@ def _adam_form(
         debias_rate(b1, b2),
         state_dtype=state_dtype,
     )
-    forms = {"torch": debiased, "paper": debiased, "keras": eps_hat}
+    forms = {"torch": debiased, "paper": debiased, "keras": eps_hat, "keras-adamw": eps_hat}
     return choose("convention", convention, forms)
 
 
@@ -367,4 +408,327 @@ def diffmod(
         ),
         decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
         optax.scale(-1.0),
+    )
+
+
+@recipe
+def adabound(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    final_learning_rate: float = 0.1,
+    gamma: Hyperparameter = 1e-3,
+    base_learning_rate: float | None = None,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: str = "l2",
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam whose rates are clipped ever closer to one: from Adam to SGD with momentum.
+
+    ``x - clip(rate, low_t, high_t) m`` with ``rate = lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) +
+    eps)``. Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' released code
+    (Luolc/AdaBound, package ``adabound`` 0.0.5); the paper has no bias corrections.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      final_learning_rate: where the bounds close, at the base learning rate: a schedule of the
+        learning rate scales it too, by ``lr_t / base_learning_rate``.
+      gamma: how fast they close, greater than 0, per step.
+      base_learning_rate: the learning rate that ``final_learning_rate`` goes with, greater than 0;
+        by default ``learning_rate``, so with a schedule or a traced rate it must be given. (The
+        authors' code divides by the rate at construction, which a warm-up starts at 0.)
+      weight_decay: at least 0.
+      decay: "l2": added to the gradient, as in ``AdaBound``. "decoupled": times the learning rate
+        and its schedule, as in AdamW. "constant": ``- wd x``, times neither, as in the
+        authors' ``AdaBoundW``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adabound
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adabound(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.99
+    """
+    listing = (first_moment(b1), second_moment(b2), per_weight_rate(eps), debias_rate(b1, b2))
+    bounds = (learning_rate, final_learning_rate, gamma, base_learning_rate)
+    return _bounded(listing, *bounds, weight_decay, mask, decay, state_dtype)
+
+
+@recipe
+def amsbound(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    final_learning_rate: float = 0.1,
+    gamma: Hyperparameter = 1e-3,
+    base_learning_rate: float | None = None,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: str = "l2",
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """AdaBound with AMSGrad's maximum over the raw second moment.
+
+    Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' ``AdaBound(amsbound=True)``
+    (Luolc/AdaBound, package ``adabound`` 0.0.5).
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      final_learning_rate, gamma, base_learning_rate, weight_decay, decay: see ``adabound``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import amsbound
+    >>> x = jnp.array([1.0])
+    >>> optimizer = amsbound(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.99
+    """
+    moments = (first_moment(b1), second_moment(b2), amsgrad_max())
+    listing = (*moments, per_weight_rate(eps), debias_rate(b1, b2))
+    bounds = (learning_rate, final_learning_rate, gamma, base_learning_rate)
+    return _bounded(listing, *bounds, weight_decay, mask, decay, state_dtype)
+
+
+def _bounded(
+    listing: tuple[Optimizer, ...],
+    learning_rate: Hyperparameter,
+    final_learning_rate: float,
+    gamma: Hyperparameter,
+    base_learning_rate: float | None,
+    weight_decay: Hyperparameter,
+    mask: Mask | None,
+    decay: str,
+    state_dtype: DTypeLike | None,
+) -> Optimizer:
+    """The listing of AdaBound or AMSBound, its bounds, and its decay where ``decay`` puts it."""
+    check_nonnegative(learning_rate=learning_rate, final_learning_rate=final_learning_rate)
+    if base_learning_rate is None:
+        if not is_number(learning_rate):
+            raise ValueError(
+                "base_learning_rate must be given with a schedule or a traced learning rate: the"
+                " rate at which final_learning_rate is meant, for instance the schedule's peak."
+            )
+        final: Hyperparameter = final_learning_rate
+    else:
+        check_positive(base_learning_rate=base_learning_rate)
+        final = scaled(learning_rate, final_learning_rate / base_learning_rate)
+    bracket = adaptive(
+        *listing,
+        scale_rate(learning_rate),
+        adabound_dynamic_bound(final, gamma),
+        state_dtype=state_dtype,
+    )
+    forms = {
+        "l2": (l2_regularization(weight_decay, mask), bracket),
+        "decoupled": (
+            bracket,
+            decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
+        ),
+        "constant": (bracket, decoupled_weight_decay(weight_decay, mask)),
+    }
+    return optax.chain(*choose("decay", decay, forms), optax.scale(-1.0))
+
+
+@recipe
+def radam(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+    threshold: float = 5.0,
+    *,
+    convention: str = "torch",
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: str | None = None,
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam whose rate is rectified for the unreliable second moment of the first steps.
+
+    Liu et al. 2020, arXiv:1908.03265, Algorithm 2; see ``radam_rectifier``. The conventions differ
+    below the threshold (the first 5 steps at b2 = 0.999) and in what eps is compared with.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      eps_root: added inside the root; at least 0.
+      threshold: the length of average from which on the rate is rectified, at least 4.
+      convention: "torch": below the threshold ``lr m^_t``; eps-hat form; equals
+        ``torch.optim.RAdam``.
+        "optax": below the threshold ``lr m^_t``; ``lr r_t m^_t / (sqrt(v^_t + eps_root) + eps)``;
+        equals ``optax.radam``, whose float32 factor is 0.6 % off at steps 6 and 7 (this one is
+        not). "reference": below the threshold nothing moves, not even by weight decay; eps-hat
+        form;
+        equals the authors' code (LiyuanLucasLiu/RAdam, ``degenerated_to_sgd=False``).
+      weight_decay: at least 0.
+      decay: "l2", added to the gradient (default under "torch"), or "decoupled", times the learning
+        rate (default under the others).
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import radam
+    >>> x = jnp.array([1.0])
+    >>> optimizer = radam(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.97
+    """
+    mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps, eps_root)
+    eps_hat = (mu, nu, debias(b1), rate, debias_rate(b2=b2))
+    listings = {
+        "torch": (*eps_hat, radam_rectifier(b2, threshold=threshold)),
+        "optax": (mu, nu, debias(b1, b2), rate, radam_rectifier(b2, threshold=threshold)),
+        "reference": (*eps_hat, radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)),
+    }
+    bracket = adaptive(*choose("convention", convention, listings), state_dtype=state_dtype)
+    if convention == "reference" and not is_zero(weight_decay):
+        weight_decay = _once_rectified(weight_decay, b2, threshold)
+    forms = {
+        "l2": (l2_regularization(weight_decay, mask), bracket),
+        "decoupled": (bracket, decoupled_weight_decay(weight_decay, mask)),
+    }
+    own = "l2" if convention == "torch" else "decoupled"
+    placed = choose("decay", own if decay is None else decay, forms)
+    return optax.chain(*placed, scale_by_learning_rate(learning_rate))
+
+
+def _once_rectified(
+    weight_decay: Hyperparameter, b2: Hyperparameter, threshold: float
+) -> optax.Schedule:
+    """A weight decay that is 0 as long as RAdam's rate is not rectified."""
+
+    def schedule(step: Any) -> Any:
+        count = step + 1
+        length = simple_average_length(value_at(b2, count), count)
+        return jnp.where(length >= threshold, value_at(weight_decay, count), 0.0)
+
+    return schedule
+
+
+@recipe
+def nadam(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    convention: str = "torch",
+    momentum_decay: Hyperparameter | None = None,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """Adam with Nesterov momentum.
+
+    Dozat 2016, OpenReview OM0jvwB8jIp57ZJjtNEZ.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      eps_root, mu_dtype: see ``scale_by_adam``.
+      convention: "torch": b1 warms up by Dozat's schedule, see ``nadam_moment``, with
+        momentum_decay 0.004; equals ``torch.optim.NAdam``.
+        "keras": the same with momentum_decay 1; equals ``keras.optimizers.Nadam`` given the same
+        eps.
+        "optax": no schedule, see ``nesterov_moment``; equals ``optax.nadam``, in its state too.
+      momentum_decay: how fast b1 warms up, at least 0, per step; default: the convention's.
+      weight_decay: L2, as in ``torch.optim.NAdam``; at least 0. For decoupled decay see ``nadamw``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import nadam
+    >>> x = jnp.array([1.0])
+    >>> optimizer = nadam(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 5)
+    0.98944
+    """
+    form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
+    l2 = (l2_regularization(weight_decay, mask),)
+    if convention == "optax" and is_zero(weight_decay):
+        l2 = ()  # the state of optax.nadam, whose checkpoints this takes
+    return optax.chain(*l2, form, scale_by_learning_rate(learning_rate))
+
+
+@recipe
+def nadamw(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Hyperparameter = 1e-4,
+    mask: Mask | None = None,
+    *,
+    convention: str = "torch",
+    momentum_decay: Hyperparameter | None = None,
+    schedule: optax.Schedule | None = None,
+    state_dtype: DTypeLike | None = None,
+) -> Optimizer:
+    """NAdam with decoupled weight decay.
+
+    Dozat 2016 and Loshchilov & Hutter 2019 (arXiv:1711.05101).
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      eps_root, mu_dtype: see ``scale_by_adam``.
+      weight_decay: a number or a schedule; default 1e-4, as in optax.
+      convention: "torch", "keras" and "optax" as in ``nadam``; equal
+        ``torch.optim.NAdam(decoupled_weight_decay=True)``, ``keras.optimizers.Nadam`` with its
+        ``weight_decay``, and ``optax.nadamw``.
+        "keras-adamw": as "torch", with the decay times ``schedule`` but not times the learning
+        rate; equals ``NadamW`` of the package ``keras-adamw`` in its Keras form. (Its tf.keras form
+        weights m_t by mu_t where this has mu_{t+1}, and puts eps inside the root; not copied.)
+      momentum_decay: see ``nadam``.
+      schedule: the multiplier of "keras-adamw", for instance ``warm_restarts``; default: 1.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import nadamw
+    >>> x = jnp.array([1.0])
+    >>> optimizer = nadamw(1e-2, weight_decay=0.1)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 5)
+    0.98844
+    """
+    form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
+    by_schedule = convention == "keras-adamw"
+    return optax.chain(
+        form, *_decay_and_rate(learning_rate, weight_decay, mask, by_schedule, schedule)
+    )
+
+
+def _nadam_form(
+    b1: Hyperparameter,
+    b2: Hyperparameter,
+    eps: Hyperparameter,
+    eps_root: Hyperparameter,
+    mu_dtype: DTypeLike | None,
+    convention: str,
+    momentum_decay: Hyperparameter | None,
+    state_dtype: DTypeLike | None,
+) -> Optimizer:
+    """NAdam's direction, with Dozat's warm-up of the momentum or without."""
+    if convention == "optax":
+        if momentum_decay is not None:
+            raise ValueError('convention="optax" has no momentum_decay: use "torch" or "keras".')
+        return scale_by_adam(
+            b1, b2, eps, eps_root, mu_dtype, nesterov=True, state_dtype=state_dtype
+        )
+    usual = choose(
+        "convention", convention, {"torch": 0.004, "keras": 1.0, "keras-adamw": 0.004, "optax": 0.0}
+    )
+    return adaptive(
+        first_moment(b1, dtype=mu_dtype),
+        second_moment(b2),
+        nadam_moment(b1, usual if momentum_decay is None else momentum_decay),
+        debias(b2=b2),
+        per_weight_rate(eps, eps_root),
+        state_dtype=state_dtype,
     )

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, ParamSpec
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
@@ -21,7 +22,7 @@ from jax.typing import DTypeLike
 from adaptive_opt import policies
 from adaptive_opt.describe import describe_as
 from adaptive_opt.ledger import FIELDS, Declaration, Field, Ledger
-from adaptive_opt.policies import Tree
+from adaptive_opt.policies import Scope, Tree
 from adaptive_opt.step import AdaptiveStep, RateRule
 
 P = ParamSpec("P")
@@ -33,18 +34,22 @@ _RULES = "_adaptive_opt_rules"
 
 
 class Buffer(NamedTuple):
-    """What a stage remembers: zeros at first, one array per parameter.
+    """What a stage remembers: one array per parameter, or fewer.
 
     ``like`` says which field it holds: the gradient or direction (the parameter's dtype), the
     second moment (real) or the rate (real, float32 at least whatever was asked for). 16-bit
-    parameters get float32 buffers unless ``dtype`` says otherwise.
+    parameters get float32 buffers unless ``dtype`` says otherwise. ``scope`` says whether it holds
+    a number for every weight, for every tensor, or for the tree; None is the scope of the second
+    moment in the same bracket.
     """
 
     name: str
     like: Field
     dtype: DTypeLike | None = None
+    scope: Scope | None = "weight"
+    initial: Any = 0.0
 
-    def init(self, params: Tree, state_dtype: DTypeLike | None) -> Tree:
+    def init(self, params: Tree, state_dtype: DTypeLike | None, scope: Scope) -> Tree:
         asked = self.dtype if self.dtype is not None else state_dtype
 
         def dtype(of_param: Any) -> Any:
@@ -63,7 +68,7 @@ class Buffer(NamedTuple):
                 )
             return chosen
 
-        return policies.zeros_like(params, dtype)
+        return policies.full_like(params, self.initial, dtype, scope)
 
 
 class Rule(NamedTuple):
@@ -78,7 +83,9 @@ class Rule(NamedTuple):
         declared = self.declaration
         ledger = step.ledger.after(declared)
         given = step.replace(rate=step.rate_values()) if "rate" in declared.reads else step
-        arguments = (given,) if self.buffer is None else (given, buffer)
+        scalar = self.buffer is not None and is_scalar_of_tree(buffer, step)
+        shown = step.map(lambda g: buffer, step.gradient) if scalar else buffer
+        arguments = (given,) if self.buffer is None else (given, shown)
         result = self.line(*arguments)
         new, *new_buffers = result if isinstance(result, tuple) else (result,)
         if not isinstance(new, AdaptiveStep) or len(new_buffers) != len(arguments) - 1:
@@ -89,9 +96,13 @@ class Rule(NamedTuple):
         self._check_what_was_replaced(given, new)
         if self.buffer is not None:
             what = f"the buffer {self.buffer.name!r}"
-            buffer = policies.keep_dtype(buffer, new_buffers[0], what)
+            new_buffer = new_buffers[0]
+            if scalar:
+                new_buffer = next(iter(jax.tree.leaves(new_buffer)), None)
+            buffer = policies.keep_dtype(buffer, new_buffer, what)
         if "rate" not in declared.replaces:
             new = new.replace(rate=step.rate)  # a rule again, where only values were read
+        new = new.replace(**dict.fromkeys(declared.consumes))
         return new.replace(ledger=ledger), buffer
 
     def _check_what_was_replaced(self, given: AdaptiveStep, new: AdaptiveStep) -> None:
@@ -108,6 +119,12 @@ class Rule(NamedTuple):
                 f"{declared.name} sets the rate to {'a rule' if declared.fixes_rate else 'values'}:"
                 f" say so with @stage(fixes_rate={not declared.fixes_rate})."
             )
+
+
+def is_scalar_of_tree(buffer: Tree, step: AdaptiveStep) -> bool:
+    """Whether a buffer is one scalar for a tree of several leaves; lines see it at every leaf."""
+    leaf = jax.tree.structure(0)
+    return jax.tree.structure(buffer) == leaf != jax.tree.structure(step.gradient)
 
 
 def run(
@@ -138,9 +155,13 @@ def init_buffers(
     rules: Iterable[Rule], params: Tree, state_dtype: DTypeLike | None = None
 ) -> dict[str, Tree]:
     """The buffers of all the rules before the first step."""
-    return {
-        rule.buffer.name: rule.buffer.init(params, state_dtype) for rule in rules if rule.buffer
-    }
+    buffers, scope = {}, "weight"
+    for buffer in (rule.buffer for rule in rules if rule.buffer):
+        own = buffer.scope or scope
+        buffers[buffer.name] = buffer.init(params, state_dtype, own)
+        if buffer.like == "second_moment":
+            scope = own
+    return buffers
 
 
 def make_stage(
@@ -183,9 +204,12 @@ def stage(
     reads: tuple[Field, ...] = (),
     replaces: tuple[Field, ...] = (),
     keeps: Field | None = None,
+    scope: Scope | None = "weight",
+    initial: float = 0.0,
     biases: Mapping[Field, str] | None = None,
     debiases: Mapping[Field, str] | None = None,
     raw: tuple[Field, ...] = (),
+    consumes: tuple[Field, ...] = (),
     fixes_rate: bool = True,
     bounds_rate: bool = False,
     called: str | None = None,
@@ -202,10 +226,15 @@ def stage(
       replaces: the fields it replaces. A field it replaces without reading must not be set yet.
       keeps: the field its buffer is like, if it keeps one; then the function takes ``name`` and
         ``dtype``, the buffer's name in the state and its dtype.
+      scope: whether the buffer has the shape of the parameters ("weight"), is a scalar for each
+        ("tensor") or one for all ("tree"; the line still sees it at every leaf), or has the shape
+        of the second moment (None). If the function takes ``scope``, it decides.
+      initial: the first value of the buffer. If the function takes ``initial``, it decides.
       biases: the fields that it turns into averages started at zero, each with the name of the
         argument that is its decay: ``{"direction": "b1"}``.
       debiases: the averages that it corrects for such a start, likewise.
       raw: the averages that no stage may have changed since they were made.
+      consumes: the fields that are not set any more after it.
       fixes_rate: whether the rate it sets is values, which no longer follow the second moment
         (True) or a :class:`RateRule` (False).
       bounds_rate: whether it makes the rate depend on earlier rates or on limits; corrections of
@@ -235,7 +264,8 @@ def stage(
         name = called or factory.__name__
         needed = {"name", "dtype"} if keeps else set()
         missing = (needed | {*biases.values(), *debiases.values()}) - set(signature.parameters)
-        unknown = {*reads, *replaces, *raw, *biases, *debiases, keeps or "rate"} - set(FIELDS)
+        fields = {*reads, *replaces, *raw, *consumes, *biases, *debiases, keeps or "rate"}
+        unknown = fields - set(FIELDS)
         if missing or unknown:
             raise TypeError(
                 f"@stage of {name}: "
@@ -251,17 +281,21 @@ def stage(
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             settings = given.arguments
-            buffer = Buffer(settings["name"], keeps, settings["dtype"]) if keeps else None
+            of_buffer = {"scope": scope, "initial": initial} | _of_buffer(settings)
+            buffer = Buffer(like=keeps, **of_buffer) if keeps else None
             line = factory(*args, **kwargs)
             declaration = Declaration(
                 name=name,
                 reads=reads,
                 replaces=replaces,
-                biases={field: settings[argument] for field, argument in biases.items()},
+                biases={field: settings[argument] for field, argument in biases.items()}
+                if policies.is_zero(settings.get("initial", 0.0))
+                else {},
                 debiases={field: settings[argument] for field, argument in debiases.items()},
                 fixes_rate=fixes_rate and "rate" in replaces,
                 bounds_rate=bounds_rate,
                 raw=raw,
+                consumes=consumes,
                 buffer=buffer.name if buffer else None,
             )
             made = make_stage((Rule(declaration, buffer, line),))
@@ -272,9 +306,14 @@ def stage(
     return decorate
 
 
+def _of_buffer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: settings[k] for k in ("name", "dtype", "scope", "initial") if k in settings}
+
+
 def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature) -> dict[str, Any]:
-    """The settings, less the buffer's name and dtype where nobody chose them."""
-    default = {k: signature.parameters[k].default for k in ("name", "dtype") if k in settings}
+    """The settings, less what describes the buffer where nobody chose it."""
+    about = ("name", "dtype", "scope", "reduce", "axis_name", "initial")
+    default = {k: signature.parameters[k].default for k in about if k in settings}
     return {k: v for k, v in settings.items() if k not in default or v != default[k]}
 
 

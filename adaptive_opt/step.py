@@ -9,6 +9,7 @@ some of them and replaces one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,22 +22,22 @@ from adaptive_opt.policies import Hyperparameter, Tree
 
 @dataclasses.dataclass(frozen=True)
 class RateRule:
-    """The per-weight rate as a rule over the second moment: ``1 / (sqrt(v + eps_root) + eps)``.
+    """The per-weight rate as a rule over the second moment: one over a function of it.
 
-    A rule follows the second moment: whoever replaces ``v`` afterwards changes the rate too. A
-    weight without any second moment (only possible with eps = 0) has the rate 0, not infinity.
+    A rule follows the second moment: whoever replaces ``v`` afterwards changes the rate too. Where
+    the denominator is 0 (a weight without any gradient, and eps = 0), the rate is 0, not infinity.
+
+    Attributes:
+      function: ``function(v, **settings)``, the denominator of a leaf.
+      settings: hyperparameters by name.
     """
 
-    eps: Hyperparameter
-    eps_root: Hyperparameter = 0.0
+    function: Callable[..., jax.Array]
+    settings: Mapping[str, Hyperparameter]
 
     def denominator(self, step: AdaptiveStep) -> Tree:
-        return step.map(
-            lambda v, *, eps, eps_root: jnp.sqrt(v + eps_root) + eps,
-            step.second_moment,
-            eps=step.at(self.eps),
-            eps_root=step.at(self.eps_root),
-        )
+        settings = {name: step.at(value) for name, value in self.settings.items()}
+        return step.map(self.function, step.second_moment, **settings)
 
 
 class _SaysWhatToDo(type):
@@ -141,11 +142,12 @@ def closed(step: AdaptiveStep) -> Tree:
             " Put open_step() before it, and every stage between the two."
         )
     step.ledger.check_closing()
-    update = step.direction
     if isinstance(step.rate, RateRule):
         update = step.map(_divide, step.direction, step.rate.denominator(step))
     elif step.rate is not None:
         update = step.map(jnp.multiply, step.direction, step.rate)
+    else:  # perhaps the very array that a stage keeps
+        update = step.map(jnp.copy, step.direction)
     return policies.map_none(_leave, update, step.gradient, step.update_dtype)
 
 

@@ -58,24 +58,61 @@ def decoupled_weight_decay(
     [3.]
     """
     check_nonnegative(weight_decay=weight_decay)
+    return _decay(lambda u, x, *, s: u + s * x, weight_decay, mask, learning_rate)
+
+
+@described
+def decoupled_l1_decay(
+    l1: Hyperparameter,
+    mask: Mask | None = None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the decay of an l1 penalty, apart from the gradient: ``u_t + l1_t sign(x_t)``.
+
+    Like ``decoupled_weight_decay``, next to which it can stand, but every weight moves towards zero
+    by the same amount, and those that are there stay. As in the package ``keras-adamw``.
+
+    Args:
+      l1: at least 0, in units of the parameters per step and unit of learning rate; a number or a
+        schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+      learning_rate: a number or a schedule, where no later stage multiplies by it.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import decoupled_l1_decay
+    >>> decay, x = decoupled_l1_decay(0.5), jnp.array([4.0, -1.0, 0.0])
+    >>> decay.update(jnp.array([1.0, 1.0, 1.0]), decay.init(x), x)[0].tolist()
+    [1.5, 0.5, 1.0]
+    """
+    check_nonnegative(l1=l1)
+    return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
+
+
+def _decay(
+    combine_leaves: Callable[..., Any],
+    strength: Hyperparameter,
+    mask: Mask | None,
+    learning_rate: Hyperparameter | None,
+) -> optax.GradientTransformationExtraArgs:
+    """``combine_leaves(update, parameter, s=...)`` with the strength, perhaps times the rate."""
     if learning_rate is not None:
         check_nonnegative(learning_rate=learning_rate)
 
-    def decay_of(count: Any) -> Any:
-        decay = value_at(weight_decay, count)
-        return decay if learning_rate is None else value_at(learning_rate, count) * decay
+    def strength_at(count: Any) -> Any:
+        s = value_at(strength, count)
+        return s if learning_rate is None else value_at(learning_rate, count) * s
 
     def combine(updates: Tree, params: Tree, count: Any) -> Tree:
-        if is_zero(weight_decay):
+        if is_zero(strength):
             return updates
         if params is None:
             raise ValueError(
-                "decoupled_weight_decay needs the parameters: call update(gradients, state,"
-                " params)."
+                "weight decay needs the parameters: call update(gradients, state, params)."
             )
-        return map_leaves(lambda u, p, *, s: u + s * p, updates, updates, params, s=decay_of(count))
+        return map_leaves(combine_leaves, updates, updates, params, s=strength_at(count))
 
-    scheduled = callable(weight_decay) or callable(learning_rate)
+    scheduled = callable(strength) or callable(learning_rate)
     decayed = _plain(optax.add_decayed_weights((lambda _: 0.0) if scheduled else 0.0), combine)
     return decayed if mask is None else optax.masked(decayed, mask)
 
