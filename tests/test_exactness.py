@@ -1,6 +1,7 @@
 """The recipes equal the public implementations their docstrings name: float64, 1e-12, every step.
 
-The trajectories in tests/references were recorded by tests/references/record.py.
+The trajectories in tests/references were recorded by the scripts next to them: record.py (core) and
+record_family.py (family, one_cycle).
 """
 
 from __future__ import annotations
@@ -15,17 +16,31 @@ import optax
 import pytest
 
 import adaptive_opt
+from adaptive_opt import (
+    adaptive,
+    decoupled_l1_decay,
+    decoupled_weight_decay,
+    lookahead,
+    normalized_weight_decay,
+    one_cycle,
+    scale_by_learning_rate,
+    warm_restarts,
+)
 
 REFERENCES = pathlib.Path(__file__).parent / "references"
-ROWS = json.loads((REFERENCES / "core.json").read_text())
+ROWS = {name: json.loads((REFERENCES / f"{name}.json").read_text()) for name in ("core", "family")}
+EVERY_ROW = [(name, row) for name, rows in ROWS.items() for row in rows]
 TOLERANCE = 1e-12
 CONVENTIONS = ("torch", "optax", "keras", "paper")
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    with np.load(REFERENCES / "core.npz") as arrays:
-        return dict(arrays)
+    arrays = {}
+    for name in ROWS:
+        with np.load(REFERENCES / f"{name}.npz") as stored:
+            arrays[name] = dict(stored)
+    return arrays
 
 
 def multiplier(steps: int) -> jax.Array:
@@ -35,14 +50,63 @@ def multiplier(steps: int) -> jax.Array:
 
 
 def optimizer_of(row: dict, steps: int) -> optax.GradientTransformationExtraArgs:
-    arguments = dict(row["arguments"])
+    arguments, recipe = dict(row["arguments"]), row["recipe"]
+    if recipe.startswith("one_cycle"):
+        total = arguments.pop("total_steps")
+        cycle = one_cycle(arguments.pop("max_learning_rate"), total)
+        recipe = recipe.removeprefix("one_cycle ")
+        arguments |= {"learning_rate": cycle.learning_rate, "b1": cycle.b1}
+    if recipe.startswith("keras-adamw"):
+        return keras_adamw(recipe.removeprefix("keras-adamw "), arguments)
+    around = {}
+    if recipe.startswith("lookahead"):
+        around = {name: arguments.pop(name) for name in ("sync_period", "slow_step_size")}
+        recipe = recipe.removeprefix("lookahead(").removesuffix(")")
     if row["scheduled"]:
         factors, lr = multiplier(steps), arguments["learning_rate"]
-        if arguments.get("convention") == "paper" and row["recipe"] == "adamw":
+        if arguments.get("convention") == "paper":
             arguments["schedule"] = lambda count: factors[count]
-        else:
+        if "schedule" not in arguments or row["recipe"] != "adamw":
             arguments["learning_rate"] = lambda count: lr * factors[count]
-    return getattr(adaptive_opt, row["recipe"])(**arguments)
+            arguments.pop("schedule", None)
+    optimizer = getattr(adaptive_opt, recipe)(**arguments)
+    return lookahead(optimizer, **around) if around else optimizer
+
+
+def keras_adamw(recipe: str, arguments: dict) -> optax.GradientTransformationExtraArgs:
+    """keras-adamw with restarts: a recipe or, where l1 takes part, a chain with both decays."""
+    restarts = {name: arguments.pop(name) for name in ("period", "minimum", "maximum", "start")}
+    eta = warm_restarts(**restarts, form="keras-adamw")
+    l1, l2 = (
+        normalized_weight_decay(arguments.pop(name), restarts["period"]) for name in ("l1", "l2")
+    )
+    arguments["weight_decay"] = l2
+    if not l1:
+        form = {"convention": "keras-adamw"} if recipe == "adamw" else {}
+        return getattr(adaptive_opt, recipe)(**arguments, **form, schedule=eta)
+    lr = arguments["learning_rate"]
+    decays = (decoupled_weight_decay(l2), decoupled_l1_decay(l1))
+    if recipe == "adamw":
+        b1, b2, eps = (arguments[name] for name in ("b1", "b2", "eps"))
+        stages = (
+            adaptive_opt.first_moment(b1),
+            adaptive_opt.second_moment(b2),
+            adaptive_opt.per_weight_rate(eps),
+            adaptive_opt.debias_rate(b1, b2),
+            adaptive_opt.scale_rate(lr),
+        )
+        return optax.chain(adaptive(*stages), *decays, scale_by_learning_rate(eta))
+    stages = (
+        adaptive_opt.uniform_rate(lr),
+        adaptive_opt.scale_rate(eta),
+        adaptive_opt.apply_rate(),
+        adaptive_opt.heavy_ball(arguments["momentum"], nesterov=arguments["nesterov"]),
+    )
+    decays = (
+        decoupled_weight_decay(l2, learning_rate=eta),
+        decoupled_l1_decay(l1, learning_rate=eta),
+    )
+    return optax.chain(adaptive(*stages), *decays, optax.scale(-1.0))
 
 
 def trajectory(optimizer, gradients, start):
@@ -62,22 +126,33 @@ def largest_so_far(values: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.abs(values), axis=0)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-def test_recipe_equals_the_recorded_implementation(row, recorded, x64):
-    gradients = recorded["gradients"]
+@pytest.mark.parametrize(("table", "row"), EVERY_ROW, ids=[row["name"] for _, row in EVERY_ROW])
+def test_recipe_equals_the_recorded_implementation(table, row, recorded, x64):
+    arrays = recorded[table]
+    gradients = arrays["gradients"]
     start, parameters, updates = (
-        recorded[f"{row['name']}/{key}"] for key in ("start", "parameters", "updates")
+        arrays[f"{row['name']}/{key}"] for key in ("start", "parameters", "updates")
     )
     optimizer = optimizer_of(row, len(gradients))
     x, u = jax.jit(lambda g, s: trajectory(optimizer, g, s))(gradients, start)
     assert x.dtype == u.dtype == np.float64
-    scale = largest_so_far(np.concatenate([start[None], parameters]))[1:]
-    assert np.all(np.abs(x - parameters) <= TOLERANCE * scale)
+    every = row["parameters_every"]
+    scale = largest_so_far(np.concatenate([start[None], x]))[1:]
+    assert len(parameters) == len(gradients) // every
+    assert np.all(np.abs(x - _at(x, parameters, every)) <= TOLERANCE * scale)
     assert np.all(np.abs(u - updates) <= TOLERANCE * largest_so_far(updates))
 
 
+def _at(x: jax.Array, parameters: np.ndarray, every: int) -> np.ndarray:
+    """The recorded parameters where there are any, elsewhere ours."""
+    expected = np.array(x)
+    expected[every - 1 :: every] = parameters
+    return expected
+
+
 def test_the_recorded_gradients_are_hard_enough(recorded):
-    gradients = recorded["gradients"]
+    gradients = recorded["core"]["gradients"]
+    np.testing.assert_array_equal(gradients, recorded["family"]["gradients"])
     sizes = np.abs(gradients[gradients != 0])
     assert len(gradients) >= 300
     assert sizes.min() < 1e-6
@@ -89,7 +164,18 @@ def test_the_recorded_gradients_are_hard_enough(recorded):
 @pytest.mark.parametrize("name", [f"amsgrad-{c}-binding" for c in CONVENTIONS])
 def test_the_maximum_binds_in_the_recorded_amsgrad(name, recorded, x64):
     adam = adaptive_opt.adam(0.01, b2=0.9)
-    _, updates = trajectory(adam, recorded["gradients"], np.zeros(5))
+    _, updates = trajectory(adam, recorded["core"]["gradients"], np.zeros(5))
     fading = 4  # the weight whose gradient falls from 1e3 to 1e-6
-    last = np.abs(recorded[f"{name}/updates"][-1, fading])
+    last = np.abs(recorded["core"][f"{name}/updates"][-1, fading])
     assert last < 1e-6 * np.abs(updates[-1, fading])
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("fastai1", 1e-12), ("fastai2", 1e-6)])
+def test_one_cycle_equals_that_of_fastai(form, tolerance, x64):
+    values = json.loads((REFERENCES / "one_cycle.json").read_text())[form]
+    cycle = one_cycle(0.01, len(values["b1"]), form=form)
+    steps = jnp.arange(len(values["b1"]))
+    for name in ("learning_rate", "b1"):
+        actual = jax.vmap(getattr(cycle, name))(steps)
+        largest = max(values[name])
+        np.testing.assert_allclose(actual, values[name], rtol=0, atol=tolerance * largest)

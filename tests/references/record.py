@@ -395,22 +395,18 @@ def commit(checkout: pathlib.Path) -> str:
     return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lessw2020", type=pathlib.Path, required=True)
-    parser.add_argument("--shivram1987", type=pathlib.Path, required=True)
-    paths = parser.parse_args()
+def save(
+    name: str, table: Iterator[Row], versions: dict[str, str], parameters_every: int = 1
+) -> None:
+    """Run every row and write ``name.npz`` and ``name.json``."""
     warnings.filterwarnings("ignore", message="This overload of")  # old torch signatures
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "optax", "keras", "adamod", "torch_optimizer")
-    }
-    versions |= {LESSW: commit(paths.lessw2020), SHIVRAM: commit(paths.shivram1987)}
     g = gradients()
     arrays, manifest = {"gradients": g}, []
-    for row in rows(paths.lessw2020, paths.shivram1987):
+    for row in table:
         with contextlib.redirect_stdout(None):  # some of the classes print when constructed
             record = row.record(g)
+        record["parameters"] = record["parameters"][parameters_every - 1 :: parameters_every]
+        assert all(np.isfinite(value).all() for value in record.values()), row.name
         arrays |= {f"{row.name}/{key}": value for key, value in record.items()}
         package = max((name for name in versions if row.source.startswith(name)), key=len)
         manifest.append(
@@ -421,11 +417,26 @@ def main() -> None:
                 "recipe": row.recipe,
                 "arguments": row.arguments,
                 "scheduled": row.scheduled,
+                "parameters_every": parameters_every,
             }
         )
-    np.savez_compressed(HERE / "core.npz", **arrays)
-    (HERE / "core.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{len(manifest)} rows, {(HERE / 'core.npz').stat().st_size / 1e6:.2f} MB")
+    np.savez_compressed(HERE / f"{name}.npz", **arrays)
+    (HERE / f"{name}.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    print(f"{len(manifest)} rows, {(HERE / f'{name}.npz').stat().st_size / 1e6:.2f} MB")
+
+
+def installed(*packages: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lessw2020", type=pathlib.Path, required=True)
+    parser.add_argument("--shivram1987", type=pathlib.Path, required=True)
+    paths = parser.parse_args()
+    versions = installed("torch", "optax", "keras", "adamod", "torch_optimizer")
+    versions |= {LESSW: commit(paths.lessw2020), SHIVRAM: commit(paths.shivram1987)}
+    save("core", rows(paths.lessw2020, paths.shivram1987), versions)
 
 
 if __name__ == "__main__":
