@@ -82,18 +82,14 @@ def sgd(
     0.75
     """
     ball = _momentum(momentum, nesterov, dampening)
-    forms = {
-        "torch": (
-            adaptive(*ball, state_dtype=state_dtype),
-            scale_by_learning_rate(learning_rate),
-        ),
-        "keras": (
-            adaptive(uniform_rate(learning_rate), apply_rate(), *ball, state_dtype=state_dtype),
-            optax.scale(-1.0),
-        ),
+    listings = {
+        "torch": (*ball, uniform_rate(learning_rate)),
+        "keras": (uniform_rate(learning_rate), apply_rate(), *ball),
     }
     return optax.chain(
-        l2_regularization(weight_decay, mask), *choose("convention", convention, forms)
+        l2_regularization(weight_decay, mask),
+        adaptive(*choose("convention", convention, listings), state_dtype=state_dtype),
+        optax.scale(-1.0),
     )
 
 
@@ -159,25 +155,17 @@ def sgdw(
             " learning_rate."
         )
     eta = 1.0 if schedule is None else schedule
-    forms = {
-        "paper": (
-            adaptive(
-                uniform_rate(learning_rate),
-                scale_rate(eta),
-                apply_rate(),
-                *ball,
-                state_dtype=state_dtype,
-            ),
-            decoupled_weight_decay(weight_decay, mask, learning_rate=eta),
-            optax.scale(-1.0),
-        ),
-        "torch": (
-            adaptive(*ball, state_dtype=state_dtype),
-            decoupled_weight_decay(weight_decay, mask),
-            scale_by_learning_rate(learning_rate),
-        ),
+    listings = {
+        "paper": (uniform_rate(learning_rate), scale_rate(eta), apply_rate(), *ball),
+        "torch": (*ball, uniform_rate(learning_rate)),
     }
-    return optax.chain(*choose("convention", convention, forms))
+    return optax.chain(
+        adaptive(*choose("convention", convention, listings), state_dtype=state_dtype),
+        decoupled_weight_decay(
+            weight_decay, mask, learning_rate=eta if convention == "paper" else learning_rate
+        ),
+        optax.scale(-1.0),
+    )
 
 
 @recipe
@@ -263,8 +251,7 @@ def adagrad(
     convention: str = "torch",
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
-    """The gradient over the root of the sum of all its squares: ``x - lr g / (sqrt(sum g^2) +
-    eps)``.
+    """The gradient over the root of all its squares: ``x - lr g / (sqrt(sum g^2) + eps)``.
 
     Duchi, Hazan & Singer 2011, JMLR 12.
 

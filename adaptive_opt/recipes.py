@@ -92,9 +92,9 @@ def adam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.99
     """
+    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
     return optax.chain(
-        _adam_form(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype),
-        scale_by_learning_rate(learning_rate),
+        choose("convention", convention, forms), scale_by_learning_rate(learning_rate)
     )
 
 
@@ -143,10 +143,12 @@ def adamw(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.989
     """
-    form = _adam_form(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    forms |= {"keras-adamw": forms["keras"]}
     by_schedule = convention in ("paper", "keras-adamw")
     return optax.chain(
-        form, *_decay_and_rate(learning_rate, weight_decay, mask, by_schedule, schedule)
+        choose("convention", convention, forms),
+        *_decay_and_rate(learning_rate, weight_decay, mask, by_schedule, schedule),
     )
 
 
@@ -178,7 +180,7 @@ def _decay_and_rate(
     )
 
 
-def _adam_form(
+def _adam_forms(
     b1: Hyperparameter,
     b2: Hyperparameter,
     eps: Hyperparameter,
@@ -187,12 +189,12 @@ def _adam_form(
     nesterov: bool,
     convention: str,
     state_dtype: DTypeLike | None,
-) -> Optimizer:
-    """Adam's direction in one of its two forms, which differ in what eps is compared with."""
-    if nesterov and convention == "keras":
+) -> dict[str, Optimizer]:
+    """Adam's direction in its two forms, which differ in what eps is compared with."""
+    if nesterov and convention in ("keras", "keras-adamw"):
         raise ValueError(
-            'nesterov=True is not defined for convention="keras", whose Adam has no such option:'
-            ' use "torch".'
+            f"nesterov=True is not defined for convention={convention!r}, whose Adam has no such"
+            ' option: use "torch", or nadam.'
         )
     debiased = scale_by_adam(
         b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
@@ -204,8 +206,7 @@ def _adam_form(
         debias_rate(b1, b2),
         state_dtype=state_dtype,
     )
-    forms = {"torch": debiased, "paper": debiased, "keras": eps_hat, "keras-adamw": eps_hat}
-    return choose("convention", convention, forms)
+    return {"torch": debiased, "paper": debiased, "keras": eps_hat}
 
 
 @recipe
@@ -649,6 +650,7 @@ def nadam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 5)
     0.98944
     """
+    choose("convention", convention, dict.fromkeys(("torch", "keras", "optax")))
     form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
     l2 = (l2_regularization(weight_decay, mask),)
     if convention == "optax" and is_zero(weight_decay):

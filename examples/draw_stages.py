@@ -6,6 +6,7 @@ python examples/draw_stages.py --output examples/images/stages.png
 from __future__ import annotations
 
 import argparse
+import pathlib
 from collections.abc import Sequence
 
 import matplotlib
@@ -18,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-RECIPES = {
+DRAWN = {
     "adam": adaptive_opt.adam(1e-3),
     "adamw": adaptive_opt.adamw(1e-3),
     "amsgrad, as in PyTorch": adaptive_opt.amsgrad(1e-3),
@@ -28,6 +29,28 @@ RECIPES = {
     "diffgrad": adaptive_opt.diffgrad(1e-3, weight_decay=1e-2),
     "diffmod": adaptive_opt.diffmod(1e-3, weight_decay=1e-2),
 }
+
+CONVENTIONS = {
+    "adam": ("torch", "keras"),
+    "adamw": ("torch", "keras", "paper", "keras-adamw"),
+    "amsgrad": ("torch", "optax", "keras", "paper"),
+    "adamod": ("reference", "paper"),
+    "diffgrad": (),
+    "diffmod": (),
+    "adabound": (),
+    "amsbound": (),
+    "radam": ("torch", "optax", "reference"),
+    "nadam": ("torch", "keras", "optax"),
+    "nadamw": ("torch", "keras", "optax", "keras-adamw"),
+    "sgd": ("torch", "keras"),
+    "sgdw": ("paper", "torch"),
+    "rmsprop": ("torch", "optax", "keras", "tf1"),
+    "adagrad": ("torch", "optax", "keras"),
+    "adadelta": (),
+    "adamax": ("torch", "optax", "keras"),
+    "ranger": (),
+}
+BEGIN, END = "<!-- stages: begin -->\n", "<!-- stages: end -->\n"
 GROUPS = {
     "moments": ("#CFE3F2", ("first_moment", "second_moment", "debias", "amsgrad_max")),
     "rate of each weight": (
@@ -58,9 +81,42 @@ def broken(name: str, width: int = 13) -> str:
     return "\n".join(lines)
 
 
+def listing(recipe: optax.GradientTransformation) -> str:
+    """The stages of a recipe on one line, decays and signs left out where they do nothing."""
+    names = []
+    for part in describe(recipe).stages():
+        idle = part.settings.get("weight_decay", 1) == 0
+        if part.name != "scale" and not idle:
+            names.append(f"`{part.name}`")
+    return " → ".join(names)
+
+
+def table() -> str:
+    """Every recipe in every convention as a list of stages: the table of the README."""
+    lines = ["| recipe | stages |", "|---|---|"]
+    for name, conventions in CONVENTIONS.items():
+        recipe = getattr(adaptive_opt, name)
+        momentum = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
+        lists: dict[str, list[str]] = {}
+        for convention in conventions or (None,):
+            given = momentum | ({"convention": convention} if convention else {})
+            lists.setdefault(listing(recipe(1e-3, **given)), []).append(convention)
+        for stages, which in lists.items():
+            said = f" ({', '.join(which)})" if which != [None] else ""
+            lines.append(f"| `{name}`{said} | {stages} |")
+    return "\n".join(lines) + "\n"
+
+
+def update(readme: pathlib.Path) -> None:
+    """Put the table where it belongs in the README."""
+    text = readme.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(before + BEGIN + table() + END + after)
+
+
 def draw(path: str) -> None:
     """One row a recipe, one box a stage, the colour says what the stage is about."""
-    lists = {name: stages_of(recipe) for name, recipe in RECIPES.items()}
+    lists = {name: stages_of(recipe) for name, recipe in DRAWN.items()}
     longest = max(map(len, lists.values()))
     figure, axes = plt.subplots(figsize=(12.5, 5.8), layout="constrained")
     axes.set(xlim=(-1.95, longest), ylim=(len(lists), -0.75))
@@ -97,7 +153,11 @@ def draw(path: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="stages.png", help="the picture (stages.png)")
-    draw(parser.parse_args(arguments).output)
+    parser.add_argument("--readme", type=pathlib.Path, help="a README whose table to renew")
+    options = parser.parse_args(arguments)
+    draw(options.output)
+    if options.readme:
+        update(options.readme)
 
 
 if __name__ == "__main__":

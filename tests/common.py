@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,43 @@ import optax
 
 import adaptive_opt
 
-RECIPES = {
+ADAMS = {
     name: getattr(adaptive_opt, name)
-    for name in ("adam", "adamw", "amsgrad", "adamod", "diffgrad", "diffmod")
+    for name in (
+        "adam", "adamw", "amsgrad", "adamod", "diffgrad", "diffmod", "radam", "nadam", "nadamw",
+    )
+} | {
+    # With a schedule or a traced rate these want to know what rate the bounds are meant for.
+    name: functools.partial(getattr(adaptive_opt, name), base_learning_rate=1e-2)
+    for name in ("adabound", "amsbound")
+}  # fmt: skip
+"""The recipes with b1, b2 and eps."""
+
+RECIPES = ADAMS | {
+    "sgd": functools.partial(adaptive_opt.sgd, momentum=0.9),
+    "sgdw": functools.partial(adaptive_opt.sgdw, convention="torch"),
+    "rmsprop": functools.partial(adaptive_opt.rmsprop, centered=True, momentum=0.9),
+    "rmsprop of the tree": functools.partial(adaptive_opt.rmsprop, scope="tree"),
+    "adagrad": adaptive_opt.adagrad,
+    "adadelta": adaptive_opt.adadelta,
+    "adamax": adaptive_opt.adamax,
+    "ranger": adaptive_opt.ranger,
 }
+"""Every recipe, as a function of the learning rate."""
+
+NEED_PARAMS = ("adamw", "nadamw", "sgdw", "ranger")
+
+BUFFERS = (
+    "mu", "nu", "nu_max", "rate_ema", "previous_gradient", "velocity", "sum_of_squares",
+    "infinity_norm", "mean_gradient", "step_ema", "momentum_product", "slow",
+)  # fmt: skip
+
+
+def buffers_of(state):
+    """Every named buffer in a state, by name."""
+    found = {name: optax.tree.get_all_with_path(state, name) for name in BUFFERS}
+    return {name: hits[0][1] for name, hits in found.items() if hits}
+
 
 SHAPES = {"dense": {"kernel": (17, 9), "bias": (9,)}, "scale": ()}
 

@@ -9,6 +9,8 @@ import sys
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 @pytest.fixture
 def x64():

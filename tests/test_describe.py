@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import RECIPES
+from common import ADAMS, RECIPES
 
 from adaptive_opt import (
     adamod,
@@ -67,9 +67,10 @@ def test_a_buffer_is_named_only_where_it_was_chosen():
 def test_every_recipe_prints_its_own_name_and_its_stages():
     for name, make in RECIPES.items():
         text = str(describe(make(1e-3)))
-        assert text.startswith(f"{name}(learning_rate=0.001")
-        assert "second_moment(b2=0.999)" in text
+        assert text.startswith(f"{name.split()[0]}(learning_rate=0.001")
+        assert "second_moment(b2=0.999)" in text or name not in ADAMS
         assert "object at" not in text
+        assert len(describe(make(1e-3)).stages()) >= 3 or name in ("sgd",)
 
 
 def test_schedules_arrays_and_tracers_print_readably():

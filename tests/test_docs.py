@@ -14,7 +14,16 @@ from common import RECIPES
 import adaptive_opt
 
 ROOT = pathlib.Path(__file__).parent.parent
-TYPES = ("AdaptiveStep", "RateRule", "AdaptiveState", "OpenStepState", "Description")
+TYPES = (
+    "AdaptiveStep",
+    "RateRule",
+    "AdaptiveState",
+    "OpenStepState",
+    "LookaheadState",
+    "OneCycle",
+    "Description",
+    "Group",
+)
 FUNCTIONS = [name for name in adaptive_opt.__all__ if name not in TYPES]
 
 
@@ -64,14 +73,30 @@ def test_every_public_name_is_documented():
 
 
 def test_recipes_that_equal_something_public_name_it():
-    for recipe in RECIPES.values():
-        assert "equals" in inspect.getdoc(recipe).lower()
+    for name in RECIPES:
+        text = inspect.getdoc(getattr(adaptive_opt, name.split()[0]))
+        assert "equal" in text.lower()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_and_pictures_exist(document):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
         assert target.startswith("https://") or (ROOT / target).exists()
+
+
+def test_the_table_of_recipes_in_the_readme_is_what_describe_says(example):
+    assert example("draw_stages").table() in (ROOT / "README.md").read_text()
+
+
+def test_the_table_has_every_recipe_in_every_convention(example):
+    conventions = example("draw_stages").CONVENTIONS
+    assert set(conventions) == {name.split()[0] for name in RECIPES}
+    for name, allowed in conventions.items():
+        if allowed:
+            with pytest.raises(ValueError, match="convention must be one of") as raised:
+                getattr(adaptive_opt, name)(1e-3, convention="?")
+            listed = re.findall(r"'([\w-]+)'", str(raised.value).split(", got")[0])
+            assert set(listed) - {"paper"} <= set(allowed) <= set(listed)
 
 
 def test_the_stages_picture_can_be_drawn_again(tmp_path, example):

@@ -69,7 +69,7 @@ def test_vmap_over_members_equals_one_at_a_time():
 def test_grad_through_an_update_equals_finite_differences(recipe, x64):
     optimizer = RECIPES[recipe](1e-1)
     x = jnp.array([0.5, -0.3, 2.0])
-    _, state, _ = train(optimizer, x, [jnp.array([1.0, -2.0, 0.5])])
+    _, state, _ = train(optimizer, x, [jnp.array([1.0, -2.0, 0.5])] * 6)
 
     def after(gradient, weight):
         updates, _ = optimizer.update(weight * gradient, state, x)

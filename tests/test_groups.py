@@ -1,0 +1,206 @@
+"""Parameter groups on top of optax.partition, for linen, nnx and equinox."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import assert_bit_equal, train
+from flax import nnx
+
+from adaptive_opt import (
+    Group,
+    ParameterGroups,
+    adam,
+    adamw,
+    decay_mask,
+    gradual_unfreezing,
+    layerwise_learning_rates,
+    sgd,
+)
+
+
+class Linen(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        x = flax.linen.LayerNorm(name="norm")(flax.linen.Dense(3, name="body")(x))
+        return flax.linen.Dense(1, name="head")(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Linear(2, 3, rngs=rngs)
+        self.norm = nnx.LayerNorm(3, rngs=rngs)
+        self.head = nnx.Linear(3, 1, rngs=rngs)
+
+
+class Eqx(eqx.Module):
+    body: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+    activation: object = jnp.tanh
+
+    def __init__(self, key):
+        self.body = eqx.nn.Linear(2, 3, key=key)
+        self.norm = eqx.nn.LayerNorm(3)
+        self.head = eqx.nn.Linear(3, 1, key=key)
+
+
+TREES = {
+    "linen": lambda: Linen().init(jax.random.key(0), jnp.ones((1, 2))),
+    "nnx": lambda: nnx.state(Nnx(nnx.Rngs(0)), nnx.Param),
+    "equinox": lambda: eqx.filter(Eqx(jax.random.key(0)), eqx.is_array),
+}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_every_kind_of_model_is_grouped_by_path(tree):
+    params = tree()
+    groups = ParameterGroups(
+        [
+            Group("body", freeze=True),
+            Group("(bias|norm/(scale|weight))$", weight_decay=0.0),
+            Group("head", learning_rate=0.1),
+        ],
+        default=None,
+    )
+    report = groups.report(params)
+    by_path = {line.path.removeprefix("params/"): line.group for line in report}
+    assert len(by_path) == 6
+    weight = "weight" if "body/weight" in by_path else "kernel"
+    assert by_path[f"body/{weight}"] == by_path["body/bias"] == "body"
+    assert by_path["norm/bias"] == by_path["head/bias"] == "(bias|norm/(scale|weight))$"
+    assert by_path[f"head/{weight}"] == "head"
+    optimizer = groups.optimizer(adamw, learning_rate=1e-2, weight_decay=0.1)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(optimizer.update)(ones, optimizer.init(params), params)
+    moved = {
+        line.path.removeprefix("params/"): u
+        for line, u in zip(report, jax.tree.leaves(updates), strict=True)
+    }
+    assert np.all(moved[f"body/{weight}"] == 0)
+    np.testing.assert_allclose(moved["head/bias"], -1e-2, rtol=1e-4)  # no decay, full rate
+    assert np.all(np.abs(moved[f"head/{weight}"]) < 2e-3)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_the_decay_mask_spares_biases_and_normalisations(tree):
+    params = tree()
+    mask = decay_mask(params)
+    assert sum(jax.tree.leaves(mask)) == 2
+    optimizer = adamw(1e-2, weight_decay=0.1, mask=decay_mask)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(ones), ones)
+    for decays, update in zip(*map(jax.tree.leaves, (mask, updates)), strict=True):
+        assert np.all(update != 0) == decays
+
+
+def test_a_bias_of_higher_rank_is_still_a_bias():
+    params = {"conv": {"weight": jnp.ones((4, 3, 2, 2)), "bias": jnp.ones((4, 1, 1))}}
+    assert decay_mask(params) == {"conv": {"weight": True, "bias": False}}
+
+
+PARAMS = {"a": jnp.ones(2), "b": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+
+
+def test_the_first_matching_pattern_wins():
+    groups = ParameterGroups([Group("b/bias"), Group("b")], default=Group())
+    assert groups.labels(PARAMS) == {"a": "default", "b": {"kernel": "b", "bias": "b/bias"}}
+
+
+def test_without_a_declared_default_orphans_are_an_error_that_names_them():
+    groups = ParameterGroups([Group("kernel")])
+    message = "2 of 3 parameters match no group: a, b/bias. Add a pattern for them, or declare"
+    for use in (groups.labels, groups.report, groups.optimizer(adam, 1e-3).init):
+        with pytest.raises(ValueError, match=message):
+            use(PARAMS)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_unless_it_may():
+    groups = ParameterGroups([Group("kernal", freeze=True)], default=Group())
+    with pytest.raises(
+        ValueError, match=r"'kernal' matches no parameter\. The paths are: a, b/bias"
+    ):
+        groups.report(PARAMS)
+    fine = ParameterGroups([Group("kernal", may_be_empty=True)], default=Group())
+    fine.optimizer(adam, 1e-3).init(PARAMS)
+
+
+def test_a_multiplier_scales_numbers_and_schedules_and_what_is_given_is_left_alone():
+    groups = ParameterGroups([Group("^a$", learning_rate=0.1)], default=Group())
+    for rate in (1e-2, optax.constant_schedule(1e-2)):
+        optimizer = groups.optimizer(adamw, learning_rate=rate, weight_decay=0.0)
+        updates, _ = optimizer.update(ONES, optimizer.init(PARAMS), PARAMS)
+        plain = adamw(rate, weight_decay=0.0)
+        expected, _ = plain.update(ONES, plain.init(PARAMS), PARAMS)
+        assert_bit_equal(updates["b"], expected["b"])
+        np.testing.assert_allclose(updates["a"], 0.1 * expected["a"], rtol=1e-6)
+
+
+def test_a_group_may_have_its_own_optimizer_and_a_frozen_one_has_no_state():
+    groups = ParameterGroups(
+        [Group("^a$", optimizer=sgd(0.5)), Group("bias", freeze=True)], default=Group()
+    )
+    optimizer = groups.optimizer(adam, 1e-3)
+    state = optimizer.init(PARAMS)
+    updates, _ = optimizer.update(ONES, state, PARAMS)
+    np.testing.assert_allclose(updates["a"], -0.5)
+    assert np.all(updates["b"]["bias"] == 0)
+    assert jax.tree.leaves(state.inner_states["bias"]) == []
+
+
+def test_gradual_unfreezing_starts_each_layer_later_and_slower():
+    params = {name: jnp.ones(1) for name in ("embed", "body", "head")}
+    groups = ParameterGroups(gradual_unfreezing(["embed", "body", "head"], steps=3, decay=0.5))
+    optimizer = groups.optimizer(sgd, learning_rate=1.0)
+    ones = jax.tree.map(jnp.ones_like, params)
+    _, _, history = train(optimizer, params, [ones] * 8)
+    moved = {name: [float(updates[name][0]) for _, updates in history] for name in params}
+    assert moved["head"] == [-1.0] * 8
+    assert moved["body"] == [0.0] * 3 + [-0.5] * 5
+    assert moved["embed"] == [0.0] * 6 + [-0.25] * 2
+
+
+def test_layerwise_rates_fall_towards_the_input():
+    groups = layerwise_learning_rates(["embed", r"layer_0", r"layer_1", "head"], 0.5)
+    assert [g.learning_rate for g in groups] == [0.125, 0.25, 0.5, 1.0]
+    with pytest.raises(ValueError, match=r"decay must be in \(0, 1\]"):
+        layerwise_learning_rates(["a"], 1.5)
+
+
+def test_groups_work_in_an_nnx_optimizer():
+    model = Nnx(nnx.Rngs(0))
+    groups = ParameterGroups([Group("body", freeze=True)], default=Group())
+    optimizer = nnx.Optimizer(model, groups.optimizer(adamw, 1e-2), wrt=nnx.Param)
+    before = jnp.array(model.body.kernel[...]), jnp.array(model.head.kernel[...])
+    gradients = nnx.grad(lambda m: jnp.sum(m.head(m.norm(m.body(jnp.ones((1, 2)))))))(model)
+    optimizer.update(model, gradients)
+    assert_bit_equal(model.body.kernel[...], before[0])
+    assert np.any(model.head.kernel[...] != before[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Group("a", learning_rate=-1.0), "learning_rate must be finite and at least 0"),
+        (lambda: Group("a", weight_decay=-1.0), "weight_decay must be finite and at least 0"),
+        (lambda: Group("(", freeze=True), "not a regular expression"),
+        (lambda: Group("a", freeze=True, learning_rate=0.1), "mean nothing; leave them out"),
+        (lambda: Group("a", freeze=True, optimizer=sgd(0.1)), "not both"),
+        (lambda: ParameterGroups([Group("a"), Group("a")]), "a pattern of its own"),
+        (lambda: ParameterGroups([Group("default")]), "other than 'default'"),
+        (
+            lambda: ParameterGroups([Group("a", weight_decay=0.1)]).optimizer(adam, 1e-3),
+            "sets weight_decay, which adam does not take",
+        ),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
