@@ -16,6 +16,7 @@ from adaptive_opt.groups import (
     gradual_unfreezing,
     layerwise_learning_rates,
 )
+from adaptive_opt.guard import SkipNonfiniteState, skip_nonfinite
 from adaptive_opt.lookahead import LookaheadState, lookahead, ranger
 from adaptive_opt.moments import (
     amsgrad_max,
@@ -36,6 +37,7 @@ from adaptive_opt.rates import (
     apply_rate,
     debias_rate,
     inverse_rate,
+    mute_unseen,
     per_weight_rate,
     radam_rectifier,
     scale_rate,
@@ -89,6 +91,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     # Around an optimizer.
     "lookahead",
     "ranger",
+    "skip_nonfinite",
     "ParameterGroups",
     "Group",
     "decay_mask",
@@ -120,6 +123,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "uniform_rate",
     "debias_rate",
     "scale_rate",
+    "mute_unseen",
     "adadelta_units",
     "radam_rectifier",
     "adamod_momental_bound",
@@ -138,6 +142,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "AdaptiveState",
     "OpenStepState",
     "LookaheadState",
+    "SkipNonfiniteState",
     "OneCycle",
     "Description",
 ]

@@ -82,7 +82,7 @@ def scale_by_adam(
         is_open = isinstance(updates, AdaptiveStep)
         count = updates.count if is_open else jnp.asarray(optax.safe_increment(state.count))
         step = updates if is_open else opened(updates, count, params)
-        step, buffers = run(rules, step, {"mu": state.mu, "nu": state.nu})
+        step, buffers = run(rules, step, {"mu": state.mu, "nu": state.nu}, state_dtype)
         return step if is_open else closed(step), optax.ScaleByAdamState(count, **buffers)
 
     return describe_as(make_stage(rules, init, update), "scale_by_adam", settings, parts=stages)

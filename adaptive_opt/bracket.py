@@ -133,7 +133,8 @@ def adaptive(
                 " state belongs to the optimizer that initialised it."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        step, buffers = run(rules, opened(updates, count, params), state.buffers)
+        step = opened(updates, count, params)
+        step, buffers = run(rules, step, state.buffers, state_dtype)
         return closed(step), AdaptiveState(count, buffers)
 
     settings = {"state_dtype": state_dtype}

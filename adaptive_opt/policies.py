@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -138,6 +139,20 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
     return jax.tree_util.tree_map_with_path(keep, new, old, is_leaf=is_none)
 
 
+def widened(buffer: Tree, what: str) -> Tree:
+    """A buffer that nobody asked to be narrower than 32 bits, in float32, with a warning."""
+    dtypes = {d for d in map(dtype_of, jax.tree.leaves(buffer)) if d.itemsize * 8 < 32}
+    if not dtypes:
+        return buffer
+    warnings.warn(
+        f"{what} arrives as {', '.join(map(str, dtypes))}, perhaps from a state that optax made for"
+        " 16-bit parameters, and is kept as float32 from here on. With state_dtype= it stays as it"
+        " is.",
+        stacklevel=2,
+    )
+    return jax.tree.map(lambda x: x.astype(wide(x.dtype)), buffer)
+
+
 def update_dtypes(updates: Tree, params: Tree | None) -> Tree:
     """The dtype each update leaves in: promote(gradient, parameter), or the gradient's."""
     if params is None:
@@ -165,11 +180,26 @@ def map_none(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 def _leaves_like(structure: Any, tree: Tree) -> list[Any]:
     try:
         return structure.flatten_up_to(tree)
-    except ValueError as error:
+    except ValueError:
         raise ValueError(
-            f"gradients, parameters and state must be trees of one structure: {error} A state"
-            " belongs to the parameters it was initialised with."
+            "gradients, parameters and state must be trees of one structure, but differ at"
+            f" {_first_difference(structure, tree)}. A state belongs to the parameters it was"
+            " initialised with."
         ) from None
+
+
+def _first_difference(structure: Any, tree: Tree) -> str:
+    """The first path that is in one tree and not in the other."""
+    leaves = structure.unflatten([0] * structure.num_leaves)
+    mine, other = (
+        {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(t)[0]}
+        for t in (leaves, jax.tree.map(lambda _: 0, tree, is_leaf=is_none))
+    )
+    only = sorted(mine - other) or sorted(other - mine)
+    if not only:
+        return f"the type of a container: {structure} and {jax.tree.structure(tree)}"
+    where = "the gradients" if mine - other else "the other"
+    return f"{only[0] or 'the root'}, which only {where} has"
 
 
 def _path(tree: Tree, index: int) -> str:

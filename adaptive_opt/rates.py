@@ -206,6 +206,35 @@ def _times(rate: Any, *, factor: Any) -> Any:
     return rate * factor
 
 
+@stage(reads=("second_moment", "rate"), replaces=("rate",))
+def mute_unseen() -> Any:
+    """No rate for a weight that has not seen a gradient yet: 0 where the second moment is 0.
+
+    Reads ``second_moment`` and ``rate``, replaces ``rate``; from here on it is values. Remembers
+    nothing. Without it such a weight has the rate 1/eps, which moves nothing but stays in any
+    average of rates: one zero gradient at the start and AdaMod's bound lets go of the weight for
+    many times ``1 / (1 - b3)`` steps. With it, the average starts with the first gradient.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adamod_momental_bound, adaptive, mute_unseen, per_weight_rate
+    >>> from adaptive_opt import second_moment
+    >>> rule = adaptive(
+    ...     second_moment(0.9), per_weight_rate(1e-8), mute_unseen(), adamod_momental_bound(0.9)
+    ... )
+    >>> _, state = rule.update(jnp.zeros(1), rule.init(jnp.zeros(1)))
+    >>> state.buffers["rate_ema"].tolist()
+    [0.0]
+    """
+
+    def line(step):
+        muted = step.map(
+            lambda r, v: jnp.where(v == 0, jnp.zeros_like(r), r), step.rate, step.second_moment
+        )
+        return step.replace(rate=muted)
+
+    return line
+
+
 def decay_of_memory(steps: Hyperparameter) -> Hyperparameter:
     """The decay of an average that remembers so many steps: ``1 - 1/n``."""
     check_at_least_one(len_memory=steps)

@@ -42,6 +42,7 @@ from adaptive_opt.rates import (
     adabound_dynamic_bound,
     adamod_momental_bound,
     debias_rate,
+    mute_unseen,
     per_weight_rate,
     radam_rectifier,
     scale_rate,
@@ -277,7 +278,7 @@ def adamod(
     it, the average still remembers higher rates and the bound lets go; in a warm-up it holds
     longer. An exactly zero first gradient puts ``lr / eps`` into the average of
     that weight and leaves it unbounded for many times ``1 / (1 - b3)`` steps, in the released code
-    as here.
+    as here; the convention "robust" cures it.
 
     Args:
       learning_rate, b1, b2, b3, eps, mask, state_dtype: see the module.
@@ -287,6 +288,8 @@ def adamod(
         ``m_t``; equals the authors' released code (package ``adamod`` 0.0.3, lancopku/AdaMod) and
         ``torch_optimizer.AdaMod``.
         "paper": the rate is ``lr / (sqrt(v^_t) + eps)`` and multiplies ``m^_t``.
+        "robust": as "reference", but a weight adds to its average of rates only from its first
+        gradient that is not zero, see ``mute_unseen``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adamod
@@ -301,6 +304,7 @@ def adamod(
     listings = {
         "reference": (mu, nu, rate, debias_rate(b1, b2)),
         "paper": (mu, nu, debias(b1, b2), rate),
+        "robust": (mu, nu, rate, mute_unseen(), debias_rate(b1, b2)),
     }
     return optax.chain(
         adaptive(
@@ -371,6 +375,7 @@ def diffmod(
     mask: Mask | None = None,
     friction: str = "absolute",
     average: bool = False,
+    convention: str = "reference",
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """AdaMod with diffGrad's friction: ``x - min(rate, ema(rate)) sigmoid|g_{t-1} - g_t| m - lr wd
@@ -386,6 +391,8 @@ def diffmod(
       weight_decay: decoupled, times the learning rate and its schedule; at least 0.
       friction: "absolute" (version 0 of that code), "signed" (1) or "wide" (2).
       average: follow the mean of the rate and its average, not the smaller (``average_step``).
+      convention: "reference", or "robust" for a cure of zero gradients at the start; see
+        ``adamod``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import diffmod
@@ -396,11 +403,13 @@ def diffmod(
     0.999047
     """
     check_nonnegative(learning_rate=learning_rate)
+    cures = {"reference": (), "robust": (mute_unseen(),)}
     return optax.chain(
         adaptive(
             first_moment(b1),
             second_moment(b2),
             per_weight_rate(eps),
+            *choose("convention", convention, cures),
             debias_rate(b1, b2),
             scale_rate(learning_rate),
             adamod_momental_bound(len_memory=len_memory, average=average),

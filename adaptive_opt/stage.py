@@ -79,8 +79,12 @@ class Rule(NamedTuple):
     line: Callable[..., Any]
     """``step -> step``, or with a buffer ``(step, buffer) -> (step, buffer)``."""
 
-    def __call__(self, step: AdaptiveStep, buffer: Tree) -> tuple[AdaptiveStep, Tree]:
+    def __call__(
+        self, step: AdaptiveStep, buffer: Tree, state_dtype: DTypeLike | None = None
+    ) -> tuple[AdaptiveStep, Tree]:
         declared = self.declaration
+        if self.buffer is not None and self.buffer.dtype is None and state_dtype is None:
+            buffer = policies.widened(buffer, f"the buffer {self.buffer.name!r}")
         ledger = step.ledger.after(declared)
         given = step.replace(rate=step.rate_values()) if "rate" in declared.reads else step
         scalar = self.buffer is not None and is_scalar_of_tree(buffer, step)
@@ -128,7 +132,10 @@ def is_scalar_of_tree(buffer: Tree, step: AdaptiveStep) -> bool:
 
 
 def run(
-    rules: Iterable[Rule], step: AdaptiveStep, buffers: Mapping[str, Tree]
+    rules: Iterable[Rule],
+    step: AdaptiveStep,
+    buffers: Mapping[str, Tree],
+    state_dtype: DTypeLike | None = None,
 ) -> tuple[AdaptiveStep, dict[str, Tree]]:
     """The step after all the rules, and the buffers they keep, each under its name."""
     rules = tuple(rules)
@@ -142,7 +149,7 @@ def run(
     kept = {}
     for rule in rules:
         name = rule.buffer.name if rule.buffer else None
-        step, buffer = rule(step, buffers.get(name) if name else None)
+        step, buffer = rule(step, buffers.get(name) if name else None, state_dtype)
         kept |= {name: buffer} if name else {}
     return step, kept
 

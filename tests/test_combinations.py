@@ -126,6 +126,8 @@ def rate_stage(name, h, place, s):
     rate, t = s.rate(), s.t
     if name == "scale_rate":
         return [r * h["factor"] for r in rate]
+    if name == "mute_unseen":
+        return each(lambda r, v: np.where(v == 0, 0.0, r), rate, s.v)
     if name == "debias_rate":
         factor = math.sqrt(1 - h["b2"] ** t) if h["b2"] is not None else 1.0
         factor /= 1 - h["b1"] ** t if h["b1"] is not None else 1.0
@@ -209,6 +211,7 @@ def stage_lists(draw):
         stages += [ao.uniform_rate(0.3)]
     if second != "none":
         stages += [ao.amsgrad_max()] * pick(False, True)
+        stages += [ao.mute_unseen()] * pick(False, True)
         stages += [ao.radam_rectifier(b2)] * pick(False, True)
         stages += [ao.adadelta_units(b2, 1e-3)] * (scope == "weight" and pick(False, True))
     stages += [ao.scale_rate(0.1)] * pick(False, True)
@@ -270,5 +273,5 @@ def test_the_random_lists_reach_every_stage():
     named |= {"centered_moment", "amsgrad_max", "debias", "nesterov_moment", "nadam_moment"}
     named |= {"per_weight_rate", "inverse_rate", "uniform_rate", "debias_rate", "scale_rate"}
     named |= {"adadelta_units", "radam_rectifier", "adamod_momental_bound", "apply_rate"}
-    named |= {"adabound_dynamic_bound", "diffgrad_friction"}
+    named |= {"adabound_dynamic_bound", "diffgrad_friction", "mute_unseen"}
     assert seen == named

@@ -20,6 +20,7 @@ TYPES = (
     "AdaptiveState",
     "OpenStepState",
     "LookaheadState",
+    "SkipNonfiniteState",
     "OneCycle",
     "Description",
     "Group",

@@ -379,7 +379,7 @@ WRONG_VALUES = [
         lambda: adam(1e-3, convention="optax"),
         "'torch', 'paper', 'keras', got 'optax'",
     ),
-    (lambda: adamod(1e-3, convention="torch"), "'reference', 'paper', got 'torch'"),
+    (lambda: adamod(1e-3, convention="torch"), "'reference', 'paper', 'robust', got 'torch'"),
     (lambda: diffgrad(1e-3, friction="abs"), "'absolute', 'signed', 'wide', got 'abs'"),
     (lambda: adam(1e-3, nesterov=True, convention="keras"), "nesterov=True is not defined"),
     (
