@@ -62,7 +62,8 @@ def lookahead(
       state_dtype: the dtype of the slow weights; default: the parameter's, float32 for 16-bit
         parameters.
 
-    State: ``LookaheadState(count, slow, inner_state)``. ValueError if ``update`` gets no
+    State: ``LookaheadState(count, slow, inner_state)``; initialised with shapes
+      (``jax.ShapeDtypeStruct``), ``slow`` is shapes too. ValueError if ``update`` gets no
       parameters.
 
     >>> import jax.numpy as jnp, optax
@@ -84,7 +85,12 @@ def lookahead(
         def dtype(own: Any) -> Any:
             return wide(own) if state_dtype is None else state_dtype
 
-        slow = jax.tree.map(lambda p: jnp.array(p, dtype(dtype_of(p)), copy=True), params)
+        def copy(p: Any) -> Any:
+            if isinstance(p, jax.ShapeDtypeStruct):
+                return p.update(dtype=dtype(p.dtype))
+            return jnp.array(p, dtype(dtype_of(p)), copy=True)
+
+        slow = jax.tree.map(copy, params)
         return LookaheadState(jnp.zeros([], jnp.int32), slow, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:

@@ -62,13 +62,18 @@ def real(dtype: DTypeLike) -> np.dtype:
     return np.dtype(jnp.finfo(dtype).dtype)
 
 
+def with_both_parts(dtype: DTypeLike) -> np.dtype:
+    """The complex dtype that holds real and imaginary parts of a real ``dtype``."""
+    return np.dtype(jnp.promote_types(dtype, np.complex64))
+
+
 def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
     """The asked-for dtype of a buffer; complex where the buffer itself (``own``) is complex."""
     asked = np.dtype(asked)
     if not jnp.issubdtype(asked, jnp.floating):
         raise ValueError(f"a buffer's dtype must be floating point, got {asked}.")
     if jnp.issubdtype(own, jnp.complexfloating):
-        return np.result_type(wide(asked), np.complex64)
+        return with_both_parts(asked)
     return asked
 
 
@@ -133,6 +138,14 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
                 f"{what} at {jax.tree_util.keystr(path) or 'the only leaf'} has shape"
                 f" {jnp.shape(old_leaf)}, but the gradient calls for {jnp.shape(new_leaf)}. A state"
                 " belongs to the parameters it was initialised with; initialise a new one."
+            )
+        if jnp.iscomplexobj(new_leaf) and not jnp.issubdtype(
+            dtype_of(old_leaf), np.complexfloating
+        ):
+            raise TypeError(
+                f"{what} at {jax.tree_util.keystr(path) or 'the only leaf'} is real, but the"
+                f" gradient makes it {dtype_of(new_leaf)}: the gradient of a real parameter is real."
+                " Take the real part, or initialise the optimizer with complex parameters."
             )
         return new_leaf.astype(dtype_of(old_leaf))
 
@@ -214,7 +227,7 @@ def _is_array(x: Any) -> bool:
 def at_width(x: Any, width: np.dtype) -> jax.Array:
     """``x`` in the dtype ``width``, or in its complex counterpart."""
     iscomplex = jnp.issubdtype(dtype_of(x), jnp.complexfloating)
-    dtype = np.result_type(width, np.complex64) if iscomplex else width
+    dtype = with_both_parts(width) if iscomplex else width
     return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype=dtype)
 
 
