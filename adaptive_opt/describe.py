@@ -63,6 +63,11 @@ def describe(transformation: optax.GradientTransformation) -> Description:
         scale_by_learning_rate(learning_rate=0.001, flip_sign=True)
     """
     if not isinstance(transformation, optax.GradientTransformation):
+        if isinstance(transformation, optax.MultiSteps):
+            raise TypeError(
+                "an optax.MultiSteps is not a transformation itself: give its"
+                " .gradient_transformation()."
+            )
         raise TypeError(
             "describe takes an optax transformation, for instance adamod(1e-3) or adaptive(...),"
             f" got {type(transformation).__name__}."

@@ -144,8 +144,8 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
         ):
             raise TypeError(
                 f"{what} at {jax.tree_util.keystr(path) or 'the only leaf'} is real, but the"
-                f" gradient makes it {dtype_of(new_leaf)}: the gradient of a real parameter is real."
-                " Take its real part, or initialise with complex parameters."
+                f" gradient makes it {dtype_of(new_leaf)}; the gradient of a real parameter"
+                " is real. Take its real part, or initialise with complex parameters."
             )
         return new_leaf.astype(dtype_of(old_leaf))
 
