@@ -121,6 +121,12 @@ def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalar
                 " hold no array there. Initialise the optimizer with the parameters it is to"
                 " update."
             )
+        if len({jnp.shape(a) for a in arrays} - {()}) > 1:
+            raise ValueError(
+                f"gradient, parameter and state at {_path(where, index)} differ in shape:"
+                f" {', '.join(str(jnp.shape(a)) for a in arrays)}. A state belongs to the"
+                " parameters it was initialised with; initialise a new one."
+            )
         width = max((real(wide(dtype_of(a))) for a in arrays), key=lambda d: d.itemsize)
         cast = {name: _scalar(value, width) for name, value in scalars.items()}
         results.append(function(*(at_width(a, width) for a in arrays), **cast))

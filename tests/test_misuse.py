@@ -447,7 +447,7 @@ def test_a_state_of_other_parameters_is_refused():
     optimizer = adamod(1e-3)
     x = normal_tree()
     other = x | {"dense": {"kernel": jnp.ones((17, 1)), "bias": jnp.ones(9)}}
-    with pytest.raises(ValueError, match=r"\['dense'\]\['kernel'\] has shape \(17, 1\)"):
+    with pytest.raises(ValueError, match=r"\['dense'\]\['kernel'\] differ .* \(17, 1\)"):
         optimizer.update(x, optimizer.init(other), x)
     with pytest.raises(ValueError, match="trees of one structure"):
         optimizer.update(x, optimizer.init({"w": jnp.ones(3)}), x)
