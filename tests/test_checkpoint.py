@@ -196,8 +196,10 @@ def test_the_error_names_what_differs():
     refused("the optimizer was adam, is chain", adam(1e-3), clipped)
     refused("chain was made of clip, adam, is of adam, clip",
             clipped, optax.chain(adam(1e-3), optax.clip(1.0)))  # fmt: skip
-    refused("max_norm.* of clip_by_global_norm in chain was 1.0, is 2.0",
-            *(optax.chain(optax.clip_by_global_norm(n), adam(1e-3)) for n in (1.0, 2.0)))  # fmt: skip
+    refused(
+        "max_norm.* of clip_by_global_norm in chain was 1.0, is 2.0",
+        *(optax.chain(optax.clip_by_global_norm(n), adam(1e-3)) for n in (1.0, 2.0)),
+    )
     wider = {"w": jnp.ones(5), "b": jnp.ones(())}
     refused(r"\.mu\['w'\] was float32\[3\], is float32\[5\]", adam(1e-3), adam(1e-3), wider)
     half = {"w": jnp.ones(3), "b": jnp.ones((), jnp.float16)}
