@@ -38,6 +38,7 @@ from adaptive_opt.moments import (
     sum_of_squares,
 )
 from adaptive_opt.moving import convert_state, import_torch_state
+from adaptive_opt.observe import Observation, observer
 from adaptive_opt.rates import (
     adabound_dynamic_bound,
     adadelta_units,
@@ -67,6 +68,7 @@ from adaptive_opt.recipes import (
 from adaptive_opt.schedules import OneCycle, normalized_weight_decay, one_cycle, warm_restarts
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
+from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
 from adaptive_opt.weight_decay import (
     decoupled_l1_decay,
     decoupled_weight_decay,
@@ -143,6 +145,11 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decoupled_weight_decay",
     "decoupled_l1_decay",
     "scale_by_learning_rate",
+    # Seeing what it does.
+    "telemetry",
+    "read_telemetry",
+    "rate_histograms",
+    "observer",
     # Saving, and moving in and out.
     "checkpoint_header",
     "check_checkpoint",
@@ -160,5 +167,6 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "LookaheadState",
     "SkipNonfiniteState",
     "OneCycle",
+    "Observation",
     "Description",
 ]

@@ -31,6 +31,7 @@ class Declaration:
     raw: tuple[Field, ...]
     consumes: tuple[Field, ...]
     buffer: str | None
+    limits: Field | None = None
 
 
 @dataclasses.dataclass(frozen=True)

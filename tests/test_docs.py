@@ -22,6 +22,7 @@ TYPES = (
     "LookaheadState",
     "SkipNonfiniteState",
     "OneCycle",
+    "Observation",
     "Description",
     "Group",
 )
