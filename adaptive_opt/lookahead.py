@@ -13,6 +13,7 @@ from adaptive_opt.describe import described_around, recipe
 from adaptive_opt.policies import (
     Hyperparameter,
     Tree,
+    buffer_dtype,
     check_at_least_one,
     check_nonnegative,
     dtype_of,
@@ -82,7 +83,7 @@ def lookahead(
 
     def init(params: Tree) -> LookaheadState:
         def dtype(own: Any) -> Any:
-            return wide(own) if state_dtype is None else state_dtype
+            return wide(own) if state_dtype is None else buffer_dtype(state_dtype, wide(own))
 
         slow = jax.tree.map(lambda p: jnp.array(p, dtype(dtype_of(p)), copy=True), params)
         return LookaheadState(jnp.zeros([], jnp.int32), slow, inner.init(params))

@@ -64,6 +64,12 @@ def real(dtype: DTypeLike) -> np.dtype:
 
 def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
     """The asked-for dtype of a buffer; complex where the buffer itself (``own``) is complex."""
+    if isinstance(asked, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"a buffer's dtype arrived as an array of {asked.dtype}: optax.inject_hyperparams takes"
+            " jnp.bfloat16 for a schedule. Name the argument in its static_args, or give"
+            " jnp.dtype(...)."
+        )
     asked = np.dtype(asked)
     if not jnp.issubdtype(asked, jnp.floating):
         raise ValueError(f"a buffer's dtype must be floating point, got {asked}.")
@@ -307,8 +313,17 @@ def is_number(value: Any) -> bool:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is known to be 0."""
-    return is_number(value) and float(value) == 0
+    """Whether a hyperparameter is a Python or NumPy number that is 0.
+
+    This decides which buffers and counts a state has, so a jax array never is: one that is known
+    when the state is made is traced when the step is compiled (``optax.inject_hyperparams``).
+    """
+    return is_python_number(value) and float(value) == 0
+
+
+def is_python_number(value: Any) -> bool:
+    """Whether a hyperparameter is a number of Python's or NumPy's, known inside and outside jit."""
+    return is_number(value) and not isinstance(value, jax.Array)
 
 
 def are_different_numbers(a: Any, b: Any) -> bool:

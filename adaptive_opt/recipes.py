@@ -33,7 +33,7 @@ from adaptive_opt.policies import (
     check_nonnegative,
     check_positive,
     choose,
-    is_number,
+    is_python_number,
     is_zero,
     scaled,
     value_at,
@@ -448,7 +448,7 @@ def adabound(
         learning rate scales it too, by ``lr_t / base_learning_rate``.
       gamma: how fast they close, greater than 0, per step.
       base_learning_rate: the learning rate that ``final_learning_rate`` goes with, greater than 0;
-        by default ``learning_rate``, so with a schedule or a traced rate it must be given. (The
+        by default ``learning_rate``, so with a schedule or a jax array it must be given. (The
         authors' code divides by the rate at construction, which a warm-up starts at 0.)
       weight_decay: at least 0.
       decay: "l2": added to the gradient, as in ``AdaBound``. "decoupled": times the learning rate
@@ -520,10 +520,11 @@ def _bounded(
     """The listing of AdaBound or AMSBound, its bounds, and its decay where ``decay`` puts it."""
     check_nonnegative(learning_rate=learning_rate, final_learning_rate=final_learning_rate)
     if base_learning_rate is None:
-        if not is_number(learning_rate):
+        if not is_python_number(learning_rate):
             raise ValueError(
-                "base_learning_rate must be given with a schedule or a traced learning rate: the"
-                " rate at which final_learning_rate is meant, for instance the schedule's peak."
+                "base_learning_rate must be given with a schedule or a jax array as learning rate"
+                " (inject_hyperparams makes one): the rate at which final_learning_rate is meant,"
+                " for instance the schedule's peak."
             )
         final: Hyperparameter = final_learning_rate
     else:
