@@ -313,17 +313,22 @@ def is_number(value: Any) -> bool:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is a Python or NumPy number that is 0.
+    """Whether a hyperparameter is known to be 0."""
+    return is_number(value) and float(value) == 0
 
-    This decides which buffers and counts a state has, so a jax array never is: one that is known
-    when the state is made is traced when the step is compiled (``optax.inject_hyperparams``).
+
+def is_fixed(value: Any) -> bool:
+    """Whether a hyperparameter is a number of Python's or NumPy's, known inside and outside jit.
+
+    What decides which buffers and counts a state has must be: a jax array that is known when the
+    state is made is traced when the step is compiled (``optax.inject_hyperparams``).
     """
-    return is_python_number(value) and float(value) == 0
-
-
-def is_python_number(value: Any) -> bool:
-    """Whether a hyperparameter is a number of Python's or NumPy's, known inside and outside jit."""
     return is_number(value) and not isinstance(value, jax.Array)
+
+
+def is_fixed_zero(value: Any) -> bool:
+    """Whether a hyperparameter is fixed at 0, so that its line can be left out."""
+    return is_fixed(value) and float(value) == 0
 
 
 def are_different_numbers(a: Any, b: Any) -> bool:
