@@ -42,7 +42,8 @@ def is_none(x: Any) -> bool:
 
 def dtype_of(x: Any) -> np.dtype:
     """The dtype of an array, a ShapeDtypeStruct or a Python scalar."""
-    return np.dtype(x.dtype) if hasattr(x, "dtype") else np.dtype(jnp.result_type(x))
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # float32 for a float64 NumPy array
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
