@@ -29,6 +29,7 @@ from adaptive_opt.policies import (
     check_nonnegative,
     choose,
     is_fixed_zero,
+    is_number,
 )
 from adaptive_opt.rates import (
     adadelta_units,
@@ -98,7 +99,7 @@ def _momentum(
 ) -> tuple[Optimizer, ...]:
     check_decay(momentum=momentum, dampening=dampening)
     if is_fixed_zero(momentum):
-        if nesterov or not is_fixed_zero(dampening):
+        if nesterov or callable(dampening) or (is_number(dampening) and float(dampening) > 0):
             raise ValueError("nesterov and dampening need a momentum greater than 0.")
         return ()
     return (heavy_ball(momentum, dampening=dampening, nesterov=nesterov),)

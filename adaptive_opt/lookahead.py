@@ -85,7 +85,15 @@ def lookahead(
         def dtype(own: Any) -> Any:
             return wide(own) if state_dtype is None else buffer_dtype(state_dtype, wide(own))
 
-        slow = jax.tree.map(lambda p: jnp.array(p, dtype(dtype_of(p)), copy=True), params)
+        def copied(p: Any) -> jax.Array:
+            if isinstance(p, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    "the slow weights of lookahead start at the parameters, so that it cannot be"
+                    " initialised from their shapes: use jax.eval_shape(optimizer.init, params)."
+                )
+            return jnp.array(p, dtype(dtype_of(p)), copy=True)
+
+        slow = jax.tree.map(copied, params)
         return LookaheadState(jnp.zeros([], jnp.int32), slow, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:

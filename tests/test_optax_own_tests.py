@@ -42,8 +42,10 @@ OTHER_RATES = {
     "adadelta": 1e-1,
     "adamax": 3e-2,
 }
-# AdaBound ends as SGD; this is a rate that SGD does not diverge at.
-SETTINGS = {name: {"final_learning_rate": 1e-3} for name in ("adabound", "amsbound")}
+# AdaBound ends as SGD, at a rate that must not be too high for it; AdaMod's bound must not remember
+# what Mechanic's first guesses made of the parameters.
+BOUNDED = ("adabound", "amsbound")
+SETTINGS = {name: {"final_learning_rate": 1e-3} for name in BOUNDED} | {"adamod": {"b3": 0.9}}
 
 
 def annotated(recipe: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +67,7 @@ ALIAS = types.SimpleNamespace(**vars(adaptive_opt) | FACTORIES)
 
 
 def case(name: str, rate: float) -> dict[str, Any]:
-    base = {"base_learning_rate": rate} if name in SETTINGS else {}
+    base = {"base_learning_rate": rate} if name in BOUNDED else {}
     kwargs = {"learning_rate": rate} | base | SETTINGS.get(name, {})
     return {"opt_name": f"our {name}", "opt_kwargs": kwargs}
 
@@ -182,6 +184,17 @@ EXCEPTIONS = [
         r"alias: .*test_optimization .*'our adadelta'.*_setup_rosenbrock.*complex64",
         AssertionError,
         "too slow for 10 000 steps; with its own adadelta, optax skips it",
+    ),
+    (
+        r"contrib: .*test_optimizers .*'our adadelta'.*"
+        r"(mechanize.*_setup_(parabola|rosenbrock)|None.*_setup_rosenbrock)",
+        AssertionError,
+        "comes near the minimum and goes on moving there: its steps are as long as those before",
+    ),
+    (
+        r"contrib: .*test_optimizers .*'our ranger'.*_setup_(matrix|mixed)",
+        AssertionError,
+        "its centralized gradients leave the mean of every row of a matrix where it was",
     ),
     (
         r"sharding: .*test_init_with_abstract_input_our ranger",
