@@ -232,7 +232,10 @@ SLOW = [
     r"contrib: .*test_optimizers ",
     # The same is asked once more of contrib's, once less strictly of alias'.
     r"contrib: .*test_(state_shape_dtype_shard_stability|preserve_dtype|gradient_accumulation)",
-    r"alias: .*test_optimizers_can_be_wrapped_in_inject_hyperparams",
+    r"alias: .*test_optimizers_(can_be_wrapped_in_inject_hyperparams|accept_extra_args)",
+    r"contrib: .*test_optimizers_accept_extra_args.*wrapper_name=None.*wrap=True",
+    r"contrib: .*test_optimizers_accept_extra_args.*'mechanize'.*wrap=False",
+    r"contrib: .*test_optimizers_accept_learning_rate_schedule.*'mechanize'",
     r"accumulation: .*test_multi_steps_mixed_precision",
     r"sam: ",
 ]
