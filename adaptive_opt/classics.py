@@ -28,7 +28,8 @@ from adaptive_opt.policies import (
     check_decay,
     check_nonnegative,
     choose,
-    is_zero,
+    is_fixed_zero,
+    is_number,
 )
 from adaptive_opt.rates import (
     adadelta_units,
@@ -97,8 +98,8 @@ def _momentum(
     momentum: Hyperparameter, nesterov: bool, dampening: Hyperparameter = 0.0
 ) -> tuple[Optimizer, ...]:
     check_decay(momentum=momentum, dampening=dampening)
-    if is_zero(momentum):
-        if nesterov or not is_zero(dampening):
+    if is_fixed_zero(momentum):
+        if nesterov or callable(dampening) or (is_number(dampening) and float(dampening) > 0):
             raise ValueError("nesterov and dampening need a momentum greater than 0.")
         return ()
     return (heavy_ball(momentum, dampening=dampening, nesterov=nesterov),)

@@ -13,6 +13,7 @@ from adaptive_opt.describe import described_around, recipe
 from adaptive_opt.policies import (
     Hyperparameter,
     Tree,
+    buffer_dtype,
     check_at_least_one,
     check_nonnegative,
     dtype_of,
@@ -83,7 +84,7 @@ def lookahead(
 
     def init(params: Tree) -> LookaheadState:
         def dtype(own: Any) -> Any:
-            return wide(own) if state_dtype is None else state_dtype
+            return wide(own) if state_dtype is None else buffer_dtype(state_dtype, wide(own))
 
         def copy(p: Any) -> Any:
             if isinstance(p, jax.ShapeDtypeStruct):

@@ -42,7 +42,8 @@ def is_none(x: Any) -> bool:
 
 def dtype_of(x: Any) -> np.dtype:
     """The dtype of an array, a ShapeDtypeStruct or a Python scalar."""
-    return np.dtype(x.dtype) if hasattr(x, "dtype") else np.dtype(jnp.result_type(x))
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # float32 for a float64 NumPy array
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
@@ -69,6 +70,12 @@ def with_both_parts(dtype: DTypeLike) -> np.dtype:
 
 def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
     """The asked-for dtype of a buffer; complex where the buffer itself (``own``) is complex."""
+    if isinstance(asked, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"a buffer's dtype arrived as an array of {asked.dtype}: optax.inject_hyperparams takes"
+            " jnp.bfloat16 for a schedule. Name the argument in its static_args, or give"
+            " jnp.dtype(...)."
+        )
     asked = np.dtype(asked)
     if not jnp.issubdtype(asked, jnp.floating):
         raise ValueError(f"a buffer's dtype must be floating point, got {asked}.")
@@ -328,6 +335,20 @@ def is_number(value: Any) -> bool:
 def is_zero(value: Any) -> bool:
     """Whether a hyperparameter is known to be 0."""
     return is_number(value) and float(value) == 0
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether a hyperparameter is a number of Python's or NumPy's, known inside and outside jit.
+
+    What decides which buffers and counts a state has must be: a jax array that is known when the
+    state is made is traced when the step is compiled (``optax.inject_hyperparams``).
+    """
+    return is_number(value) and not isinstance(value, jax.Array)
+
+
+def is_fixed_zero(value: Any) -> bool:
+    """Whether a hyperparameter is fixed at 0, so that its line can be left out."""
+    return is_fixed(value) and float(value) == 0
 
 
 def are_different_numbers(a: Any, b: Any) -> bool:

@@ -17,6 +17,7 @@ from adaptive_opt.policies import (
     check_decay,
     check_nonnegative,
     check_positive,
+    is_number,
 )
 from adaptive_opt.stage import Stage, compose, stage
 from adaptive_opt.step import RateRule
@@ -379,7 +380,7 @@ def radam_rectifier(
     check_decay(b2=b2)
     check_positive(b2=b2)
     check_nonnegative(unrectified_rate=unrectified_rate)
-    if threshold < 4:
+    if is_number(threshold) and threshold < 4:
         raise ValueError(f"threshold must be at least 4, where r_t is defined, got {threshold}.")
 
     def line(step):

@@ -33,8 +33,8 @@ from adaptive_opt.policies import (
     check_nonnegative,
     check_positive,
     choose,
-    is_number,
-    is_zero,
+    is_fixed,
+    is_fixed_zero,
     scaled,
     value_at,
 )
@@ -448,7 +448,7 @@ def adabound(
         learning rate scales it too, by ``lr_t / base_learning_rate``.
       gamma: how fast they close, greater than 0, per step.
       base_learning_rate: the learning rate that ``final_learning_rate`` goes with, greater than 0;
-        by default ``learning_rate``, so with a schedule or a traced rate it must be given. (The
+        by default ``learning_rate``, so with a schedule or a jax array it must be given. (The
         authors' code divides by the rate at construction, which a warm-up starts at 0.)
       weight_decay: at least 0.
       decay: "l2": added to the gradient, as in ``AdaBound``. "decoupled": times the learning rate
@@ -520,10 +520,11 @@ def _bounded(
     """The listing of AdaBound or AMSBound, its bounds, and its decay where ``decay`` puts it."""
     check_nonnegative(learning_rate=learning_rate, final_learning_rate=final_learning_rate)
     if base_learning_rate is None:
-        if not is_number(learning_rate):
+        if not is_fixed(learning_rate):
             raise ValueError(
-                "base_learning_rate must be given with a schedule or a traced learning rate: the"
-                " rate at which final_learning_rate is meant, for instance the schedule's peak."
+                "base_learning_rate must be given with a schedule or a jax array as learning rate"
+                " (inject_hyperparams makes one): the rate at which final_learning_rate is meant,"
+                " for instance the schedule's peak."
             )
         final: Hyperparameter = final_learning_rate
     else:
@@ -597,7 +598,7 @@ def radam(
         "reference": (*eps_hat, radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)),
     }
     bracket = adaptive(*choose("convention", convention, listings), state_dtype=state_dtype)
-    if convention == "reference" and not is_zero(weight_decay):
+    if convention == "reference" and not is_fixed_zero(weight_decay):
         weight_decay = _once_rectified(weight_decay, b2, threshold)
     forms = {
         "l2": (l2_regularization(weight_decay, mask), bracket),
@@ -662,7 +663,7 @@ def nadam(
     choose("convention", convention, dict.fromkeys(("torch", "keras", "optax")))
     form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
     l2 = (l2_regularization(weight_decay, mask),)
-    if convention == "optax" and is_zero(weight_decay):
+    if convention == "optax" and is_fixed_zero(weight_decay):
         l2 = ()  # the state of optax.nadam, whose checkpoints this takes
     return optax.chain(*l2, form, scale_by_learning_rate(learning_rate))
 

@@ -321,7 +321,11 @@ def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature)
     """The settings, less what describes the buffer where nobody chose it."""
     about = ("name", "dtype", "scope", "reduce", "axis_name", "initial")
     default = {k: signature.parameters[k].default for k in about if k in settings}
-    return {k: v for k, v in settings.items() if k not in default or v != default[k]}
+    return {k: v for k, v in settings.items() if k not in default or not _is(v, default[k])}
+
+
+def _is(value: Any, default: Any) -> bool:
+    return not isinstance(value, jax.Array) and value == default  # an array may be traced
 
 
 def compose(name: str, settings: Mapping[str, Any], *stages: Stage) -> Stage:

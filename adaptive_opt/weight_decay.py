@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adaptive_opt.describe import described
@@ -114,7 +116,27 @@ def _decay(
 
     scheduled = callable(strength) or callable(learning_rate)
     decayed = _plain(optax.add_decayed_weights((lambda _: 0.0) if scheduled else 0.0), combine)
-    return decayed if mask is None else optax.masked(decayed, mask)
+    return decayed if mask is None else _masked(decayed, mask)
+
+
+def _masked(
+    decayed: optax.GradientTransformationExtraArgs, mask: Mask
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.masked``, except that one bool for a whole tree is refused."""
+    masked = optax.masked(decayed, mask)
+    if not isinstance(mask, (bool, np.bool_, jax.Array)):
+        return masked
+
+    def init(params: Tree) -> Any:
+        if not jax.tree_util.all_leaves([params]):
+            raise ValueError(
+                "mask arrived as one bool for a tree of parameters. optax.inject_hyperparams takes"
+                ' a callable mask for a schedule: give static_args=("mask",). For no decay at all'
+                " leave weight_decay at 0."
+            )
+        return masked.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, masked.update)
 
 
 @described
