@@ -274,8 +274,34 @@ def check_positive(**values: Any) -> None:
 
 def check_at_least_one(**values: Any) -> None:
     """Each value is finite and at least 1."""
+    check_at_least(1, **values)
+
+
+def check_at_least(least: float, **values: Any) -> None:
+    """Each value is finite and at least so much."""
     for name, value in values.items():
-        _check(name, value, lambda x: 1 <= x < math.inf, "finite and at least 1")
+        _check(name, value, lambda x: least <= x < math.inf, f"finite and at least {least}")
+
+
+def check_fraction(**values: Any) -> None:
+    """Each value is in [0, 1]."""
+    for name, value in values.items():
+        _check(name, value, lambda x: 0 <= x <= 1, "in [0, 1]")
+
+
+def check_whole(least: int, **values: Any) -> None:
+    """Each value is a whole number of at least so much, and no schedule."""
+    check_constant(**values)
+    for name, value in values.items():
+        whole_and_enough = f"whole and at least {least}"
+        _check(name, value, lambda x: x >= least and x % 1 == 0, whole_and_enough)
+
+
+def check_constant(**values: Any) -> None:
+    """No value is a schedule."""
+    for name, value in values.items():
+        if callable(value):
+            raise TypeError(f"{name} must be a number and not a schedule, got {value!r}.")
 
 
 def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) -> None:
@@ -320,8 +346,12 @@ def is_number(value: Any) -> bool:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is known to be 0."""
-    return is_number(value) and float(value) == 0
+    """Whether a hyperparameter is the number 0, and not an array, which may hold another later.
+
+    What this decides, a buffer say, must be the same when ``init`` runs on an array and when
+    ``update`` is traced.
+    """
+    return not isinstance(value, jax.Array) and is_number(value) and float(value) == 0
 
 
 def are_different_numbers(a: Any, b: Any) -> bool:

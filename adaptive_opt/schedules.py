@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adaptive_opt.policies import check_at_least_one, check_nonnegative, check_positive, choose
@@ -187,15 +187,14 @@ def warm_restarts(
     choose("form", form, {"paper": None, "keras-adamw": None})
     if form == "keras-adamw" and (growth != 1 or period < 2):
         raise ValueError('form="keras-adamw" needs growth=1 and a period of at least 2.')
-    begins = _begins(period, growth)
+    locate = _locator(period, growth)
 
     def schedule(step: Any) -> Any:
-        t = jnp.asarray(step, float) + start
+        position, length = locate(jnp.asarray(step) + start)
         if form == "keras-adamw":
-            eta = _cosine(maximum, minimum, (t % period) / (period - 1))
+            eta = _cosine(maximum, minimum, position / (period - 1))
             return jnp.where(jnp.asarray(step) == 0, 1.0, eta)
-        begin, length = _period_at(t, period, growth, begins)
-        return _cosine(maximum, minimum, (t - begin) / length)
+        return _cosine(maximum, minimum, position / length)
 
     return schedule
 
@@ -222,28 +221,26 @@ def normalized_weight_decay(
     check_at_least_one(period=period, growth=growth)
     if growth == 1:
         return weight_decay * math.sqrt(1 / period)
-    begins = _begins(period, growth)
-
-    def schedule(step: Any) -> Any:
-        _, length = _period_at(jnp.asarray(step, float), period, growth, begins)
-        return weight_decay * jnp.sqrt(1 / length)
-
-    return schedule
+    locate = _locator(period, growth)
+    return lambda step: weight_decay * jnp.sqrt(1 / locate(jnp.asarray(step))[1])
 
 
-def _begins(period: float, growth: float) -> np.ndarray:
-    """Where growing periods begin, up to the largest count there is; one zero if none grows."""
+def _locator(period: float, growth: float) -> Callable[[jax.Array], tuple[Any, Any]]:
+    """A function of the step: how many steps ago its period began, and how long it is.
+
+    Without a division, which a compiler turns into a product with a rounded reciprocal: the step of
+    a restart would now and then count as the last one before it.
+    """
     if growth == 1:
-        return np.zeros(1)
-    begins = [0.0]
-    while begins[-1] < 2**31:
-        begins.append(begins[-1] + period * growth ** (len(begins) - 1))
-    return np.asarray(begins)
+        return lambda t: (jnp.asarray(jnp.remainder(t, period), float), period)
+    begins, lengths = [0.0], [float(period)]
+    while begins[-1] < 2**31:  # the largest count there is
+        begins.append(begins[-1] + lengths[-1])
+        lengths.append(period * growth ** len(lengths))
 
+    def locate(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        t = jnp.asarray(t, float)
+        index = jnp.searchsorted(jnp.asarray(begins, float), t, side="right") - 1
+        return t - jnp.asarray(begins, float)[index], jnp.asarray(lengths, float)[index]
 
-def _period_at(t: Any, period: float, growth: float, begins: np.ndarray) -> tuple[Any, Any]:
-    """The begin and the length of the period that the step t is in."""
-    if growth == 1:
-        return jnp.floor(t / period) * period, jnp.asarray(period, float)
-    index = jnp.searchsorted(jnp.asarray(begins, float), t, side="right") - 1
-    return jnp.asarray(begins, float)[index], period * growth ** jnp.asarray(index, float)
+    return locate

@@ -346,6 +346,34 @@ def test_warm_restarts_follow_the_formula_of_the_paper(growth, x64):
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32, np.float64])
+def test_every_restart_takes_the_maximum_when_compiled(dtype):
+    # One program per period, which is a constant in it: that is what tempts a compiler to divide.
+    # 41 and 49 are among the periods where a reciprocal in float32 or float64 falls short.
+    with jax.enable_x64(dtype == np.float64):
+        for period in (*range(2, 12), 41, 47, 49, 55, 61, 82, 98, 103, 107, 161, 1000):
+            steps = jnp.asarray(np.arange(50) * period, dtype)
+            eta = jax.jit(jax.vmap(warm_restarts(period)))
+            np.testing.assert_array_equal(eta(steps), 1.0, f"period {period}")
+            assert np.all(eta(steps + (period - 1)) < 0.6), f"period {period}"
+
+
+@pytest.mark.parametrize("growth", [2, 3])
+@pytest.mark.parametrize("x64", [False, True])
+def test_every_restart_of_growing_periods_takes_the_maximum_when_compiled(growth, x64):
+    with jax.enable_x64(x64):
+        for period in (1, 7, 41, 49, 1000):
+            begins = period * (growth ** np.arange(1, 9) - 1) // (growth - 1)
+            eta = jax.jit(jax.vmap(warm_restarts(period, growth=growth)))
+            np.testing.assert_array_equal(eta(jnp.asarray(begins)), 1.0, f"period {period}")
+            assert np.all(eta(jnp.asarray(begins[1:] - 1)) < 0.6), f"period {period}"
+
+
+def test_restarts_are_exact_beyond_what_float32_can_count():
+    steps = 41 * jnp.arange(50_000_000, 50_000_004)
+    np.testing.assert_array_equal(jax.jit(warm_restarts(41))(steps), 1.0)
+
+
 def test_warm_restarts_agree_with_those_of_optax_where_both_exist():
     cycles = [
         {"init_value": 0.0, "peak_value": 1.0, "decay_steps": n, "warmup_steps": 0} for n in (8, 16)
