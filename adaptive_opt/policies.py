@@ -345,13 +345,18 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.generic, np.ndarray))
 
 
-def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is the number 0, and not an array, which may hold another later.
+def is_fixed(value: Any) -> bool:
+    """Whether a hyperparameter is a number, and not an array, which may hold another one later.
 
-    What this decides, a buffer say, must be the same when ``init`` runs on an array and when
-    ``update`` is traced.
+    What is decided by a number, a buffer say, must be the same when ``init`` runs on an array and
+    when ``update`` is traced.
     """
-    return not isinstance(value, jax.Array) and is_number(value) and float(value) == 0
+    return is_number(value) and not isinstance(value, jax.Array)
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is the number 0."""
+    return is_fixed(value) and float(value) == 0
 
 
 def are_different_numbers(a: Any, b: Any) -> bool:

@@ -321,7 +321,8 @@ def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature)
     """The settings, less what describes the buffer where nobody chose it."""
     about = ("name", "dtype", "scope", "reduce", "axis_name", "initial")
     default = {k: signature.parameters[k].default for k in about if k in settings}
-    return {k: v for k, v in settings.items() if k not in default or v != default[k]}
+    chosen = lambda v, usual: isinstance(v, jax.Array) or v != usual  # noqa: E731
+    return {k: v for k, v in settings.items() if k not in default or chosen(v, default[k])}
 
 
 def compose(name: str, settings: Mapping[str, Any], *stages: Stage) -> Stage:

@@ -104,6 +104,21 @@ def test_below_the_threshold_the_reference_stands_still_and_the_others_do_not():
     assert train(reference, x, [g] * 6)[0] < x
 
 
+def test_the_l2_term_of_the_reference_is_in_the_moments_from_the_first_step():
+    # Below the threshold nothing moves, but what the moments see is g + wd x, as it is later.
+    x = jnp.full(1, 2.0)
+    tx = adaptive_opt.radam(0.1, convention="reference", weight_decay=0.5, decay="l2")
+    params, state, _ = train(tx, x, [jnp.full(1, 3.0)] * 5)
+    assert params == x
+    np.testing.assert_allclose(optax.tree.get(state, "mu"), (1 - 0.9**5) * 4.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [3.0, math.nan, math.inf])
+def test_the_rectifier_is_told_a_threshold_at_which_it_is_defined(threshold):
+    with pytest.raises(ValueError, match="threshold must be finite and at least 4, got"):
+        adaptive_opt.radam(0.1, threshold=threshold)
+
+
 # --- Granularity ----------------------------------------------------------------------------------
 
 
@@ -309,14 +324,29 @@ def test_adabound_tends_to_sgd_with_momentum(x64):
 def test_a_schedule_scales_the_bounds_and_needs_the_rate_they_are_meant_for():
     x = jnp.ones(2)
     warm_up = optax.linear_schedule(0.0, 1e-3, 10)
-    for rate in (warm_up, jax.jit(lambda: jnp.float32(1e-3))):
-        with pytest.raises(ValueError, match="base_learning_rate must be given"):
-            adaptive_opt.adabound(rate)
+    arrays = jnp.float32(1e-3), jnp.zeros(())  # as optax.inject_hyperparams gives them
+    for rate in (warm_up, lambda _: jnp.float32(1e-3), *arrays, 0.0):
+        for recipe in (adaptive_opt.adabound, adaptive_opt.amsbound):
+            with pytest.raises(ValueError, match="base_learning_rate must be given"):
+                recipe(rate)
+    with pytest.raises(ValueError, match="base_learning_rate must be given"):
+        optax.inject_hyperparams(adaptive_opt.adabound)(learning_rate=warm_up).init(x)
     tx = adaptive_opt.adabound(warm_up, base_learning_rate=1e-3)
     updates, _ = tx.update(x, tx.init(x), x)
     assert np.all(updates == 0)  # the first rate of the warm-up, and no division by it
     with pytest.raises(ValueError, match="base_learning_rate must be finite and greater than 0"):
         adaptive_opt.adabound(1e-3, base_learning_rate=0.0)
+    still = adaptive_opt.adabound(0.0, base_learning_rate=1e-3)
+    assert np.all(still.update(x, still.init(x), x)[0] == 0)
+
+
+def test_the_bounds_of_adabound_are_positive_numbers_and_no_schedules():
+    for name in ("final_learning_rate", "base_learning_rate"):
+        with pytest.raises(TypeError, match=f"{name} must be a number and not a schedule"):
+            adaptive_opt.adabound(1e-3, **{name: optax.constant_schedule(0.1)})
+        for wrong in (0.0, -1.0, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be finite and greater than 0"):
+                adaptive_opt.amsbound(1e-3, **{name: wrong})
 
 
 def test_the_three_decays_of_adabound_differ_as_documented():
@@ -487,3 +517,41 @@ def test_nadam_in_the_form_of_optax_has_its_state():
     assert jax.tree.structure(ours.init(x)) == jax.tree.structure(theirs.init(x))
     with pytest.raises(ValueError, match="has no momentum_decay"):
         adaptive_opt.nadam(1e-3, convention="optax", momentum_decay=0.1)
+
+
+# --- l1 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convention", ["torch", "paper"])
+@pytest.mark.parametrize("recipe", [adamw, adaptive_opt.nadamw, adaptive_opt.sgdw])
+def test_l1_is_multiplied_by_what_the_weight_decay_is(recipe, convention, x64):
+    convention = (
+        "keras-adamw" if (recipe, convention) == (adaptive_opt.nadamw, "paper") else convention
+    )
+    x, gradient = jnp.array([2.0, -0.5, 0.0]), jnp.array([0.3, -1.0, 2.0])
+    lr, eta = 0.1, optax.constant_schedule(0.5)
+    course = (
+        {"learning_rate": lr} if convention == "torch" else {"learning_rate": lr, "schedule": eta}
+    )
+    times = lr if convention == "torch" else 0.5
+    moved = {}
+    for l1 in (None, 0.25):
+        tx = recipe(**course, convention=convention, weight_decay=0.01, l1=l1)
+        moved[l1] = tx.update(gradient, tx.init(x), x)[0]
+    np.testing.assert_allclose(
+        moved[0.25] - moved[None], -times * 0.25 * np.sign(x), rtol=1e-12, atol=1e-15
+    )
+
+
+def test_l1_behind_a_recipe_takes_a_turn_of_the_sign_as_documented(x64):
+    lr = optax.linear_schedule(0.1, 0.0, 10)
+    gradients = list(gradient_trees(6, np.float64))
+    behind = optax.chain(
+        adam(lr),
+        optax.scale(-1.0),
+        adaptive_opt.decoupled_l1_decay(0.3, learning_rate=lr),
+        optax.scale(-1.0),
+    )
+    inside = adamw(lr, weight_decay=0.0, l1=0.3)
+    ends = [train(tx, normal_tree(dtype=np.float64), gradients)[0] for tx in (behind, inside)]
+    np.testing.assert_allclose(flat(ends[0]), flat(ends[1]), rtol=1e-12)

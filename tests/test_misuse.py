@@ -384,11 +384,15 @@ WRONG_VALUES = [
     (lambda: adam(1e-3, nesterov=True, convention="keras"), "nesterov=True is not defined"),
     (
         lambda: adamw(1e-3, schedule=lambda t: 1.0),
-        'schedule= belongs to the conventions "paper" and "keras-adamw"',
+        "schedule= belongs to the convention 'paper' or 'keras-adamw'; under 'torch' give",
     ),
     (
         lambda: adamw(lambda t: 1.0, convention="paper"),
         "give a number, and its course as schedule=",
+    ),
+    (
+        lambda: adaptive_opt.nadamw(1e-3, schedule=lambda t: 1.0),
+        "schedule= belongs to the convention 'keras-adamw'; under 'torch' give",
     ),
     (lambda: adam(jnp.bfloat16(1e-3)), "learning_rate arrived as bfloat16.*hyperparam_dtype"),
     (lambda: adam(1e-3, b2=jnp.float16(0.999)), "b2 arrived as float16.*hyperparam_dtype"),
