@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ Hyperparameter: TypeAlias = float | jax.Array | optax.Schedule
 Scope: TypeAlias = Literal["weight", "tensor", "tree"]
 """What has a number of its own: every weight, every tensor, or the tree as a whole."""
 
+SCOPES: dict[str, Scope] = {name: name for name in get_args(Scope)}
+
 T = TypeVar("T")
 
 
@@ -38,6 +40,24 @@ T = TypeVar("T")
 
 def is_none(x: Any) -> bool:
     return x is None
+
+
+def axes_split(x: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the mesh axes over which ``x`` is split, so that each device has a part of it.
+
+    Inside ``shard_map`` the type of an array says so. Where JAX does not keep track of it
+    (``check_vma=False``, ``pmap``, ``vmap``), even the index along an axis has a type that does not
+    vary over it; there everything counts as split.
+    """
+
+    def varying(x: Any) -> frozenset[str]:
+        kind = jax.typeof(x)
+        manual = getattr(kind, "manual_axis_type", None)  # "vma" before JAX 0.10
+        return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+
+    tracked = (axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
+    same_everywhere = set(tracked) - varying(x)
+    return tuple(axis for axis in axes if axis not in same_everywhere)
 
 
 def dtype_of(x: Any) -> np.dtype:

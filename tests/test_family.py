@@ -279,6 +279,54 @@ def test_under_shard_map_a_reduced_scope_sums_over_the_axes_it_is_told(reduce):
     )(g)
 
 
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_under_shard_map_what_every_device_has_is_counted_once(scope, reduce):
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    g = {"kernel": jnp.arange(1.0, 9.0), "bias": jnp.array([10.0]), "wide": jnp.full((2, 4), 2.0)}
+    specs = {"kernel": P("d"), "bias": P(), "wide": P("e", "d")}
+    whole = rmsprop(1.0, b2=0.0, eps=0.0, scope=scope, reduce=reduce)
+    local = rmsprop(1.0, b2=0.0, eps=0.0, scope=scope, reduce=reduce, axis_name=("d", "e"))
+    expected, _ = whole.update(g, whole.init(g))
+
+    def update(g):
+        return local.update(g, local.init(g))[0]
+
+    mapped = jax.shard_map(update, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    actual = jax.jit(mapped)(g)
+    np.testing.assert_allclose(flat(actual), flat(expected), rtol=1e-6)
+    if (scope, reduce) == ("tree", "sum"):
+        np.testing.assert_allclose(actual["bias"], -10 / np.sqrt(204 + 100 + 32), rtol=1e-6)
+
+
+def test_where_jax_does_not_track_what_is_split_every_leaf_counts_as_split():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    g = {"a": jnp.arange(1.0, 9.0), "b": jnp.arange(8.0)}
+    whole = rmsprop(1.0, scope="tree", reduce="mean")
+    local = rmsprop(1.0, scope="tree", reduce="mean", axis_name="d")
+    expected, _ = whole.update(g, whole.init(g))
+
+    def update(g):
+        return local.update(g, local.init(g))[0]
+
+    untracked = jax.shard_map(
+        update, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=False
+    )(g)
+    parts = jax.tree.map(lambda x: x.reshape(4, 2), g)
+    mapped = jax.vmap(update, axis_name="d")(parts)
+    for actual in (untracked, mapped):
+        np.testing.assert_allclose(flat(actual), flat(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+def test_more_weights_than_fit_an_int32_have_one_rate_too(scope, reduce):
+    tx = rmsprop(0.1, scope=scope, reduce=reduce)
+    shape = {"w": jax.ShapeDtypeStruct((2**31,), jnp.float32)}
+    updates, _ = jax.eval_shape(tx.update, shape, jax.eval_shape(tx.init, shape))
+    assert updates == shape
+
+
 def test_under_jit_with_a_sharded_gradient_the_tree_is_whole():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     g = jnp.arange(1.0, 9.0)
