@@ -242,7 +242,10 @@ def test_a_stage_may_keep_one_number_for_rates_of_every_weight():
 
         return line
 
-    rule, x = adaptive(scale_by_adam(eps=0.0), halving()), {"a": jnp.ones(2), "b": jnp.ones(())}
+    rule, x = (
+        adaptive(scale_by_adam(0.5, 0.5, 0.0), halving()),
+        {"a": jnp.ones(2), "b": jnp.ones(())},
+    )
     updates, state = rule.update(x, rule.init(x))
     np.testing.assert_allclose(updates["a"], 0.5, rtol=1e-6)
     assert state.buffers["halvings"] == 1
