@@ -711,8 +711,9 @@ def nadamw(
         ``torch.optim.NAdam(decoupled_weight_decay=True)``, ``keras.optimizers.Nadam`` with its
         ``weight_decay``, and ``optax.nadamw``.
         "keras-adamw": as "torch", with the decay times ``schedule`` but not times the learning
-        rate; equals ``NadamW`` of the package ``keras-adamw`` in its Keras form. (Its tf.keras form
-        weights m_t by mu_t where this has mu_{t+1}, and puts eps inside the root; not copied.)
+        rate; the formulas of ``NadamW`` of the package ``keras-adamw`` in its Keras form. (Its
+        tf.keras form weights m_t by mu_t where this has mu_{t+1}, and puts eps inside the root; not
+        copied.)
       momentum_decay: see ``nadam``.
       schedule: the multiplier of "keras-adamw", for instance ``warm_restarts``; default: 1.
 

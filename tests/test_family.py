@@ -529,18 +529,27 @@ def test_one_cycle_drives_the_momentum_of_sgd_and_resumes_where_it_was():
 
 def test_cycles_that_make_no_sense_are_refused():
     for arguments, message in (
-        ({"total_steps": 1}, "total_steps must be at least 2"),
+        ({"total_steps": 1}, "total_steps must be whole and at least 2, got 1"),
+        ({"total_steps": 10.5}, "total_steps must be whole and at least 2, got 10.5"),
         ({"total_steps": 10, "pct_start": 1.5}, "pct_start must be between 0 and 1"),
         ({"total_steps": 10, "form": "fastai"}, "'torch', 'fastai1', 'fastai2', 'plateau'"),
         ({"total_steps": 10, "anneal": "exp"}, "'cos', 'linear', got 'exp'"),
         ({"total_steps": 10, "div_factor": 0.5}, "div_factor must be finite and at least 1"),
         ({"total_steps": 10, "max_momentum": 1.0}, r"max_momentum must be in \[0, 1\)"),
+        ({"total_steps": 10, "form": "plateau", "plateau": -0.1}, "plateau must be at least 0"),
         ({"total_steps": 10, "form": "plateau", "plateau": 0.95}, "plateau must be at least 0"),
+        (
+            {"total_steps": 10, "form": "plateau", "pct_start": 0.1, "plateau": 0.9},
+            "leave at least a step for the fall, got 0.9",
+        ),
+        ({"total_steps": 10, "plateau": 7.0}, 'plateau= belongs to form="plateau"'),
     ):
         with pytest.raises(ValueError, match=message):
             one_cycle(0.1, **arguments)
     with pytest.raises(ValueError, match='form="keras-adamw" needs growth=1'):
         warm_restarts(10, growth=2, form="keras-adamw")
+    with pytest.raises(ValueError, match="minimum must be at most maximum, got 0.5 and 0.1"):
+        warm_restarts(10, minimum=0.5, maximum=0.1)
 
 
 # --- Momentum -------------------------------------------------------------------------------------
@@ -603,3 +612,93 @@ def test_l1_behind_a_recipe_takes_a_turn_of_the_sign_as_documented(x64):
     inside = adamw(lr, weight_decay=0.0, l1=0.3)
     ends = [train(tx, normal_tree(dtype=np.float64), gradients)[0] for tx in (behind, inside)]
     np.testing.assert_allclose(flat(ends[0]), flat(ends[1]), rtol=1e-12)
+
+
+# --- Formulas of which there is no recording ------------------------------------------------------
+
+
+MATRICES = {"conv": (4, 3, 2), "dense": (5, 3), "bias": (3,), "scale": ()}
+
+
+def trajectory(step, gradients):
+    """The parameters after each step of ``step(t, x, g, memory) -> x``, leaf by leaf, in NumPy."""
+    leaves = [
+        np.asarray(x) for x in jax.tree.leaves(normal_tree(dtype=np.float64, shapes=MATRICES))
+    ]
+    memories = [{} for _ in leaves]
+    for t, gradient in enumerate(gradients, 1):
+        gs = [np.asarray(g) for g in jax.tree.leaves(gradient)]
+        leaves = [step(t, x, g, m) for x, g, m in zip(leaves, gs, memories, strict=True)]
+        yield leaves
+
+
+def assert_follows(optimizer, step, steps=30):
+    gradients = list(gradient_trees(steps, np.float64, MATRICES))
+    params = normal_tree(dtype=np.float64, shapes=MATRICES)
+    _, _, history = train(optimizer, params, gradients)
+    for (_, updates), expected in zip(history, trajectory(step, gradients), strict=True):
+        params = optax.apply_updates(params, updates)
+        for a, b in zip(jax.tree.leaves(params), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * np.abs(b).max())
+
+
+def averages(memory, g, b1, b2):
+    memory["m"] = b1 * memory.get("m", 0.0) + (1 - b1) * g
+    memory["v"] = b2 * memory.get("v", 0.0) + (1 - b2) * g * g
+    return memory["m"], memory["v"]
+
+
+@pytest.mark.parametrize("centralize", [True, False])
+def test_ranger_on_matrices_follows_its_formulas(centralize, x64):
+    # Gradient centralisation (arXiv:2004.01461), RAdam (arXiv:1908.03265) with eps beside the root
+    # of the raw moment, Lookahead (arXiv:1907.08610).
+    lr, b1, b2, eps, wd, k, alpha = 0.01, 0.9, 0.95, 1e-3, 0.5, 4, 0.3
+
+    def step(t, x, g, memory):
+        slow = memory.setdefault("slow", x)
+        if centralize and g.ndim > 1:
+            g = g - g.mean(axis=tuple(range(1, g.ndim)), keepdims=True)
+        m, v = averages(memory, g, b1, b2)
+        limit = 2 / (1 - b2) - 1
+        rho = limit - 2 * t * b2**t / (1 - b2**t)
+        moved = m / (1 - b1**t)
+        if rho > 5:
+            moved = moved * exact_factor(b2, t) * math.sqrt(1 - b2**t) / (np.sqrt(v) + eps)
+        x = x - lr * wd * x - lr * moved
+        if t % k == 0:
+            x = memory["slow"] = slow + alpha * (x - slow)
+        return x
+
+    settings = {"sync_period": k, "slow_step_size": alpha, "weight_decay": wd}
+    assert_follows(adaptive_opt.ranger(lr, b1, b2, eps, centralize=centralize, **settings), step)
+
+
+def test_nadamw_in_the_form_of_keras_adamw_follows_its_formulas(x64):
+    # Dozat's NAdam with the momentum schedule of Keras 2, and AdamWR's two decays and restarts.
+    lr, b1, b2, eps, l1, l2, period = 0.01, 0.9, 0.95, 1e-3, 0.02, 0.1, 7
+
+    def step(t, x, g, memory):
+        m, v = averages(memory, g, b1, b2)
+        now, ahead = (b1 * (1 - 0.5 * 0.96 ** (0.004 * n)) for n in (t, t + 1))
+        product = memory["product"] = memory.get("product", 1.0) * now
+        g_corrected, m_corrected = g / (1 - product), m / (1 - product * ahead)
+        moved = (1 - now) * g_corrected + ahead * m_corrected
+        eta = 0.5 * (1 + math.cos(math.pi * ((t - 1) % period) / period))
+        adam_step = lr * moved / (np.sqrt(v / (1 - b2**t)) + eps)
+        return x - eta * (adam_step + l2 * x + l1 * np.sign(x))
+
+    settings = {"weight_decay": l2, "l1": l1, "schedule": warm_restarts(period)}
+    assert_follows(adaptive_opt.nadamw(lr, b1, b2, eps, convention="keras-adamw", **settings), step)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.8])
+def test_rmsprop_in_the_form_of_tf1_follows_its_formulas(momentum, x64):
+    lr, decay, eps = 0.01, 0.9, 1e-3
+
+    def step(t, x, g, memory):
+        ms = memory["ms"] = decay * memory.get("ms", 1.0) + (1 - decay) * g * g
+        mom = (momentum or 0.0) * memory.get("mom", 0.0) + lr * g / np.sqrt(ms + eps)
+        memory["mom"] = mom
+        return x - mom
+
+    assert_follows(rmsprop(lr, decay, eps, momentum=momentum, convention="tf1"), step)
