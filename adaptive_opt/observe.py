@@ -131,7 +131,7 @@ def watching(
         raise ValueError(f"every must be a whole number of steps, got {every}.")
     declaration = Declaration(
         name=called, reads=(), replaces=(), biases={}, debiases={}, fixes_rate=False,
-        bounds_rate=False, raw=(), consumes=(), buffer=name,
+        bounds_rate=False, raw=(), consumes=(), buffer=name, scope=None, takes_scope=False,
     )  # fmt: skip
     watch = Watch(
         declaration, Named(name), look, shapes, int(every), hyperparameters or {}, remaining
