@@ -138,15 +138,8 @@ def adaptive(
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         step = opened(updates, count, params)
-        seen = {name: state.buffers[name] for name in observers & set(state.buffers)}
-        kept = {name: buffer for name, buffer in state.buffers.items() if name not in seen}
-        if missing := observers - set(seen):
-            raise ValueError(
-                f"the state should hold what {', '.join(sorted(missing))} saw. A state belongs to"
-                " the optimizer that initialised it, observers included."
-            )
-        if observers:
-            seen = observe(listed, step, kept, seen, state_dtype)
+        kept = {name: buffer for name, buffer in state.buffers.items() if name not in observers}
+        seen, kept = observe(listed, step, kept, state.buffers, state_dtype)
         step, buffers = run(rules, step, kept, state_dtype)
         return closed(step), AdaptiveState(count, buffers | seen)
 

@@ -2,13 +2,14 @@
 
 An observer looks at every N-th step only. The bracket then goes through its stages once more,
 inside a branch of ``lax.cond``: what the observer needs (the rates as values, the moments before a
-maximum) is made for it there, and a step that nobody looks at pays for one comparison.
+maximum) is made for it there, and a step that nobody looks at pays for a comparison.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 
 from adaptive_opt.describe import describe, describe_as
 from adaptive_opt.ledger import Declaration
-from adaptive_opt.policies import Hyperparameter, Tree, check_at_least_one, value_at
+from adaptive_opt.policies import Hyperparameter, Tree, check_whole, value_at
 from adaptive_opt.stage import Rule, Stage, make_stage, rules_of
 from adaptive_opt.step import AdaptiveStep
 
@@ -71,6 +72,12 @@ class Watch(NamedTuple):
                 f" {jax.tree.structure(like)}."
             )
         kept = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), seen, like)
+        for new, old in zip(jax.tree.leaves(kept), jax.tree.leaves(like), strict=True):
+            if new.shape != old.shape:
+                raise ValueError(
+                    f"{self.declaration.name} returned an array of shape {new.shape}, but said it"
+                    f" keeps one of shape {old.shape}."
+                )
         return Observation(step.count, kept)
 
 
@@ -126,9 +133,7 @@ def watching(
     remaining: tuple[Hyperparameter, ...] = (),
 ) -> Stage:
     """The stage of a :class:`Watch`."""
-    check_at_least_one(every=every)
-    if int(every) != every:
-        raise ValueError(f"every must be a whole number of steps, got {every}.")
+    check_whole(1, every=every)
     declaration = Declaration(
         name=called, reads=(), replaces=(), biases={}, debiases={}, fixes_rate=False,
         bounds_rate=False, raw=(), consumes=(), buffer=name, scope=None, takes_scope=False,
@@ -180,7 +185,7 @@ def watched(
         return _product(factors, step + 1)
 
     told = []
-    for each in given:
+    for each in cast(tuple[Stage, ...], given):
         rules = rules_of(each)
         if rules is None or not all(isinstance(rule, Watch) for rule in rules):
             raise TypeError(
@@ -229,29 +234,39 @@ def init_observations(rules: Iterable[Rule | Watch], params: Tree) -> dict[str, 
 def observe(
     rules: Sequence[Rule | Watch],
     step: AdaptiveStep,
-    buffers: Mapping[str, Tree],
-    observations: Mapping[str, Observation],
+    buffers: dict[str, Tree],
+    state: Mapping[str, Any],
     state_dtype: DTypeLike | None,
-) -> dict[str, Observation]:
-    """The observations after this step, which is given as it was opened."""
+) -> tuple[dict[str, Observation], dict[str, Tree]]:
+    """The observations after this step, which is given as it was opened, and the same buffers.
+
+    ``buffers`` are those of the stages, ``state`` holds the last observations. The buffers go
+    through the branches and the step must go on with what comes out: otherwise XLA may look after
+    it has taken the step, and keeps a copy of every buffer until then.
+    """
     watches = [rule for rule in rules if isinstance(rule, Watch)]
-    new = dict(observations)
+    names = [watch.buffer.name for watch in watches]
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(
+            f"the state should hold what {', '.join(missing)} saw. A state belongs to the optimizer"
+            " that initialised it, observers included; convert_state(...) moves one to another."
+        )
+    seen = {name: state[name] for name in names}
+
+    def look(every: int, seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
+        at, new = step, dict(seen)
+        for rule in rules:
+            name = rule.buffer.name if rule.buffer else None
+            if isinstance(rule, Rule):
+                at, _ = rule(at, buffers.get(name) if name else None, state_dtype)
+            elif rule.every == every:
+                new[rule.buffer.name] = rule.values(at, seen[rule.buffer.name].values)
+        return new, jax.tree.map(jax.lax.optimization_barrier, buffers)
+
+    def pass_by(seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
+        return seen, jax.tree.map(jax.lax.optimization_barrier, buffers)
+
     for every in sorted({watch.every for watch in watches}):
-        mine = {w.buffer.name: observations[w.buffer.name] for w in watches if w.every == every}
-
-        def look(mine: dict[str, Observation] = mine) -> dict[str, Observation]:
-            at, seen = step, {}
-            for rule in rules:
-                if isinstance(rule, Rule):
-                    at, _ = rule(
-                        at, buffers.get(rule.buffer.name) if rule.buffer else None, state_dtype
-                    )
-                elif rule.buffer.name in mine:
-                    seen[rule.buffer.name] = rule.values(at, mine[rule.buffer.name].values)
-            return seen
-
-        def keep(mine: dict[str, Observation] = mine) -> dict[str, Observation]:
-            return mine
-
-        new |= jax.lax.cond((step.count - 1) % every == 0, look, keep)
-    return new
+        now = (step.count - 1) % every == 0
+        seen, buffers = jax.lax.cond(now, functools.partial(look, every), pass_by, seen, buffers)
+    return seen, buffers

@@ -178,7 +178,7 @@ def init_buffers(
 
 
 def make_stage(
-    rules: tuple[Rule, ...],
+    rules: tuple[Any, ...],
     init: optax.TransformInitFn | None = None,
     update: optax.TransformUpdateExtraArgsFn | None = None,
 ) -> Stage:
@@ -207,8 +207,8 @@ def make_stage(
     return optax.GradientTransformationExtraArgs(init or init_alone, update)
 
 
-def rules_of(transformation: Any) -> tuple[Rule, ...] | None:
-    """The rules of a stage; None for anything else."""
+def rules_of(transformation: Any) -> tuple[Any, ...] | None:
+    """The rules of a stage, the watch of an observer; None for anything else."""
     return getattr(getattr(transformation, "update", None), _RULES, None)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptive_opt.groups import path_of
 from adaptive_opt.observe import HYPERPARAMETERS, Observation, watching
-from adaptive_opt.policies import Hyperparameter, is_none
+from adaptive_opt.policies import Hyperparameter, axes_split, is_none
 from adaptive_opt.stage import Stage
 from adaptive_opt.step import AdaptiveStep
 
@@ -49,13 +49,14 @@ def telemetry(
       multiplies by it, so that recipes compare;
     * the fraction of weights on which a bound (AdaMod, AdaBound), a maximum (AMSGrad) or a
       rectifier (RAdam) acts: where it changed the value it was given;
-    * the mean friction (1 where there is none);
+    * the mean friction of diffGrad;
     * the update-to-weight ratio: the norm of the step, without decoupled decay, over that of the
       parameters; needs ``params`` in ``update``.
 
-    It changes no update. Only counts and sums leave a group, so parameters may be sharded in any
+    It changes no update: not by a bit where the update is compiled by itself; where it is compiled
+    together with a model, XLA may round either program differently in the last place. Only counts and sums leave a group, so parameters may be sharded in any
     way. A quantile is the smallest rate that at least that part of the weights does not exceed,
-    found by bisection to the last bit of a float32. Weights that share a rate count one by one.
+    to the last bit of a float32. Weights that share a rate count one by one.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -64,8 +65,8 @@ def telemetry(
         "other". Default: one group, "all".
       learning_rate, b1, weight_decay: for a bracket of your own. The learning rate is then taken as
         a factor that the update meets after it. Recipes know theirs.
-      axis_name: under ``shard_map``, the mesh axes over which the parameters are split; by default
-        each device speaks of what it holds. Not needed under ``jit``.
+      axis_name: under ``shard_map`` or ``pmap``, the mesh axes over which the parameters are split,
+        as for ``second_moment``; default: every device has them all. Not needed under ``jit``.
       name: of what it keeps.
 
     State: an ``Observation(step, values)``, float32, in the buffers of the bracket: 151 numbers for
@@ -138,7 +139,7 @@ def read_telemetry(state: Any, *, histograms: bool = False) -> dict[str, float]:
     >>> optimizer, x = sgd(0.5, observers=telemetry()), jnp.ones(2)
     >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
     >>> sorted(read_telemetry(state))[:3]
-    ['b1', 'friction/all', 'learning_rate']
+    ['learning_rate', 'rate/all/q01', 'rate/all/q10']
     >>> read_telemetry(state, histograms=True)["histogram/all/-0.375"]
     1.0
     """
@@ -208,66 +209,75 @@ def _groups_at(step: AdaptiveStep, patterns: Mapping[str, Any], axis_name: Any) 
 
 def _numbers(leaves: Mapping[str, list[Any]], limits: tuple[str, ...], axis_name: Any) -> Any:
     """The numbers of one group, of the leaves of several trees."""
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
-    def total(arrays: list[Any], axis: Any = None) -> jax.Array:
-        parts = [jnp.sum(x, axis=axis).astype(jnp.float32) for x in arrays if x is not None]
-        result = sum(parts, jnp.zeros((), jnp.float32))
-        return jax.lax.psum(result, axis_name) if axis_name else result
+    def everywhere(part: Any, leaf: jax.Array) -> Any:
+        """The sum over the devices among which the leaf is split."""
+        split = axes_split(leaf, axes)
+        return jax.lax.psum(part, split) if split else part
+
+    def total(key: str) -> jax.Array:
+        given = [x for x in leaves[key] if x is not None]
+        parts = [everywhere(jnp.sum(x).astype(jnp.float32), x) for x in given]
+        return sum(parts, jnp.zeros((), jnp.float32))
+
+    def counts(bins: list[jax.Array], number: int) -> jax.Array:
+        """How many weights are in each of so many bins, given the bin of every weight."""
+        zeros = jnp.zeros(number, jnp.int32)
+        parts = [everywhere(zeros.at[b].add(1).astype(jnp.float32), b) for b in bins]
+        return sum(parts, jnp.zeros(number, jnp.float32))
 
     rates = [r.astype(jnp.float32) for r in leaves["rate"] if r is not None]
-    size = total([jnp.asarray(r.size, jnp.float32) for r in rates])
-    some = jnp.maximum(size, 1)
+    size = sum(everywhere(r.size, r) for r in rates)
 
     def mean(key: str) -> jax.Array:
-        return total(leaves[key]) / some
+        return total(key) / max(size, 1)
 
-    histogram = sum((_histogram(r) for r in rates), jnp.zeros(len(BIN_EDGES) + 1, jnp.float32))
-    if axis_name:
-        histogram = jax.lax.psum(histogram, axis_name)
-    weight = total(leaves["weights"]) if "weights" in leaves else jnp.zeros(())
-    ratio = jnp.sqrt(total(leaves["squares"])) / jnp.sqrt(jnp.where(weight > 0, weight, 1))
+    weight = total("weights") if "weights" in leaves else jnp.zeros(())
+    ratio = jnp.sqrt(total("squares")) / jnp.sqrt(jnp.where(weight > 0, weight, 1))
     return {
-        "histogram": histogram / some,
-        "quantiles": _quantiles(rates, size, total),
+        "histogram": counts([_bin_of(r) for r in rates], len(BIN_EDGES) + 1) / max(size, 1),
+        "quantiles": _quantiles(rates, size, counts),
         "limited": {name: mean(f"limited/{name}") for name in limits},
-        "friction": mean("friction") if "friction" in leaves else jnp.ones(()),
+        "friction": mean("friction") if "friction" in leaves else jnp.asarray(UNKNOWN),
         "update_ratio": jnp.where(weight > 0, ratio, UNKNOWN),
     }
 
 
-def _histogram(rates: jax.Array) -> jax.Array:
-    """How many rates are in each bin; one that is not a number is in the last."""
+def _bin_of(rate: jax.Array) -> jax.Array:
+    """The bin of the histogram; that of a rate that is not a number is the last."""
     last = len(BIN_EDGES)
-    exponent = jnp.log10(jnp.where(rates > 0, rates, 1.0))
+    exponent = jnp.log10(jnp.where(rate > 0, rate, 1.0))
     inside = jnp.clip(jnp.floor((exponent - LOW) * PER_DECADE) + 1, 0, last)
-    bins = jnp.where(jnp.isnan(rates), last, jnp.where(rates > 0, inside, 0)).astype(jnp.int32)
-    return jnp.zeros(last + 1, jnp.int32).at[bins].add(1).astype(jnp.float32)
+    return jnp.where(jnp.isnan(rate), last, jnp.where(rate > 0, inside, 0)).astype(jnp.int32)
 
 
-def _quantiles(rates: list[jax.Array], size: jax.Array, total: Any) -> jax.Array:
+def _quantiles(rates: list[jax.Array], size: int, counts: Any) -> jax.Array:
     """The smallest rates that at least these parts of the weights do not exceed.
 
     The bits of a float that is not negative, read as an integer, are in the order of the floats.
+    The weights are counted by the first 16 of them, and those of a quantile then by the rest.
     """
+    if not size:
+        return jnp.zeros(len(QUANTILES), jnp.float32)
     bits = [jax.lax.bitcast_convert_type(jnp.abs(r), jnp.int32) for r in rates]
-    wanted = jnp.maximum(jnp.ceil(jnp.asarray(QUANTILES, jnp.float32) * size), 1)
+    ranks = np.maximum(np.ceil(np.asarray(QUANTILES) * size), 1).astype(np.float32)
+    below = jnp.cumsum(counts([b >> 16 for b in bits], 2**15))
 
-    def halve(_: Any, bounds: Any) -> Any:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        counts = [total([b <= m for b in bits]) for m in middle]
-        enough = jnp.stack(counts) >= wanted
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+    def of_rank(rank: jax.Array) -> jax.Array:
+        first = jnp.searchsorted(below, rank)
+        before = jnp.where(first > 0, below[first - 1], 0)
+        rest = [jnp.where(b >> 16 == first, b & 0xFFFF, 2**16) for b in bits]
+        second = jnp.searchsorted(jnp.cumsum(counts(rest, 2**16 + 1)), rank - before)
+        return (first << 16) | second
 
-    zeros = jnp.zeros(len(QUANTILES), jnp.int32)
-    infinity = jnp.full_like(zeros, np.float32(np.inf).view(np.int32))
-    _, found = jax.lax.fori_loop(0, 31, halve, (zeros, infinity))
+    found = jax.lax.map(of_rank, jnp.asarray(ranks)).astype(jnp.int32)
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 def _filled(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What a tensor or the tree shares, for every weight of it."""
-    return jnp.broadcast_to(x, like.shape)
+    """What a tensor or the tree shares, for every weight of it, split as that is."""
+    return jnp.where(jnp.isnan(like), x, x)
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -360,9 +370,9 @@ def _entries(values: Mapping[str, Any], histograms: bool) -> dict[str, float]:
             entries[f"rate/{group}/q{round(100 * q):02d}"] = float(value)
         for name, value in seen["limited"].items():
             entries[f"limited/{name}/{group}"] = float(value)
-        entries[f"friction/{group}"] = float(seen["friction"])
-        if seen["update_ratio"] != UNKNOWN:
-            entries[f"update_ratio/{group}"] = float(seen["update_ratio"])
+        for name in ("friction", "update_ratio"):
+            if seen[name] != UNKNOWN:
+                entries[f"{name}/{group}"] = float(seen[name])
         if histograms:
             lower = ("-inf", *(f"{edge:g}" for edge in BIN_EDGES))
             bins = zip(lower, map(float, seen["histogram"]), strict=True)
