@@ -53,10 +53,11 @@ def telemetry(
     * the update-to-weight ratio: the norm of the step, without decoupled decay, over that of the
       parameters; needs ``params`` in ``update``.
 
-    It changes no update: not by a bit where the update is compiled by itself; where it is compiled
-    together with a model, XLA may round either program differently in the last place. Only counts and sums leave a group, so parameters may be sharded in any
-    way. A quantile is the smallest rate that at least that part of the weights does not exceed,
-    to the last bit of a float32. Weights that share a rate count one by one.
+    It changes no update: not by a bit where the update is compiled by itself; compiled together
+    with a model, XLA may round either program differently in the last place. Only counts and sums
+    leave a group, so parameters may be sharded in any way. A quantile is the smallest rate that at
+    least that part of the weights does not exceed, to the last bit of a float32. Weights that share
+    a rate count one by one.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -256,22 +257,35 @@ def _quantiles(rates: list[jax.Array], size: int, counts: Any) -> jax.Array:
     """The smallest rates that at least these parts of the weights do not exceed.
 
     The bits of a float that is not negative, read as an integer, are in the order of the floats.
-    The weights are counted by the first 16 of them, and those of a quantile then by the rest.
+    They are found eleven at a time: of the weights that share the bits found so far with a
+    quantile, those with each of the next eleven are counted.
     """
     if not size:
         return jnp.zeros(len(QUANTILES), jnp.float32)
     bits = [jax.lax.bitcast_convert_type(jnp.abs(r), jnp.int32) for r in rates]
     ranks = np.maximum(np.ceil(np.asarray(QUANTILES) * size), 1).astype(np.float32)
-    below = jnp.cumsum(counts([b >> 16 for b in bits], 2**15))
+    digits, rows = 2**11, len(QUANTILES) + 1
 
-    def of_rank(rank: jax.Array) -> jax.Array:
-        first = jnp.searchsorted(below, rank)
-        before = jnp.where(first > 0, below[first - 1], 0)
-        rest = [jnp.where(b >> 16 == first, b & 0xFFFF, 2**16) for b in bits]
-        second = jnp.searchsorted(jnp.cumsum(counts(rest, 2**16 + 1)), rank - before)
-        return (first << 16) | second
+    def next_digit(level: Any, found: Any) -> Any:
+        prefix, rank = found
+        shift = 11 * (2 - level)
 
-    found = jax.lax.map(of_rank, jnp.asarray(ranks)).astype(jnp.int32)
+        def row(of: jax.Array) -> jax.Array:
+            """The first quantile with these bits; one row is for the weights that share none."""
+            first = jnp.full_like(of, rows - 1)
+            for q in reversed(range(rows - 1)):
+                first = jnp.where(of == prefix[q], q, first)
+            return first
+
+        places = [row(b >> shift >> 11) * digits + (b >> shift) % digits for b in bits]
+        table = counts(places, rows * digits).reshape(rows, digits)
+        upto = jnp.cumsum(table[row(prefix)], axis=1)
+        less = upto < rank[:, None]
+        digit = jnp.sum(less, axis=1, dtype=jnp.int32)
+        return prefix << 11 | digit, rank - jnp.max(jnp.where(less, upto, 0), axis=1)
+
+    start = (jnp.zeros(rows - 1, jnp.int32), jnp.asarray(ranks))
+    found, _ = jax.lax.fori_loop(0, 3, next_digit, start)
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 

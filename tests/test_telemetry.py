@@ -12,7 +12,6 @@ import optax
 import pytest
 from common import (
     EVERY_CONVENTION,
-    RECIPES,
     assert_bit_equal,
     buffers_of,
     gradient_trees,
