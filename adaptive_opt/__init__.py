@@ -68,6 +68,7 @@ from adaptive_opt.recipes import (
 from adaptive_opt.schedules import OneCycle, normalized_weight_decay, one_cycle, warm_restarts
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
+from adaptive_opt.sweep import Sweep, sweep
 from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
 from adaptive_opt.weight_decay import (
     decoupled_l1_decay,
@@ -150,6 +151,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "read_telemetry",
     "rate_histograms",
     "observer",
+    "sweep",
     # Saving, and moving in and out.
     "checkpoint_header",
     "check_checkpoint",
@@ -168,5 +170,6 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "SkipNonfiniteState",
     "OneCycle",
     "Observation",
+    "Sweep",
     "Description",
 ]

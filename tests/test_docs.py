@@ -23,6 +23,7 @@ TYPES = (
     "SkipNonfiniteState",
     "OneCycle",
     "Observation",
+    "Sweep",
     "Description",
     "Group",
 )
