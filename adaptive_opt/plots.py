@@ -34,13 +34,13 @@ class Recorder:
       rows: for each of them, the dict of ``read_telemetry``.
       histograms: for each of them, the dict of ``rate_histograms``.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import adam, telemetry
     >>> from adaptive_opt.plots import Recorder
     >>> optimizer, x, recorder = adam(1e-2, observers=telemetry(every=2)), jnp.ones(2), Recorder()
-    >>> state = optimizer.init(x)
+    >>> state, update = optimizer.init(x), jax.jit(optimizer.update)
     >>> for _ in range(4):
-    ...     _, state = optimizer.update(x, state, x)
+    ...     _, state = update(x, state, x)
     ...     recorder.record(state)
     >>> recorder.steps, recorder.curve("learning_rate")[1].round(3).tolist()
     ([1, 3], [0.01, 0.01])
@@ -81,8 +81,9 @@ def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -
     """The histogram of the per-weight rate against the step, side by side on one scale.
 
     The darker a cell, the more weights have a rate in that bin at that step, on a logarithmic scale
-    (white: none; .01 % and less look alike); the line is the median. All panels share the axes and the colours, so that optimizers compare. Rates outside of
-    the bins (10^-12 to 10^6, and 0) are not drawn, but ``read_telemetry`` counts them.
+    (white: none; .01 % and less look alike); the line is the median. All panels share the axes and
+    the colours, so that optimizers compare. Rates outside of the bins (10^-12 to 10^6, and 0) are
+    not drawn, but ``read_telemetry`` counts them.
 
     Args:
       recorders: by the title of their panel.
@@ -91,11 +92,9 @@ def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adam, telemetry
     >>> from adaptive_opt.plots import Recorder, rate_spectrogram
-    >>> optimizer, x, recorder = adam(1e-2, observers=telemetry(every=1)), jnp.ones(2), Recorder()
-    >>> state = optimizer.init(x)
-    >>> for _ in range(3):
-    ...     _, state = optimizer.update(x, state, x)
-    ...     recorder.record(state)
+    >>> optimizer, x, recorder = adam(1e-2, observers=telemetry()), jnp.ones(2), Recorder()
+    >>> _, state = optimizer.update(x, optimizer.init(x), x)
+    >>> recorder.record(state)
     >>> figure = rate_spectrogram({"Adam": recorder})
     >>> figure.axes[0].get_title()
     'Adam'
@@ -114,7 +113,8 @@ def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -
         for axes, (name, recorder) in zip(panels, recorders.items(), strict=True):
             steps = np.asarray(recorder.steps, float)
             mesh = axes.pcolormesh(
-                _edges(steps), BIN_EDGES, np.ma.masked_equal(percents[name].T, 0), cmap="Blues", rasterized=True,
+                _edges(steps), BIN_EDGES, np.ma.masked_equal(percents[name].T, 0),
+                cmap="Blues", rasterized=True,
                 norm=colors.LogNorm(LEAST_PERCENT, 100, clip=True),
             )  # fmt: skip
             median = recorder.curve(_key("rate", group, "q50"))[1]

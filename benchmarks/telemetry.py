@@ -3,10 +3,10 @@
     python benchmarks/telemetry.py
     python benchmarks/telemetry.py --every 10 --recipe adamod --rounds 40 --pixels 8
 
-The CNN of examples/quickstart.py on batches of 64 images of 32 x 32 pixels in three colours. A round takes N steps without telemetry
-and N with it, in either order, so that both see the same machine; each round gives one ratio.
-Prints their median, and the quartiles, of the time on the clock and of the processors' time, which
-other programs on the machine disturb less.
+The CNN of examples/quickstart.py on batches of 64 images of 32 x 32 pixels in three colours. A
+round takes N steps without telemetry and N with it, in either order, so that both see the same
+machine; each round gives one ratio. Prints their median, and the quartiles, of the time on the
+clock and of the processors' time, which other programs on the machine disturb less.
 """
 
 from __future__ import annotations

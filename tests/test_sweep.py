@@ -88,8 +88,6 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on():
     assert f"diverged at step {at}" in str(found)
     rates, results = found.sensitivity()
     assert np.isnan(results[list(rates).index(1e3)]).all()
-    _, losses = alone(sgd, {"learning_rate": 1e-2}, 0, 0, 1)
-    assert losses == []
     expected = loss(jax.tree.map(lambda x: x[0], found.params), DATA)
     np.testing.assert_allclose(calm["result"], expected, rtol=1e-6)
 
