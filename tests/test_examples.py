@@ -43,9 +43,11 @@ def test_what_is_frozen_in_fine_tuning_stays(example):
 
 
 @pytest.mark.slow
-def test_gradual_unfreezing_and_the_head_alone_learn(example):
+def test_a_body_that_is_tuned_too_does_better_than_the_head_alone(example):
     accuracies = example("finetune").main([])
-    assert min(accuracies.values()) > 0.8
+    head = accuracies.pop("head alone")
+    assert head > 0.5
+    assert min(accuracies.values()) > head + 0.05
 
 
 # --- CIFAR-10 -------------------------------------------------------------------------------------
