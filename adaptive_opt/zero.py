@@ -116,9 +116,7 @@ def zero1(
         if whole.ndim == 0:
             total = jax.lax.psum(whole, axis)
         else:
-            total = jax.lax.psum_scatter(
-                whole, axis, scatter_dimension=whole.ndim - 1, tiled=True
-            )
+            total = jax.lax.psum_scatter(whole, axis, scatter_dimension=whole.ndim - 1, tiled=True)
         return total / n if gradients == "mean" else total
 
     def gathered(update: jax.Array, like: Any) -> jax.Array:
@@ -173,8 +171,13 @@ def _is_manual(axes: tuple[str, ...]) -> bool:
 
 def _is_known_to_agree(x: Any, axes: tuple[str, ...]) -> bool:
     """Whether check_vma=True is on and knows that all devices have the same."""
-    checked = set(axes) <= jax.typeof(jax.lax.axis_index(axes)).vma
-    return checked and not set(axes) & jax.typeof(x).vma
+    checked = set(axes) <= _varying(jax.lax.axis_index(axes))
+    return checked and not set(axes) & _varying(x)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    aval: Any = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
 
 
 def _all_gather(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:

@@ -1,267 +1,286 @@
-"""On 8 devices every recipe does what it does on one."""
+"""On 8 devices every recipe trains as on one, and its state is where the parameters are."""
 
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
+import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal
-from jax.sharding import AxisType, NamedSharding
+from devices import (
+    BY_HAND,
+    ELEMENTWISE,
+    FULLY_SHARDED,
+    KINDS,
+    LAYOUTS,
+    OPTIMIZERS,
+    batches,
+    init_all,
+    loss_of,
+    loss_on,
+    mesh_of,
+    on_every_device,
+    parameters,
+    put,
+    train_all,
+    whole,
+)
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-import adaptive_opt
-from adaptive_opt import init_sharded, state_shardings
+from adaptive_opt import (
+    Group,
+    ParameterGroups,
+    adam,
+    adamw,
+    adaptive,
+    init_sharded,
+    per_weight_rate,
+    second_moment,
+    state_shardings,
+)
 
-STEPS, BATCH = 4, 16
-SHAPES = {"first": (8, 16), "bias": (16,), "second": (16, 8), "scale": ()}
-NOT_ELEMENTWISE = ("rmsprop of the tree", "ranger")
-"""One rate for the whole tree; gradients less their mean. Sums come in another order on a mesh."""
-
-REPLICATED = dict.fromkeys(SHAPES, P())
-FULLY_SHARDED = {"first": P("data"), "bias": P("data"), "second": P("data"), "scale": P()}
-TENSOR_PARALLEL = {
-    "first": P(None, "model"), "bias": P("model"), "second": P("model", None), "scale": P(),
-}  # fmt: skip
-
-OPTIMIZERS = {name: recipe(1e-2) for name, recipe in RECIPES.items()}
-WHOLE_TREE = adaptive_opt.rmsprop(1e-2, scope="tree", axis_name=())
-BY_HAND = OPTIMIZERS | {"rmsprop of the tree": WHOLE_TREE}
-"""For shard_map and pmap, where every device holds the whole tree."""
+BITS = pathlib.Path(__file__).with_name("bits_on_devices.py")
 
 
 @pytest.fixture(scope="module")
-def problem():
-    """Parameters, a batch for every step, and a gradient for every step, in float64."""
-    rng = np.random.default_rng(0)
-
-    def draw(size):
-        return {k: rng.standard_normal(s) * size(s) for k, s in SHAPES.items()}
-
-    params = draw(lambda shape: 0.4)
-    batches = [tuple(rng.standard_normal((2, BATCH, 8))) for _ in range(STEPS)]
-    gradients = [draw(lambda shape: 10 ** rng.uniform(-6, 3, shape)) for _ in range(STEPS)]
-    return params, batches, gradients
+def one_device():
+    """Parameters and state after training on one device."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, parameters())
+        state = init_all(OPTIMIZERS, lambda o, p: o.init(p), params)
+        step = jax.jit(functools.partial(train_all, OPTIMIZERS))
+        return train(step, dict.fromkeys(OPTIMIZERS, params), state)
 
 
-def loss_of(params, batch, dot=jnp.matmul):
-    x, y = batch
-    hidden = jnp.tanh(jnp.matmul(x, params["first"]) + params["bias"])
-    return jnp.mean((dot(hidden, params["second"]) * params["scale"] - y) ** 2)
+def train(step, params, state, put_batch=lambda batch: batch):
+    for batch in batches():
+        params, state = step(params, state, put_batch(batch))
+    return params, state
 
 
-def gradients_of(all_params, batch, loss=loss_of):
-    return {name: jax.grad(loss)(params, batch) for name, params in all_params.items()}
-
-
-def update_all(optimizers, gradients, state, params):
-    """A step of every recipe in one program, for its compilation is what takes the time."""
-    pairs = {
-        name: optimizer.update(gradients[name], state[name], params[name])
-        for name, optimizer in optimizers.items()
-    }
-    return {n: u for n, (u, _) in pairs.items()}, {n: s for n, (_, s) in pairs.items()}
-
-
-@jax.jit
-def apply(params, updates):
-    return jax.tree.map(jnp.add, params, updates)
-
-
-def run(problem, params, state, gradients_of, update, put_batch, put_gradient):
-    """Updates, state and parameters after training, and those after the given gradients."""
-    _, batches, given = problem
-    results = []
-    for end_to_end in (True, False):
-        now = params, state
-        for batch, gradient in zip(batches, given, strict=True):
-            if end_to_end:
-                gradients = gradients_of(now[0], put_batch(batch))
-            else:
-                gradients = dict.fromkeys(params, put_gradient(gradient))
-            updates, new_state = update(gradients, now[1], now[0])
-            now = apply(now[0], updates), new_state
-        results.append((updates, now[1], now[0]))
-    return results
-
-
-def same(x):
-    return x
-
-
-@pytest.fixture(scope="module")
-def one_device(problem):
-    """On a mesh of one device, of either kind: XLA multiplies scalars first, ``x * a * b`` becomes
-    ``x * (a * b)``, but not across the constraints of an explicit mesh."""
-    results = {}
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,), devices=jax.devices()[:1])
-        whole = NamedSharding(mesh, P())
-        with jax.enable_x64(True):
-            params = dict.fromkeys(OPTIMIZERS, jax.device_put(problem[0], whole))
-            state = {name: init_sharded(o, params[name]) for name, o in OPTIMIZERS.items()}
-            results[kind] = run(
-                problem,
-                params,
-                state,
-                jax.jit(gradients_of),
-                jax.jit(functools.partial(update_all, OPTIMIZERS)),
-                lambda x, whole=whole: jax.device_put(x, whole),
-                lambda x, whole=whole: jax.device_put(x, whole),
+def check(actual, expected):
+    for part, right in zip(actual, expected, strict=True):
+        for name in part:
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9),
+                part[name],
+                right[name],
             )
-    return results
 
 
-def check(actual, expected, inexact=()):
-    """1e-9 end to end; bit-equal given the gradients."""
-    names = actual[0][0].keys()
-    expected = [tuple({n: part[n] for n in names} for part in run) for run in expected]
-    actual, expected = jax.tree.map(np.asarray, (actual, expected))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-9, 1e-9), actual, expected)
-    for name in names - set(inexact):
-        assert_bit_equal([x[name] for x in actual[1]], [y[name] for y in expected[1]])
-
-
-LAYOUTS = {
-    "data parallel": ((8,), ("data",), REPLICATED, ()),
-    "fully sharded": ((8,), ("data",), FULLY_SHARDED, NOT_ELEMENTWISE),
-    "tensor parallel": ((2, 4), ("data", "model"), TENSOR_PARALLEL, NOT_ELEMENTWISE),
-}
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
+@pytest.mark.parametrize("kind", KINDS, ids=["automatic", "explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_jit_with_named_shardings_equals_one_device(kind, layout, problem, one_device):
-    shape, axes, specs, inexact = LAYOUTS[layout]
-    mesh = jax.make_mesh(shape, axes, axis_types=(kind,) * len(axes))
-
-    def loss(params, batch):
-        if kind == AxisType.Auto:
-            return loss_of(params, batch)
-        if layout == "fully sharded":
-            params = jax.tree.map(lambda p: jax.sharding.reshard(p, P()), params)
-        return loss_of(
-            params, batch, functools.partial(jnp.matmul, out_sharding=P("data", None))
-        )
-
-    def put(tree, specs):
-        return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
-
+def test_jit_with_named_shardings_equals_one_device(kind, layout, one_device):
+    shape, axes, specs = LAYOUTS[layout]
+    mesh = mesh_of(shape, axes, kind)
     with jax.enable_x64(True), jax.set_mesh(mesh):
-        placed = put(problem[0], specs)
-        params = dict.fromkeys(OPTIMIZERS, placed)
-        state = {name: init_sharded(o, placed) for name, o in OPTIMIZERS.items()}
+        params = put(parameters(), mesh, specs)
+        state = init_all(OPTIMIZERS, init_sharded, params)
         for buffers in (state["adam"][0].mu, state["diffmod"][0].buffers["rate_ema"]):
             assert jax.tree.map(lambda x: x.sharding.spec, buffers) == specs
-        results = run(
-            problem,
-            params,
-            state,
-            jax.jit(functools.partial(gradients_of, loss=loss)),
-            jax.jit(
-                functools.partial(update_all, OPTIMIZERS),
-                out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)),
-            ),
-            lambda batch: put(batch, (P("data"), P("data"))),
-            lambda gradient: put(gradient, specs),
+        start = dict.fromkeys(OPTIMIZERS, params), state
+        step = jax.jit(
+            functools.partial(train_all, OPTIMIZERS, loss=loss_on(mesh, layout)),
+            out_shardings=jax.tree.map(lambda x: x.sharding, start),
         )
-    check(results, one_device[kind], inexact)
+        result = train(step, *start, lambda batch: put(batch, mesh, (P("data"), P("data"))))
+    check(result, one_device)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_equals_one_device(check_vma, problem, one_device):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    by_hand = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma, out_specs=P())
+def test_shard_map_equals_one_device(check_vma, one_device):
+    mesh = mesh_of()
 
-    def mean_gradients(params, batch):
-        gradients = gradients_of(params, batch)
+    def mean(gradients):
         if check_vma:  # jax.grad of replicated parameters has added them up
             return jax.tree.map(lambda g: g / 8, gradients)
         return jax.lax.pmean(gradients, "data")
 
+    step = jax.shard_map(
+        functools.partial(train_all, BY_HAND, reduce=mean),
+        mesh=mesh,
+        in_specs=(P(), P(), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
     with jax.enable_x64(True):
-        placed = jax.device_put(problem[0], NamedSharding(mesh, P()))
-        results = run(
-            problem,
-            dict.fromkeys(BY_HAND, placed),
-            {name: init_sharded(o, placed) for name, o in BY_HAND.items()},
-            jax.jit(by_hand(mean_gradients, in_specs=(P(), P("data")))),
-            jax.jit(by_hand(functools.partial(update_all, BY_HAND), in_specs=P())),
-            same,
-            lambda gradient: jax.device_put(gradient, NamedSharding(mesh, P())),
-        )
-    check(results, one_device[AxisType.Auto])
+        params = whole(parameters(), mesh)
+        state = init_all(BY_HAND, init_sharded, params)
+        check(train(jax.jit(step), dict.fromkeys(BY_HAND, params), state), one_device)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_with_sharded_parameters_equals_one_device(check_vma, problem, one_device):
+def test_shard_map_with_sharded_parameters_equals_one_device(check_vma, one_device):
     """Fully sharded by hand: weights are gathered for the loss, gradients come back scattered."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    elementwise = {name: o for name, o in OPTIMIZERS.items() if name not in NOT_ELEMENTWISE}
+    mesh = mesh_of()
 
-    def gradients(params, batch):
-        def loss(params, batch):
-            whole = {
-                k: p if k == "scale" else jax.lax.all_gather(p, "data", tiled=True)
-                for k, p in params.items()
-            }
-            return loss_of(whole, batch) / 8
+    def loss(params, batch):
+        gathered = {
+            k: p if k == "scale" else jax.lax.all_gather(p, "data", tiled=True)
+            for k, p in params.items()
+        }
+        return loss_of(gathered, batch) / 8
 
-        found = gradients_of(params, batch, loss)
+    def add_up(gradients):
         if not check_vma:
-            for own in found.values():
+            for own in gradients.values():
                 own["scale"] = jax.lax.psum(own["scale"], "data")
-        return found
-
-    def specs_of(make):
-        return {name: make(o) for name, o in elementwise.items()}
+        return gradients
 
     with jax.enable_x64(True):
-        placed = {k: jax.device_put(v, NamedSharding(mesh, FULLY_SHARDED[k]))
-                  for k, v in problem[0].items()}  # fmt: skip
-        params = specs_of(lambda _: FULLY_SHARDED)
-        state = specs_of(lambda o: state_shardings(o, placed, FULLY_SHARDED))
-        by_hand = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
-        update = by_hand(
-            functools.partial(update_all, elementwise),
-            in_specs=(params, state, params),
-            out_specs=(params, state),
+        params = put(parameters(), mesh, FULLY_SHARDED)
+        state = init_all(ELEMENTWISE, init_sharded, params)
+        specs = (
+            dict.fromkeys(ELEMENTWISE, FULLY_SHARDED),
+            init_all(ELEMENTWISE, lambda o, p: state_shardings(o, p, FULLY_SHARDED), params),
         )
-        results = run(
-            problem,
-            dict.fromkeys(elementwise, placed),
-            specs_of(lambda o: init_sharded(o, placed)),
-            jax.jit(by_hand(gradients, in_specs=(params, P("data")), out_specs=params)),
-            jax.jit(update),
-            same,
-            same,
+        step = jax.shard_map(
+            functools.partial(train_all, ELEMENTWISE, loss=loss, reduce=add_up),
+            mesh=mesh,
+            in_specs=(*specs, P("data")),
+            out_specs=specs,
+            check_vma=check_vma,
         )
-    check(results, one_device[AxisType.Auto], NOT_ELEMENTWISE)
+        check(train(jax.jit(step), dict.fromkeys(ELEMENTWISE, params), state), one_device)
 
 
-def test_pmap_with_replicated_state_equals_one_device(problem, one_device):
-    def on_all(tree):
-        return jax.tree.map(lambda x: np.broadcast_to(x, (8, *np.shape(x))), tree)
-
-    def mean_gradients(params, batch):
-        return jax.lax.pmean(gradients_of(params, batch), "data")
-
+def test_pmap_with_replicated_state_equals_one_device(one_device):
+    step = jax.pmap(
+        functools.partial(train_all, BY_HAND, reduce=lambda g: jax.lax.pmean(g, "data")),
+        axis_name="data",
+    )
     with jax.enable_x64(True):
-        params = dict.fromkeys(BY_HAND, on_all(problem[0]))
-        init = jax.pmap(lambda params: {n: o.init(params[n]) for n, o in BY_HAND.items()})
-        results = run(
-            problem,
-            params,
-            init(params),
-            jax.pmap(mean_gradients, axis_name="data"),
-            jax.pmap(functools.partial(update_all, BY_HAND), axis_name="data"),
+        params = on_every_device(parameters())
+        state = jax.pmap(lambda p: init_all(BY_HAND, lambda o, p: o.init(p), p))(params)
+        result = train(
+            step,
+            dict.fromkeys(BY_HAND, params),
+            state,
             lambda batch: [x.reshape(8, -1, 8) for x in batch],
-            on_all,
         )
-    for leaf in jax.tree.leaves(jax.tree.map(np.asarray, results)):
+    result = jax.tree.map(np.asarray, result)
+    for leaf in jax.tree.leaves(result):
         assert leaf.shape[0] == 8
         assert (leaf == leaf[:1]).all()
-    check(jax.tree.map(lambda x: np.asarray(x)[0], results), one_device[AxisType.Auto])
+    check(jax.tree.map(lambda x: x[0], result), one_device)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flag is for x86")
+def test_given_the_same_gradients_elementwise_recipes_are_bit_equal():
+    """In a process of its own, for code without fused multiply-add: whether ``a * b + c`` is rounded
+    once or twice otherwise depends on how XLA cuts an array of this or that size into loops."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX"
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(BITS)],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=BITS.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert found.returncode == 0, found.stdout[-4000:]
+
+
+PARAMS = {"kernel": (16, 8), "square": (8, 8), "bias": (8,)}
+SPECS = {"kernel": P("data", "model"), "square": P("data", None), "bias": P("model")}
+
+
+def specs_of(optimizer, spec=SPECS):
+    params = {k: jnp.zeros(s) for k, s in PARAMS.items()}
+    return optimizer.init(params), state_shardings(optimizer, params, spec)
+
+
+def test_a_leaf_of_the_state_is_split_like_its_parameter_and_the_rest_is_whole():
+    _, (adam_specs, _) = specs_of(adam(1e-3))
+    assert adam_specs.mu == adam_specs.nu == SPECS
+    assert adam_specs.count == P()
+    for scope in ("tensor", "tree"):
+        rule = adaptive(second_moment(0.9, scope=scope), per_weight_rate())
+        state, specs = specs_of(rule)
+        assert set(jax.tree.leaves(specs)) == {P()}
+        assert jax.tree.structure(specs) == jax.tree.structure(state)
+
+
+def test_missing_dimensions_and_dimensions_of_size_one_leave_the_others_split():
+    def init(params):
+        return {
+            "rows": jax.tree.map(lambda p: p[..., 0], params),
+            "first": jax.tree.map(lambda p: p[:1], params),
+            "memory": jax.tree.map(lambda p: jnp.zeros((3, *p.shape)), params),
+            "none": jax.tree.map(lambda p: jnp.zeros(5), params),
+            "several": jax.tree.map(lambda p: [p, jnp.zeros(())], params),
+        }
+
+    _, specs = specs_of(optax.GradientTransformation(init, None))
+    # Which of the two dimensions of the square one is left cannot be seen.
+    assert specs["rows"] == {"kernel": P("data"), "square": P(), "bias": P()}
+    assert specs["first"] == {"kernel": P(None, "model"), "square": P(None, None), "bias": P(None)}
+    assert specs["memory"]["kernel"] == P(None, "data", "model")
+    assert set(specs["none"].values()) == {P()}
+    assert specs["several"]["bias"] == [P("model"), P()]
+
+
+OTHERS = {
+    "optax.adafactor": optax.adafactor(1e-3),
+    "optax.lbfgs": optax.lbfgs(),
+    "optax.sm3": optax.sm3(1e-3),
+    "optax.contrib.muon": optax.contrib.muon(1e-3),
+    "optax.contrib.schedule_free_adamw": optax.contrib.schedule_free_adamw(1e-3),
+    "optax.inject_hyperparams": optax.inject_hyperparams(optax.adam)(1e-3),
+    "optax.MultiSteps": optax.MultiSteps(adamw(1e-3), 2),
+    "optax.masked": optax.masked(adam(1e-3), {"kernel": True, "square": False, "bias": True}),
+    "ParameterGroups": ParameterGroups(
+        [Group("bias", weight_decay=0.0), Group("square", freeze=True)], default=Group()
+    ).optimizer(adamw, learning_rate=1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["automatic", "explicit"])
+def test_init_sharded_is_init_elsewhere_for_any_transformation(kind):
+    mesh = mesh_of((4, 2), ("data", "model"), kind)
+    params = put({k: jnp.ones(s) for k, s in PARAMS.items()}, mesh, SPECS)
+    sharding_of_shape = {(16, 8): SPECS["kernel"], (8, 8): SPECS["square"]}
+    for optimizer in OTHERS.values():
+        state = init_sharded(optimizer, params)
+        plain = optimizer.init(jax.tree.map(np.asarray, params))
+        assert jax.tree.structure(state) == jax.tree.structure(plain)
+        for leaf, right in zip(jax.tree.leaves(state), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(leaf, right)
+            assert len(leaf.addressable_shards) == 8
+            if leaf.shape in sharding_of_shape:
+                wanted = NamedSharding(mesh, sharding_of_shape[leaf.shape])
+                assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+
+
+def test_jit_of_init_is_elsewhere_which_is_why_there_is_init_sharded():
+    params = put(parameters(), mesh_of(), FULLY_SHARDED)
+    assert len(jax.tree.leaves(jax.jit(adam(1e-3).init)(params))[0].addressable_shards) == 1
+    for leaf in jax.tree.leaves(init_sharded(adam(1e-3), params)):
+        assert len(leaf.addressable_shards) == 8
+
+
+def test_parameters_on_a_single_device_get_their_state_there():
+    third = jax.devices()[3]
+    params = jax.device_put({"w": jnp.ones(3)}, third)
+    for leaf in jax.tree.leaves(init_sharded(adam(1e-3), params)):
+        assert leaf.sharding == SingleDeviceSharding(third)
+
+
+def test_parameters_without_a_common_mesh_are_refused():
+    one, two = (jax.device_put(jnp.ones(3), d) for d in jax.devices()[:2])
+    with pytest.raises(ValueError, match=r"'a'.*'b'.* are on different devices.*on one mesh"):
+        init_sharded(adam(1e-3), {"a": one, "b": two})
+    with pytest.raises(ValueError, match=r"'w'\] has no sharding \(ndarray\): put it"):
+        init_sharded(adam(1e-3), {"w": np.ones(3)})
+    with pytest.raises(ValueError, match="while tracing, give"):
+        jax.jit(lambda p: init_sharded(adam(1e-3), p))(one)
+    with pytest.raises(ValueError, match="all NamedSharding or all PartitionSpec"):
+        specs_of(adam(1e-3), SPECS | {"bias": NamedSharding(mesh_of(), P())})
