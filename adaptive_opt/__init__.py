@@ -6,6 +6,13 @@ too: ``describe`` shows it, ``adaptive`` puts stages together anew, ``stage`` ma
 
 from adaptive_opt.adam import scale_by_adam
 from adaptive_opt.bracket import AdaptiveState, OpenStepState, adaptive, close_step, open_step
+from adaptive_opt.checkpoint import (
+    CheckpointMismatch,
+    check_checkpoint,
+    checkpoint_header,
+    from_bytes,
+    to_bytes,
+)
 from adaptive_opt.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.describe import Description, describe
 from adaptive_opt.friction import diffgrad_friction
@@ -30,6 +37,7 @@ from adaptive_opt.moments import (
     second_moment,
     sum_of_squares,
 )
+from adaptive_opt.moving import convert_state, import_torch_state
 from adaptive_opt.rates import (
     adabound_dynamic_bound,
     adadelta_units,
@@ -141,6 +149,14 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decoupled_weight_decay",
     "decoupled_l1_decay",
     "scale_by_learning_rate",
+    # Saving, and moving in and out.
+    "checkpoint_header",
+    "check_checkpoint",
+    "CheckpointMismatch",
+    "to_bytes",
+    "from_bytes",
+    "convert_state",
+    "import_torch_state",
     # Writing a new stage, and the types one meets.
     "stage",
     "AdaptiveStep",

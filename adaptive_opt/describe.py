@@ -34,8 +34,8 @@ class Description(NamedTuple):
         return tuple(stage for part in self.parts for stage in part.stages())
 
     def __str__(self) -> str:
-        shown = [f"{k}={_shown(v)}" for k, v in self.settings.items() if v is not None]
-        lines = [f"{self.name}({', '.join(shown)})" if shown else self.name]
+        settings = [f"{k}={shown(v)}" for k, v in self.settings.items() if v is not None]
+        lines = [f"{self.name}({', '.join(settings)})" if settings else self.name]
         for part in self.parts:
             lines += ["  " + line for line in str(part).splitlines()]
         return "\n".join(lines)
@@ -63,6 +63,11 @@ def describe(transformation: optax.GradientTransformation) -> Description:
         scale_by_learning_rate(learning_rate=0.001, flip_sign=True)
     """
     if not isinstance(transformation, optax.GradientTransformation):
+        if isinstance(transformation, optax.MultiSteps):
+            raise TypeError(
+                "an optax.MultiSteps is not a transformation itself: give its"
+                " .gradient_transformation()."
+            )
         raise TypeError(
             "describe takes an optax transformation, for instance adamod(1e-3) or adaptive(...),"
             f" got {type(transformation).__name__}."
@@ -158,7 +163,8 @@ def _held(function: Callable[..., Any]) -> Mapping[str, Any]:
     return inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting as it is printed; a function by the name of what made it."""
     if isinstance(value, Tracer):
         return f"traced {value.dtype}"
     if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:

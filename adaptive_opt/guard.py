@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_opt.describe import described_around
-from adaptive_opt.policies import Tree, map_none, update_dtypes
+from adaptive_opt.policies import Tree
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -61,18 +61,23 @@ def skip_nonfinite(
         finite = jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
         if axis_name is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name) == 1
-        dtypes = update_dtypes(updates, params)
 
         def step() -> Any:
             return inner.update(updates, state.inner_state, params, **extra)
 
         def skip() -> Any:
-            zeros = map_none(lambda u, dtype: jnp.zeros_like(u, dtype=dtype), updates, dtypes)
-            return zeros, state.inner_state
+            zeros = jax.tree.map(jnp.zeros_like, made)
+            # Some transformations widen their state in their first step.
+            return zeros, jax.tree.map(_astype, state.inner_state, after)
 
+        made, after = jax.eval_shape(step)
         new, inner_state = jax.lax.cond(finite, step, skip)
         consecutive = jnp.where(finite, 0, optax.safe_increment(state.consecutive))
         total = jnp.where(finite, state.total, optax.safe_increment(state.total))
         return new, SkipNonfiniteState(consecutive, total, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _astype(x: Any, to: Any) -> Any:
+    return x if getattr(x, "dtype", None) == to.dtype else jnp.asarray(x, to.dtype)

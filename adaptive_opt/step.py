@@ -157,6 +157,8 @@ def _leave(update: jax.Array, gradient: jax.Array, dtype: Any) -> jax.Array:
             f"a gradient of shape {gradient.shape} met a state of shape {update.shape}. A state"
             " belongs to the parameters it was initialised with; initialise a new one."
         )
+    if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
+        dtype = policies.with_both_parts(dtype)
     return update.astype(dtype)
 
 

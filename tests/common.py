@@ -36,6 +36,30 @@ RECIPES = ADAMS | {
 }
 """Every recipe, as a function of the learning rate."""
 
+CONVENTIONS = {
+    "adam": ("torch", "keras"),
+    "adamw": ("torch", "keras", "paper", "keras-adamw"),
+    "amsgrad": ("torch", "optax", "keras", "paper"),
+    "adamod": ("reference", "paper", "robust"),
+    "diffmod": ("reference", "robust"),
+    "radam": ("torch", "optax", "reference"),
+    "nadam": ("torch", "keras", "optax"),
+    "nadamw": ("torch", "keras", "optax", "keras-adamw"),
+    "sgd": ("torch", "keras"),
+    "sgdw": ("torch", "paper"),
+    "rmsprop": ("torch", "optax", "keras", "tf1"),
+    "adagrad": ("torch", "optax", "keras"),
+    "adamax": ("torch", "optax", "keras"),
+}
+"""The conventions of the recipes that have several; the first is the one in `RECIPES`."""
+
+EVERY_CONVENTION = RECIPES | {
+    f"{name} ({convention})": functools.partial(RECIPES[name], convention=convention)
+    for name, conventions in CONVENTIONS.items()
+    for convention in conventions[1:]
+}
+"""Every recipe in every convention, as a function of the learning rate."""
+
 NEED_PARAMS = ("adamw", "nadamw", "sgdw", "ranger")
 
 BUFFERS = (

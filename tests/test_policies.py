@@ -13,7 +13,6 @@ import optax
 import pytest
 from common import (
     ADAMS,
-    NEED_PARAMS,
     RECIPES,
     assert_bit_equal,
     buffers_of,
@@ -34,28 +33,9 @@ from adaptive_opt import (
     second_moment,
 )
 
-DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
-
 
 def dtypes(tree):
     return [leaf.dtype for leaf in jax.tree.leaves(tree)]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_updates_are_promoted_and_the_state_keeps_its_dtypes(recipe):
-    for param_dtype in DTYPES:
-        for gradient_dtype in DTYPES:
-            optimizer = RECIPES[recipe](1e-2)
-            params = jnp.asarray([1.0, -1.0], param_dtype)
-            gradient = jnp.asarray([0.5, 0.0], gradient_dtype)
-            state = optimizer.init(params)
-            updates, after = jax.eval_shape(optimizer.update, gradient, state, params)
-            assert updates.dtype == jnp.promote_types(param_dtype, gradient_dtype)
-            assert dtypes(after) == dtypes(state)
-            assert all(d in (jnp.float32, jnp.int32) for d in dtypes(state))
-            if recipe not in NEED_PARAMS:
-                updates, _ = jax.eval_shape(optimizer.update, gradient, state)
-                assert updates.dtype == gradient_dtype
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -90,20 +70,6 @@ def test_a_second_moment_of_little_range_is_refused():
             adam(1e-3, state_dtype=narrow).init(jnp.ones(2))
     with pytest.raises(ValueError, match="a buffer's dtype must be floating point, got int8"):
         adam(1e-3, mu_dtype=jnp.int8).init(jnp.ones(2))
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_nothing_becomes_nan_in_any_dtype(recipe):
-    for dtype, huge in ((jnp.float16, 6e4), (jnp.bfloat16, 1e18), (jnp.float32, 1e18)):
-        smallest = float(jnp.finfo(dtype).smallest_subnormal)
-        params = jnp.ones(6, dtype)
-        kinds = [[0.0] * 6, [smallest] * 6, [huge] * 6, [0, smallest, huge, -huge, 1, -1]]
-        optimizer = RECIPES[recipe](1e-3)
-        for first in kinds:
-            gradients = [jnp.asarray(g, dtype) for g in (first, *kinds, first)]
-            params_after, state, history = train(optimizer, params, gradients)
-            for leaf in jax.tree.leaves((params_after, state, [u for _, u in history])):
-                assert np.isfinite(np.asarray(leaf, np.float64)).all()
 
 
 def test_a_zero_gradient_gives_a_zero_update_whatever_eps(x64):
@@ -232,10 +198,11 @@ def test_dataclasses_are_parameters_too():
 def test_shapes_are_enough_to_initialise(recipe):
     optimizer = RECIPES[recipe](1e-3)
     params = normal_tree()
-    if recipe == "ranger":  # whose slow weights are those it is given
-        return
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert_bit_equal(optimizer.init(shapes), optimizer.init(params))
+    if recipe == "ranger":  # whose slow weights are those it is given
+        assert buffers_of(optimizer.init(shapes))["slow"] == shapes
+    else:
+        assert_bit_equal(optimizer.init(shapes), optimizer.init(params))
     assert_bit_equal(jax.jit(optimizer.init)(params), optimizer.init(params))
 
 

@@ -1,0 +1,248 @@
+"""Checkpoints that know whose they are.
+
+A state is arrays: nothing in it tells NAdam from Adam, or one convention from another. A header,
+plain data for JSON or msgpack, says what optimizer the state belongs to, with the path, shape and
+dtype of every array, and is compared before anything is read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeVar
+
+import flax.serialization
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from adaptive_opt.describe import Description, describe, shown
+from adaptive_opt.policies import Tree, dtype_of
+
+STATE_FORMAT = 1
+"""Raised whenever the state of some recipe changes its meaning."""
+
+T = TypeVar("T")
+
+
+class CheckpointMismatch(ValueError):  # noqa: N818 (says what it is)
+    """A checkpoint belongs to another optimizer, model, or version; the message names what differs.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import CheckpointMismatch, adam, from_bytes, to_bytes
+    >>> data = to_bytes(adam(1e-3), adam(1e-3).init(jnp.zeros(3)))
+    >>> try:
+    ...     from_bytes(adam(1e-3, b2=0.99), adam(1e-3).init(jnp.zeros(3)), data)
+    ... except CheckpointMismatch as error:
+    ...     print(error)
+    the checkpoint does not fit: b2 of adam was 0.999, is 0.99
+    """
+
+
+def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> dict[str, Any]:
+    """What to save beside a state, as plain data: whose it is and what it consists of.
+
+    Args:
+      optimizer: any optax optimizer; what ``describe`` shows of it is in the header.
+      tree: what is saved: an optimizer state, ``(params, state)``, a ``TrainState``; arrays,
+        ``jax.ShapeDtypeStruct``, or numbers.
+
+    Returns:
+      A dict of dicts, lists, strings and numbers, for ``json`` or Orbax's ``JsonSave``:
+      ``state_format``, ``optimizer`` (names, settings, parts) and ``leaves`` (the path of each
+      array, its shape and dtype).
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adam, checkpoint_header
+    >>> header = checkpoint_header(adam(1e-3), adam(1e-3).init(jnp.zeros((2, 3))))
+    >>> header["optimizer"]["name"], header["optimizer"]["settings"]["convention"]
+    ('adam', 'torch')
+    >>> header["leaves"]["[0].mu"]
+    [[2, 3], 'float32']
+    """
+    leaves = {
+        jax.tree_util.keystr(path) or ".": [list(np.shape(leaf)), str(dtype_of(leaf))]
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    return {
+        "state_format": STATE_FORMAT,
+        "optimizer": _as_data(describe(optimizer)),
+        "leaves": leaves,
+    }
+
+
+def check_checkpoint(
+    header: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    tree: Tree,
+    *,
+    allow: Collection[str] = (),
+) -> None:
+    """Refuses a checkpoint that was not written by this optimizer for parameters like these.
+
+    Args:
+      header: what ``checkpoint_header`` returned when the checkpoint was written.
+      optimizer, tree: what it is to be read into.
+      allow: names of settings that may differ, for instance ``{"learning_rate"}`` to go on with
+        another one; a schedule is compared by the name of the function that made it.
+
+    Raises:
+      CheckpointMismatch: names every stage, setting, path, shape and dtype that differs.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import CheckpointMismatch, adam, check_checkpoint, checkpoint_header
+    >>> from adaptive_opt import nadam
+    >>> x = jnp.zeros(3)
+    >>> header = checkpoint_header(adam(1e-3), adam(1e-3).init(x))
+    >>> try:
+    ...     check_checkpoint(header, nadam(1e-3), nadam(1e-3).init(x))
+    ... except CheckpointMismatch as error:
+    ...     print(error)
+    the checkpoint does not fit: the optimizer was adam, is nadam
+    >>> check_checkpoint(header, adam(1e-4), adam(1e-4).init(x), allow={"learning_rate"})
+    """
+    wanted = checkpoint_header(optimizer, tree)
+    unknown = {"state_format", "optimizer", "leaves"} - set(header)
+    if unknown:
+        raise CheckpointMismatch(
+            f"this is not a header of a checkpoint: it has no {', '.join(sorted(unknown))}. Save"
+            " what checkpoint_header returns."
+        )
+    if header["state_format"] != STATE_FORMAT:
+        raise CheckpointMismatch(
+            f"the checkpoint has state format {header['state_format']}, this version of"
+            f" adaptive_opt reads {STATE_FORMAT}: read it with the version that wrote it."
+        )
+    differences = [
+        *_optimizers_differ(header["optimizer"], wanted["optimizer"], frozenset(allow))
+    ] or [*_leaves_differ(header["leaves"], wanted["leaves"])]
+    if differences:
+        few = differences[:10]
+        more = f"; and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise CheckpointMismatch(f"the checkpoint does not fit: {'; '.join(few)}{more}")
+
+
+def to_bytes(optimizer: optax.GradientTransformation, tree: Tree) -> bytes:
+    """``flax.serialization.to_bytes`` with a header.
+
+    Args:
+      optimizer: the optimizer that the state in ``tree`` belongs to.
+      tree: what is saved: an optimizer state, ``(params, state)``, a ``TrainState``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adamod, from_bytes, to_bytes
+    >>> optimizer = adamod(1e-3)
+    >>> state = optimizer.init(jnp.zeros(3))
+    >>> restored = from_bytes(optimizer, state, to_bytes(optimizer, state))
+    >>> sorted(restored[0].buffers)
+    ['mu', 'nu', 'rate_ema']
+    """
+    return flax.serialization.msgpack_serialize(
+        {
+            "header": checkpoint_header(optimizer, tree),
+            "tree": flax.serialization.to_state_dict(jax.device_get(tree)),
+        }
+    )
+
+
+def from_bytes(
+    optimizer: optax.GradientTransformation,
+    target: T,
+    data: bytes,
+    *,
+    allow: Collection[str] = (),
+) -> T:
+    """What ``to_bytes`` saved, in the structure of ``target``, if it fits.
+
+    Args:
+      optimizer: the optimizer that is to go on with the state.
+      target: a tree of the same structure, shapes and dtypes: a fresh state, or what
+        ``jax.eval_shape`` says of one.
+      data: what ``to_bytes`` returned.
+      allow: names of settings that may differ; see ``check_checkpoint``.
+
+    Returns:
+      ``target`` with the saved arrays, as NumPy arrays.
+
+    Raises:
+      CheckpointMismatch: the bytes are cut short, have no header, or do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adam, from_bytes, to_bytes
+    >>> optimizer, x = adam(1e-3), jnp.ones(2)
+    >>> _, state = optimizer.update(x, optimizer.init(x), x)
+    >>> print(from_bytes(optimizer, optimizer.init(x), to_bytes(optimizer, state))[0].mu)
+    [0.1 0.1]
+    """
+    try:
+        saved = flax.serialization.msgpack_restore(data)
+    except Exception as error:  # msgpack has no single base class for them
+        raise CheckpointMismatch(
+            f"the bytes are not a checkpoint, or not all of it ({type(error).__name__}: {error})."
+        ) from None
+    if not isinstance(saved, dict) or set(saved) != {"header", "tree"}:
+        raise CheckpointMismatch(
+            "the bytes have no header. Bytes of flax.serialization.to_bytes are read by"
+            " flax.serialization.from_bytes, which checks neither the optimizer nor shapes; a"
+            " state of optax then comes in through convert_state."
+        )
+    check_checkpoint(saved["header"], optimizer, target, allow=allow)
+    restored: Any = flax.serialization.from_state_dict(target, saved["tree"])
+    return restored
+
+
+def _as_data(description: Description) -> dict[str, Any]:
+    return {
+        "name": description.name,
+        "settings": {name: _plain(value) for name, value in description.settings.items()},
+        "parts": [_as_data(part) for part in description.parts],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)) and not isinstance(value, Tracer):
+        value = value.item() if np.ndim(value) == 0 else value
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return shown(value)
+
+
+def _optimizers_differ(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    allow: frozenset[str],
+    inside: str = "",
+    numbers: bool = True,
+) -> Iterator[str]:
+    where = f" in {inside}" if inside else ""
+    if saved["name"] != now["name"]:
+        yield f"the optimizer{where} was {saved['name']}, is {now['name']}"
+        return
+    for name in sorted({*saved["settings"], *now["settings"]}):
+        old, new = (d["settings"].get(name) for d in (saved, now))
+        if old == new:
+            continue
+        if name not in allow and (numbers or isinstance(old, str) or isinstance(new, str)):
+            yield f"{name} of {saved['name']}{where} was {old!r}, is {new!r}"
+        numbers = False  # those of the parts follow from it
+    before, after = ([part["name"] for part in d["parts"]] for d in (saved, now))
+    if before != after:
+        yield f"{now['name']}{where} was made of {', '.join(before)}, is of {', '.join(after)}"
+        return
+    for old, new in zip(saved["parts"], now["parts"], strict=True):
+        yield from _optimizers_differ(old, new, allow, now["name"], numbers)
+
+
+def _leaves_differ(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for path in saved:
+        if path not in now:
+            yield f"{path} was saved, but has no place"
+        elif list(saved[path]) != list(now[path]):
+            (old, old_dtype), (new, new_dtype) = saved[path], now[path]
+            yield f"{path} was {old_dtype}{list(old)}, is {new_dtype}{list(new)}"
+    for path in now:
+        if path not in saved:
+            yield f"{path} was not saved"

@@ -1,0 +1,257 @@
+"""Checkpoints: bit-equal resumption in both formats, and refusal of what does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from common import CONVENTIONS, EVERY_CONVENTION, RECIPES, assert_bit_equal, normal_tree
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adaptive_opt import (
+    CheckpointMismatch,
+    adam,
+    adamod,
+    adamw,
+    amsgrad,
+    check_checkpoint,
+    checkpoint,
+    checkpoint_header,
+    diffmod,
+    from_bytes,
+    lookahead,
+    nadam,
+    one_cycle,
+    sgd,
+    skip_nonfinite,
+    to_bytes,
+)
+
+CYCLE = one_cycle(0.1, 10)
+IN_THE_MIDDLE = {
+    "of a warm-up": adamod(optax.linear_schedule(0.0, 1e-2, 10)),
+    "of a one-cycle": adam(CYCLE.learning_rate, b1=CYCLE.b1),
+    "of a Lookahead period": lookahead(diffmod(1e-2), sync_period=4),
+    "of gradient accumulation": optax.MultiSteps(amsgrad(1e-2), 4).gradient_transformation(),
+    "of skipped steps": skip_nonfinite(adamw(1e-2)),
+    "of injected schedules": optax.inject_hyperparams(adam)(optax.linear_schedule(1e-2, 0.0, 10)),
+}
+STEPS, SAVED = 9, 6  # within every period of 4, not at its end
+
+
+def history_of(optimizer):
+    """Parameters and state after every step, and the step itself."""
+
+    @jax.jit
+    def step(params, state, t):
+        gradient = jax.tree.map(lambda x: jnp.sin(x * 3 + t), params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = normal_tree()
+    history = [(params, optimizer.init(params))]
+    for t in range(STEPS):
+        history.append(step(*history[-1], t))
+    return step, history
+
+
+@pytest.fixture(scope="module", params=IN_THE_MIDDLE)
+def interrupted(request):
+    optimizer = IN_THE_MIDDLE[request.param]
+    return optimizer, *history_of(optimizer)
+
+
+def go_on(step, restored):
+    for t in range(SAVED, STEPS):
+        restored = step(*restored, t)
+    return restored
+
+
+def test_bytes_resume_bit_equal_in_the_middle(interrupted):
+    optimizer, step, history = interrupted
+    data = to_bytes(optimizer, history[SAVED])
+    restored = from_bytes(optimizer, history[0], data)
+    assert_bit_equal(restored, history[SAVED])
+    assert_bit_equal(go_on(step, restored), history[STEPS])
+    shapes = jax.eval_shape(lambda: history[0])
+    assert_bit_equal(from_bytes(optimizer, shapes, data), history[SAVED])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_orbax_resumes_bit_equal_in_the_middle(interrupted, asynchronous, tmp_path):
+    optimizer, step, history = interrupted
+    saved = history[SAVED]
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        manager.save(
+            SAVED,
+            args=ocp.args.Composite(
+                training=ocp.args.StandardSave(saved),
+                header=ocp.args.JsonSave(checkpoint_header(optimizer, saved)),
+            ),
+        )
+        manager.wait_until_finished()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        header = manager.restore(SAVED, args=ocp.args.Composite(header=ocp.args.JsonRestore()))
+        check_checkpoint(header["header"], optimizer, history[0])
+        template = jax.eval_shape(lambda: history[0])
+        training = ocp.args.StandardRestore(template)
+        restored = manager.restore(SAVED, args=ocp.args.Composite(training=training))["training"]
+    assert_bit_equal(restored, saved)
+    assert_bit_equal(go_on(step, restored), history[STEPS])
+
+
+def test_orbax_restores_every_recipe_onto_other_devices(tmp_path):
+    """Saved split over 4 devices, read back split over 8, and on one."""
+    params = {"kernel": jnp.arange(32.0).reshape(16, 2) / 32, "bias": jnp.ones(8)}
+
+    def placed(tree, devices):
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+
+        def place(x):
+            spec = PartitionSpec("data") if x.ndim and x.shape[0] % devices == 0 else ()
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        return jax.tree.map(place, tree)
+
+    states = {}
+    for name, recipe in RECIPES.items():
+        optimizer = recipe(1e-2)
+        states[name] = optimizer.update(params, optimizer.init(params), params)[1]
+    states = jax.device_put(states, placed(states, 4))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "states", states)
+        checkpointer.wait_until_finished()
+        for devices in (8, 1):
+            shardings = placed(states, devices)
+            template = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), states, shardings
+            )
+            restored = checkpointer.restore(tmp_path / "states", template)
+            assert_bit_equal(restored, states)
+            where = jax.tree.map(lambda x: x.sharding, restored)
+            assert jax.tree.all(jax.tree.map(lambda a, b: a == b, where, shardings))
+
+
+def test_a_train_state_is_saved_whole():
+    def create(seed):
+        return TrainState.create(apply_fn=None, params=normal_tree(seed), tx=adamod(1e-2))
+
+    state = create(0).apply_gradients(grads=normal_tree(1))
+    restored = from_bytes(state.tx, create(3), to_bytes(state.tx, state))
+    assert_bit_equal((restored.params, restored.opt_state), (state.params, state.opt_state))
+    assert restored.step == 1
+
+
+# --- What does not fit --------------------------------------------------------------------------
+
+
+def refused(message, saved, now, params=None, allow=()):
+    x = {"w": jnp.ones(3), "b": jnp.ones(())}
+    params = x if params is None else params
+    with pytest.raises(CheckpointMismatch, match=message):
+        from_bytes(now, now.init(params), to_bytes(saved, saved.init(x)), allow=allow)
+    header = json.loads(json.dumps(checkpoint_header(saved, saved.init(x))))
+    with pytest.raises(CheckpointMismatch, match=message):
+        check_checkpoint(header, now, now.init(params), allow=allow)
+
+
+def test_no_two_conventions_read_each_others_checkpoints():
+    """Names differ, or the setting does; 45 optimizers, all pairs."""
+    x = jnp.ones(3)
+    made = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()}
+    headers = {name: checkpoint_header(o, o.init(x)) for name, o in made.items()}
+    assert len(made) == len(RECIPES) + sum(len(c) - 1 for c in CONVENTIONS.values())
+    for saved, header in headers.items():
+        for now, optimizer in made.items():
+            state = optimizer.init(x)
+            if now == saved:
+                check_checkpoint(json.loads(json.dumps(header)), optimizer, state)
+            else:
+                with pytest.raises(CheckpointMismatch):
+                    check_checkpoint(header, optimizer, state)
+
+
+def test_the_error_names_what_differs():
+    refused("the optimizer was adam, is nadam$", adam(1e-3), nadam(1e-3))
+    refused(
+        "convention of amsgrad was 'torch', is 'keras'",
+        *(amsgrad(1e-3, convention=c) for c in ("torch", "keras")),
+    )
+    refused("b2 of adam was 0.999, is 0.99", adam(1e-3), adam(1e-3, b2=0.99))
+    refused("learning_rate of adam was 0.001, is 'polynomial_schedule'",
+            adam(1e-3), adam(optax.linear_schedule(1e-3, 0.0, 10)))  # fmt: skip
+    refused("weight_decay of adamw was 0.0001, is 0.1", adamw(1e-3), adamw(1e-3, weight_decay=0.1))
+    refused("sync_period of lookahead was 6, is 5", lookahead(sgd(0.1)), lookahead(sgd(0.1), 5))
+    refused("momentum of sgd in lookahead was",
+            lookahead(sgd(0.1, momentum=0.9)), lookahead(sgd(0.1, momentum=0.8)))  # fmt: skip
+    clipped = optax.chain(optax.clip(1.0), adam(1e-3))
+    refused("the optimizer was adam, is chain", adam(1e-3), clipped)
+    refused("chain was made of clip, adam, is of adam, clip",
+            clipped, optax.chain(adam(1e-3), optax.clip(1.0)))  # fmt: skip
+    refused(
+        "max_norm.* of clip_by_global_norm in chain was 1.0, is 2.0",
+        *(optax.chain(optax.clip_by_global_norm(n), adam(1e-3)) for n in (1.0, 2.0)),
+    )
+    wider = {"w": jnp.ones(5), "b": jnp.ones(())}
+    refused(r"\.mu\['w'\] was float32\[3\], is float32\[5\]", adam(1e-3), adam(1e-3), wider)
+    half = {"w": jnp.ones(3), "b": jnp.ones((), jnp.float16)}
+    refused(r"state_dtype of adam was None, is 'bfloat16'",
+            adam(1e-3), adam(1e-3, state_dtype=jnp.bfloat16), half)  # fmt: skip
+    more = {"w": jnp.ones(3), "b": jnp.ones(()), "c": jnp.ones(1)}
+    refused(r"mu\['c'\] was not saved", adam(1e-3), adam(1e-3), more)
+    refused(r"mu\['b'\] was saved, but has no place", adam(1e-3), adam(1e-3), {"w": jnp.ones(3)})
+
+
+def test_a_setting_may_change_if_it_is_named():
+    x = {"w": jnp.ones(3), "b": jnp.ones(())}
+    data = to_bytes(adamw(1e-3), adamw(1e-3).init(x))
+    slower = adamw(1e-4)
+    assert_bit_equal(
+        from_bytes(slower, slower.init(x), data, allow={"learning_rate"}), slower.init(x)
+    )
+    both = adamw(1e-4, b2=0.9)
+    refused("b2 of adamw was 0.999, is 0.9", adamw(1e-3), both, allow={"learning_rate"})
+    # What the optimizer is made of must still be the same.
+    refused("convention", diffmod(1e-3), diffmod(1e-3, convention="robust"), allow={"len_memory"})
+
+
+def test_another_format_no_header_and_half_a_file_are_refused():
+    x = jnp.ones(3)
+    optimizer = adam(1e-3)
+    state = optimizer.init(x)
+    data = to_bytes(optimizer, state)
+    with pytest.raises(CheckpointMismatch, match="no header"):
+        from_bytes(optimizer, state, flax.serialization.to_bytes(state))
+    for length in (0, 1, len(data) // 2, len(data) - 1):
+        with pytest.raises(CheckpointMismatch, match=r"not a checkpoint|no header"):
+            from_bytes(optimizer, state, data[:length])
+    later = checkpoint_header(optimizer, state) | {"state_format": checkpoint.STATE_FORMAT + 1}
+    with pytest.raises(CheckpointMismatch, match=r"has state format 2, this version .* reads 1"):
+        check_checkpoint(later, optimizer, state)
+    with pytest.raises(CheckpointMismatch, match="it has no leaves, optimizer, state_format"):
+        check_checkpoint({}, optimizer, state)
+
+
+def test_the_states_are_those_of_format_1():
+    """If this fails, a state has changed: raise STATE_FORMAT, or saved runs are read wrongly."""
+    x = {"w": jnp.ones(3)}
+    found = {
+        name: sorted(checkpoint_header(o, o.init(x))["leaves"])
+        for name, o in ((n, r(1e-2)) for n, r in EVERY_CONVENTION.items())
+    }
+    assert checkpoint.STATE_FORMAT == 1
+    assert found["adamod"] == [
+        "[0].buffers['mu']['w']",
+        "[0].buffers['nu']['w']",
+        "[0].buffers['rate_ema']['w']",
+        "[0].count",
+    ]
+    assert found["adam"] == ["[0].count", "[0].mu['w']", "[0].nu['w']"]
