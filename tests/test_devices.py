@@ -203,7 +203,7 @@ def test_a_leaf_of_the_state_is_split_like_its_parameter_and_the_rest_is_whole()
     assert adam_specs.mu == adam_specs.nu == SPECS
     assert adam_specs.count == P()
     for scope in ("tensor", "tree"):
-        rule = adaptive(second_moment(0.9, scope=scope), per_weight_rate())
+        rule = adaptive(second_moment(0.9, scope=scope), per_weight_rate(1e-8))
         state, specs = specs_of(rule)
         assert set(jax.tree.leaves(specs)) == {P()}
         assert jax.tree.structure(specs) == jax.tree.structure(state)
