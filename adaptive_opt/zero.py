@@ -24,6 +24,9 @@ NOT_ELEMENTWISE = (
 )  # fmt: skip
 """What is known by name to let weights see each other, or to depend on the shape of a tensor."""
 
+UNIT = 128
+"""Leaves are padded to a multiple of it, whatever the number of devices, so long as that divides it."""
+
 
 def zero1(
     inner: optax.GradientTransformation,
@@ -39,12 +42,12 @@ def zero1(
     and updates one n-th of every buffer, and the updates are gathered. The numbers are those of
     ``inner``, bit for bit for the same gradients.
 
-    Every leaf is split, whatever its shape: it is flattened, padded with zeros to a multiple of the
-    number n of devices, and of the shape ``(1, ..., 1, padded size)`` with the rank it had, so that
-    masks by path and by rank mean the same. Scalars are not split. A buffer takes
-    ``ceil(size / n)`` elements per device. The padded size depends on n; a checkpoint goes to
-    another number of devices by cutting or padding the last dimension with zeros (in Orbax:
-    ``StandardRestore(state, strict=False)``).
+    Every leaf is split, whatever its shape: it is flattened, padded with zeros to a multiple of
+    128, and of the shape ``(1, ..., 1, padded size)`` with the rank it had, so that masks by path
+    and by rank mean the same. Scalars are not split. So the state has the same shapes on 1, 2, 4
+    ... 128 devices, and a checkpoint goes from one number to another as it is. On n devices where n
+    does not divide 128 the padded size is a multiple of n too; then the last dimension is cut or
+    padded with zeros (in Orbax: ``StandardRestore(state, strict=False)``).
 
     Under ``jit``, gradients and parameters are global arrays; constraints make XLA slice the
     gradient and gather the updates. Under ``shard_map`` (or ``pmap``) over ``axis``, ``update``
@@ -90,12 +93,13 @@ def zero1(
     _check_elementwise(describe(inner))
     inner = optax.with_extra_args_support(inner)
     n = math.prod(mesh.shape[name] for name in axes)
+    unit = math.lcm(n, UNIT)
     mark = SplitOverAxis(mesh, axis)
 
     def flat(x: Any) -> jax.Array:
         """The whole leaf, padded, in one row; of the rank it had."""
         x = jnp.asarray(x)
-        row = jnp.pad(x.reshape(-1), (0, -x.size % n)) if x.ndim else x
+        row = jnp.pad(x.reshape(-1), (0, -x.size % unit)) if x.ndim else x
         return row.reshape(*[1] * (x.ndim - 1), *row.shape)
 
     def part(x: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """Bit for bit the same on 8 devices as on one, given the same gradients.
 
 ``test_devices.py`` runs this in a process of its own, with ``--xla_cpu_max_isa=AVX``, where there
-is no fused multiply-add.
+is no fused multiply-add; the slow tests of this file in a slow test of that.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from common import assert_bit_equal
+from common import EVERY_CONVENTION, assert_bit_equal
 from devices import (
     ELEMENTWISE,
     FULLY_SHARDED,
     KINDS,
     LAYOUTS,
+    WITH_SUMS,
     gradients,
     init_all,
     mesh_of,
@@ -34,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 import adaptive_opt
 from adaptive_opt import adam, adamw, decay_mask, init_sharded, state_shardings, zero1
+from adaptive_opt.zero import UNIT
 
 WRAPPED = ELEMENTWISE | {
     "ranger": adaptive_opt.ranger(1e-2, centralize=False),
@@ -42,6 +44,7 @@ WRAPPED = ELEMENTWISE | {
     "optax.inject_hyperparams": optax.inject_hyperparams(adam)(1e-2),
     "optax.MultiSteps": optax.MultiSteps(adam(1e-2), 2).gradient_transformation(),
 }
+CONVENTIONS = {n: make(1e-2) for n, make in EVERY_CONVENTION.items() if n not in WITH_SUMS}
 ODD = {"kernel": (17, 9), "bias": (9,), "convolution": (3, 3, 1, 5), "scale": ()}
 """No size is a multiple of 8."""
 
@@ -58,11 +61,11 @@ def run(update, state, params, put_gradient, shapes=None):
 
 
 @functools.cache
-def on_one(kind, odd=False):
+def on_one(kind, odd=False, conventions=False):
     """XLA multiplies scalars first, ``x * a * b`` becomes ``x * (a * b)``, but not across the
     constraints of an explicit mesh: there is a reference for either kind."""
     mesh = mesh_of((1,), kind=kind)
-    optimizers = WRAPPED if odd else ELEMENTWISE
+    optimizers = WRAPPED if odd else CONVENTIONS if conventions else ELEMENTWISE
     params = whole(draw_tree(0, shapes=ODD) if odd else parameters(), mesh)
     state = init_all(optimizers, init_sharded, params)
     update = jax.jit(functools.partial(update_all, optimizers))
@@ -70,24 +73,50 @@ def on_one(kind, odd=False):
     return history, jax.tree.map(np.asarray, state)
 
 
-def check(actual, kind=AxisType.Auto):
-    assert_bit_equal(jax.tree.map(np.asarray, actual), on_one(kind))
+def check(actual, kind=AxisType.Auto, **which):
+    assert_bit_equal(jax.tree.map(np.asarray, actual), on_one(kind, **which))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["automatic", "explicit"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_jit_with_named_shardings(kind, layout):
+def under_jit(layout, kind, optimizers):
     shape, axes, specs = LAYOUTS[layout]
     mesh = mesh_of(shape, axes, kind)
     params = put(parameters(), mesh, specs)
-    state = init_all(ELEMENTWISE, init_sharded, params)
-    update = jax.jit(functools.partial(update_all, ELEMENTWISE))
-    check(run(update, state, params, lambda g: put(g, mesh, specs)), kind)
+    state = init_all(optimizers, init_sharded, params)
+    update = jax.jit(functools.partial(update_all, optimizers))
+    return run(update, state, params, lambda g: put(g, mesh, specs))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("specs", [LAYOUTS["data parallel"][2], FULLY_SHARDED])
-def test_shard_map(check_vma, specs):
+@pytest.mark.parametrize("layout", ["fully sharded", "tensor parallel"])
+def test_jit_with_named_shardings(layout):
+    check(under_jit(layout, AxisType.Auto, ELEMENTWISE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_explicit_axes(layout):
+    check(under_jit(layout, AxisType.Explicit, ELEMENTWISE), AxisType.Explicit)
+
+
+@pytest.mark.slow
+def test_every_convention():
+    result = under_jit("fully sharded", AxisType.Auto, CONVENTIONS)
+    check(result, conventions=True)
+
+
+WHOLE = LAYOUTS["data parallel"][2]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("specs", "check_vma"),
+    [
+        (WHOLE, False),
+        (FULLY_SHARDED, True),
+        pytest.param(WHOLE, True, marks=slow),
+        pytest.param(FULLY_SHARDED, False, marks=slow),
+    ],
+)
+def test_shard_map(specs, check_vma):
     mesh = mesh_of()
     params = put(parameters(), mesh, specs)
     state = init_all(ELEMENTWISE, init_sharded, params)
@@ -110,7 +139,15 @@ def test_pmap():
     check(jax.tree.map(lambda x: np.asarray(x)[5], result))
 
 
-@pytest.mark.parametrize("setting", ["jit", "explicit", "shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "jit",
+        "shard_map",
+        pytest.param("explicit", marks=slow),
+        pytest.param("shard_map unchecked", marks=slow),
+    ],
+)
 def test_zero1_changes_no_number_and_splits_every_leaf(setting):
     kind = AxisType.Explicit if setting == "explicit" else AxisType.Auto
     mesh = mesh_of(kind=kind)
@@ -133,13 +170,16 @@ def test_zero1_changes_no_number_and_splits_every_leaf(setting):
         )
     history, state = run(jax.jit(update), state, params, lambda g: whole(g, mesh), ODD)
     right_history, right_state = on_one(kind, odd=True)
+    # Between its steps MultiSteps gives 0 times something: -0.0 or 0.0, as XLA multiplies.
+    for updates in (*history, *right_history):
+        updates["optax.MultiSteps"] = jax.tree.map(lambda u: u + 0.0, updates["optax.MultiSteps"])
     assert_bit_equal(history, right_history)
 
     def joined(part, right):
         return np.asarray(part).reshape(-1)[: right.size].reshape(right.shape)
 
     assert_bit_equal(jax.tree.map(joined, state, right_state), right_state)
-    shards = {math.ceil(math.prod(shape) / 8) for shape in ODD.values()}
+    shards = {math.ceil(math.prod(shape) / UNIT) * UNIT // 8 for shape in ODD.values()}
     for leaf in jax.tree.leaves(state):
         parts = {shard.data.size for shard in leaf.addressable_shards}
         assert parts <= ({1} if leaf.ndim == 0 else shards)

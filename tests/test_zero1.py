@@ -25,7 +25,7 @@ from adaptive_opt import (
     state_shardings,
     zero1,
 )
-from adaptive_opt.zero import NOT_ELEMENTWISE
+from adaptive_opt.zero import NOT_ELEMENTWISE, UNIT
 
 ODD = {"dense": {"kernel": (17, 9), "bias": (9,)}, "convolution": (3, 3, 1, 5), "scale": ()}
 """No size is a multiple of 8."""
@@ -94,13 +94,16 @@ def test_gradients_known_to_agree_are_not_reduced_again():
         return optimizer.update(gradient(params, x), state, params)[0]
 
     specs = state_shardings(optimizer, params, P())
-    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=P())
+    step = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=P())
+    )
     np.testing.assert_array_equal(
         step(params, optimizer.init(params), jnp.ones(8)), np.full(9, 8.0)
     )
 
 
 def test_under_jit_updates_are_gathered_and_the_state_never_is():
+    """XLA:CPU does not turn all-reduce and slice into a reduce-scatter, as other backends do."""
     mesh = mesh_of()
     optimizer = zero1(adam(0.1), mesh)
     params = whole({"w": jnp.ones((64, 32))}, mesh)
@@ -115,21 +118,37 @@ def test_under_jit_updates_are_gathered_and_the_state_never_is():
     gathers = re.findall(r"= (\S+?)\{\S* all-gather(?:-start)?\(", text)
     assert len(gathers) == 1
     reductions = re.findall(r" (all-reduce|reduce-scatter)(?:-start)?\(", text)
-    assert len(reductions) == 1
+    assert reductions == ["all-reduce"]
     (entry,) = re.findall(r"^ENTRY .*?\((.*?)\) -> ", text, re.MULTILINE)
     assert sorted(re.findall(r"f32\[[\d,]*\]", entry)) == [
         "f32[1,256]", "f32[1,256]", "f32[2,64]", "f32[64,32]",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("devices", range(1, 9))
-def test_the_bytes_per_device_fall_with_the_number_of_devices(devices):
-    mesh = mesh_of((devices,))
+def test_the_bytes_per_device_fall_with_the_number_of_devices():
+    params = normal_tree(shapes={"kernel": (64, 50), "bias": (50,), "scale": ()})
+    plain = sum(leaf.nbytes for leaf in jax.tree.leaves(adam(1e-3).init(params)))
+    for devices in range(1, 9):
+        mesh = mesh_of((devices,))
+        optimizer = zero1(adam(1e-3), mesh)
+        found = bytes_on_each(init_sharded(optimizer, whole(params, mesh)))
+        unit = math.lcm(devices, UNIT)
+        padded = sum(math.ceil(size / unit) * unit for size in (64 * 50, 50))
+        assert len(found) == devices
+        assert set(found.values()) == {4 * (2 * (padded // devices + 1) + 1)}
+        assert padded // devices <= (64 * 50 + 50) / devices + 2 * UNIT
+        if devices >= 2:
+            assert max(found.values()) < plain
+
+
+def test_the_state_has_the_same_shapes_on_any_power_of_two_of_devices():
     params = normal_tree(shapes=ODD)
-    state = zero1(adam(1e-3), mesh).init(params)
-    per_device = sum(math.ceil(size / devices) for size in (17 * 9, 9, 45)) + 1
-    assert set(bytes_on_each(state).values()) == {4 * (2 * per_device + 1)}
-    assert len(bytes_on_each(state)) == devices
+
+    def shapes(devices):
+        return jax.eval_shape(zero1(adam(1e-3), mesh_of((devices,))).init, params)
+
+    assert shapes(1) == shapes(2) == shapes(4) == shapes(8) != shapes(3)
+    assert shapes(8)[0].mu["dense"]["kernel"].shape == (1, 256)
 
 
 @pytest.mark.parametrize("init", ["eager", "jit", "init_sharded", "in a chain"])
@@ -155,12 +174,12 @@ def test_two_axes_of_a_mesh_can_share_the_state():
     params = whole(jnp.ones(9), mesh)
     optimizer = zero1(adam(0.5), mesh, ("pod", "data"))
     state = optimizer.init(params)
-    assert state[0].mu.addressable_shards[0].data.shape == (3,)
+    assert state[0].mu.addressable_shards[0].data.shape == (UNIT // 4,)
     specs = state_shardings(optimizer, params, P())
     update = jax.shard_map(
         optimizer.update, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(P(), specs)
     )
-    update, state = update(jnp.ones(9), state, params)
+    update, state = jax.jit(update)(jnp.ones(9), state, params)
     np.testing.assert_allclose(update, np.full(9, -0.5), rtol=1e-5)
 
 
