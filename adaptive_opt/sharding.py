@@ -1,4 +1,4 @@
-"""Where the state of an optimizer lives: on the devices of the parameters, and split as they are."""
+"""Where an optimizer's state lives: on the devices of the parameters, and split as they are."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def state_shardings(
     >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
     >>> specs = {"kernel": P("data", None), "bias": P()}
     >>> state = state_shardings(adam(1e-3), params, specs)[0]
-    >>> print(state.count, state.nu["kernel"])
-    PartitionSpec() PartitionSpec('data', None)
+    >>> tuple(state.nu["kernel"]), tuple(state.nu["bias"]), tuple(state.count)
+    (('data', None), (), ())
     """
     if shardings is None:
         shardings = jax.tree_util.tree_map_with_path(_sharding_of, params)

@@ -25,7 +25,7 @@ NOT_ELEMENTWISE = (
 """What is known by name to let weights see each other, or to depend on the shape of a tensor."""
 
 UNIT = 128
-"""Leaves are padded to a multiple of it, whatever the number of devices, so long as that divides it."""
+"""Leaves are padded to a multiple of it, whatever the number of devices, if that divides it."""
 
 
 def zero1(
@@ -76,8 +76,8 @@ def zero1(
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
     >>> optimizer, x = zero1(adam(0.5), mesh), jnp.zeros((4, 2))
     >>> state = optimizer.init(x)
-    >>> state[0].mu.sharding.spec
-    PartitionSpec(None, 'data')
+    >>> state[0].mu.shape, tuple(state[0].mu.sharding.spec)
+    ((1, 128), (None, 'data'))
     >>> update, state = jax.jit(optimizer.update)(jnp.ones((4, 2)), state, x)
     >>> print(update[0].round(4))
     [-0.5 -0.5]

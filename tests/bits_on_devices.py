@@ -17,7 +17,6 @@ from common import EVERY_CONVENTION, assert_bit_equal
 from devices import (
     ELEMENTWISE,
     FULLY_SHARDED,
-    KINDS,
     LAYOUTS,
     WITH_SUMS,
     gradients,

@@ -1,4 +1,4 @@
-"""What the tests on many devices share: a small problem, layouts, and all recipes in one program."""
+"""What the tests on many devices share: a problem, layouts, all recipes in one program."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def update_all(optimizers, gradients, state, params):
     """
 
     def own(tree, name):
-        return tree[name] if name in tree else tree
+        return tree.get(name, tree)
 
     pairs = {
         name: optimizer.update(own(gradients, name), state[name], own(params, name))

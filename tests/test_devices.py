@@ -176,8 +176,8 @@ def test_pmap_with_replicated_state_equals_one_device(one_device):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flag is for x86")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_given_the_same_gradients_elementwise_recipes_are_bit_equal(which):
-    """In a process of its own, for code without fused multiply-add: whether ``a * b + c`` is rounded
-    once or twice otherwise depends on how XLA cuts an array of this or that size into loops."""
+    """In a process of its own, for code without fused multiply-add: whether ``a * b + c`` is
+    rounded once or twice otherwise depends on how XLA cuts an array of this size into loops."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX"
     if which == "not slow":
         flags += " --xla_backend_optimization_level=0"  # compiles in half the time

@@ -94,9 +94,7 @@ def test_gradients_known_to_agree_are_not_reduced_again():
         return optimizer.update(gradient(params, x), state, params)[0]
 
     specs = state_shardings(optimizer, params, P())
-    step = jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=P())
-    )
+    step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=P()))
     np.testing.assert_array_equal(
         step(params, optimizer.init(params), jnp.ones(8)), np.full(9, 8.0)
     )
