@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from adaptive_opt.policies import Tree
@@ -165,7 +166,7 @@ def _is_sharding(x: Any) -> bool:
 
 def _sharding_of(path: Any, param: Any) -> Any:
     sharding = getattr(param, "sharding", None)
-    if isinstance(param, jax.core.Tracer) or sharding is None:
+    if isinstance(param, Tracer) or sharding is None:
         raise ValueError(
             f"the parameter {jax.tree_util.keystr(path)} has no sharding"
             f" ({type(param).__name__}): put it on its devices with jax.device_put, or, while"

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_opt.describe import Description, describe, describe_as
@@ -54,8 +55,8 @@ def zero1(
     reduces the gradients itself, and there is a reduce-scatter and an all-gather instead of an
     all-reduce: give the gradients of each device's own batch. With ``check_vma=True``, ``jax.grad``
     with respect to replicated parameters all-reduces; take it at
-    ``jax.lax.pcast(params, axis, to="varying")``. The state's specs are
-    ``state_shardings(optimizer, params, PartitionSpec())``.
+    ``jax.lax.pcast(params, axis, to="varying")`` (before jax 0.9 ``jax.lax.pvary``). The state's
+    specs are ``state_shardings(optimizer, params, PartitionSpec())``.
 
     Args:
       inner: elementwise: the update of a weight depends on its own gradients, on its own values and
@@ -185,6 +186,10 @@ def _varying(x: Any) -> frozenset[str]:
 
 
 def _all_gather(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
+    """That the result is the same on all devices is known to check_vma=True."""
+    before_jax_0_9 = getattr(jax.lax, "all_gather_invariant", None)
+    if before_jax_0_9:
+        return before_jax_0_9(x, axis, axis=x.ndim - 1, tiled=True)
     return jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True, to="invarying")
 
 
@@ -196,7 +201,7 @@ def _constrained(x: Any, sharding: NamedSharding) -> Any:
 
 def _check_replicated(path: Any, param: Any) -> None:
     sharding = getattr(jax.typeof(param), "sharding", None)
-    if not isinstance(param, jax.core.Tracer):
+    if not isinstance(param, Tracer):
         sharding = getattr(param, "sharding", None)
     if sharding is not None and not sharding.is_fully_replicated:
         raise ValueError(

@@ -85,7 +85,9 @@ def under_jit(layout, kind, optimizers):
     return run(update, state, params, lambda g: put(g, mesh, specs))
 
 
-@pytest.mark.parametrize("layout", ["fully sharded", "tensor parallel"])
+@pytest.mark.parametrize(
+    "layout", ["tensor parallel", pytest.param("fully sharded", marks=pytest.mark.slow)]
+)
 def test_jit_with_named_shardings(layout):
     check(under_jit(layout, AxisType.Auto, ELEMENTWISE))
 
@@ -109,9 +111,9 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("specs", "check_vma"),
     [
-        (WHOLE, False),
         (FULLY_SHARDED, True),
         pytest.param(WHOLE, True, marks=slow),
+        pytest.param(WHOLE, False, marks=slow),
         pytest.param(FULLY_SHARDED, False, marks=slow),
     ],
 )

@@ -31,9 +31,8 @@ OPTIMIZERS = {name: recipe(1e-2) for name, recipe in RECIPES.items()}
 WITH_SUMS = ("rmsprop of the tree", "ranger")
 """Not elementwise: one rate for the whole tree; gradients less their mean."""
 ELEMENTWISE = {name: o for name, o in OPTIMIZERS.items() if name not in WITH_SUMS}
-BY_HAND = OPTIMIZERS | {
-    "rmsprop of the tree": adaptive_opt.rmsprop(1e-2, scope="tree", axis_name=())
-}
+FEW = ("adamw", "amsgrad", "adabound", "diffmod", "nadam", *WITH_SUMS)
+BY_HAND = {"rmsprop of the tree": adaptive_opt.rmsprop(1e-2, scope="tree", axis_name=())}
 """For shard_map and pmap, where every device has the whole tree."""
 
 

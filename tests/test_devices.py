@@ -16,11 +16,12 @@ import optax
 import pytest
 from devices import (
     BY_HAND,
-    ELEMENTWISE,
+    FEW,
     FULLY_SHARDED,
     KINDS,
     LAYOUTS,
     OPTIMIZERS,
+    WITH_SUMS,
     batches,
     init_all,
     loss_of,
@@ -50,14 +51,21 @@ from adaptive_opt import (
 BITS = pathlib.Path(__file__).with_name("bits_on_devices.py")
 
 
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def optimizers(request):
+    """How gradients come together is one matter, and what a recipe makes of them another: of that,
+    every recipe is compared bit for bit, below."""
+    return OPTIMIZERS if request.param == "all" else {name: OPTIMIZERS[name] for name in FEW}
+
+
 @pytest.fixture(scope="module")
-def one_device():
+def one_device(optimizers):
     """Parameters and state after training on one device."""
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, parameters())
-        state = init_all(OPTIMIZERS, lambda o, p: o.init(p), params)
-        step = jax.jit(functools.partial(train_all, OPTIMIZERS))
-        return train(step, dict.fromkeys(OPTIMIZERS, params), state)
+        state = init_all(optimizers, lambda o, p: o.init(p), params)
+        step = jax.jit(functools.partial(train_all, optimizers))
+        return train(step, dict.fromkeys(optimizers, params), state)
 
 
 def train(step, params, state, put_batch=lambda batch: batch):
@@ -78,17 +86,17 @@ def check(actual, expected):
 
 @pytest.mark.parametrize("kind", KINDS, ids=["automatic", "explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_jit_with_named_shardings_equals_one_device(kind, layout, one_device):
+def test_jit_with_named_shardings_equals_one_device(kind, layout, optimizers, one_device):
     shape, axes, specs = LAYOUTS[layout]
     mesh = mesh_of(shape, axes, kind)
     with jax.enable_x64(True), jax.set_mesh(mesh):
         params = put(parameters(), mesh, specs)
-        state = init_all(OPTIMIZERS, init_sharded, params)
-        for buffers in (state["adam"][0].mu, state["diffmod"][0].buffers["rate_ema"]):
+        state = init_all(optimizers, init_sharded, params)
+        for buffers in (state["adamw"][0].mu, state["diffmod"][0].buffers["rate_ema"]):
             assert jax.tree.map(lambda x: x.sharding.spec, buffers) == specs
-        start = dict.fromkeys(OPTIMIZERS, params), state
+        start = dict.fromkeys(optimizers, params), state
         step = jax.jit(
-            functools.partial(train_all, OPTIMIZERS, loss=loss_on(mesh, layout)),
+            functools.partial(train_all, optimizers, loss=loss_on(mesh, layout)),
             out_shardings=jax.tree.map(lambda x: x.sharding, start),
         )
         result = train(step, *start, lambda batch: put(batch, mesh, (P("data"), P("data"))))
@@ -96,8 +104,8 @@ def test_jit_with_named_shardings_equals_one_device(kind, layout, one_device):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_equals_one_device(check_vma, one_device):
-    mesh = mesh_of()
+def test_shard_map_equals_one_device(check_vma, optimizers, one_device):
+    mesh, by_hand = mesh_of(), optimizers | BY_HAND
 
     def mean(gradients):
         if check_vma:  # jax.grad of replicated parameters has added them up
@@ -105,7 +113,7 @@ def test_shard_map_equals_one_device(check_vma, one_device):
         return jax.lax.pmean(gradients, "data")
 
     step = jax.shard_map(
-        functools.partial(train_all, BY_HAND, reduce=mean),
+        functools.partial(train_all, by_hand, reduce=mean),
         mesh=mesh,
         in_specs=(P(), P(), P("data")),
         out_specs=P(),
@@ -113,14 +121,15 @@ def test_shard_map_equals_one_device(check_vma, one_device):
     )
     with jax.enable_x64(True):
         params = whole(parameters(), mesh)
-        state = init_all(BY_HAND, init_sharded, params)
-        check(train(jax.jit(step), dict.fromkeys(BY_HAND, params), state), one_device)
+        state = init_all(by_hand, init_sharded, params)
+        check(train(jax.jit(step), dict.fromkeys(by_hand, params), state), one_device)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_with_sharded_parameters_equals_one_device(check_vma, one_device):
+def test_shard_map_with_sharded_parameters_equals_one_device(check_vma, optimizers, one_device):
     """Fully sharded by hand: weights are gathered for the loss, gradients come back scattered."""
     mesh = mesh_of()
+    elementwise = {name: o for name, o in optimizers.items() if name not in WITH_SUMS}
 
     def loss(params, batch):
         gathered = {
@@ -137,32 +146,33 @@ def test_shard_map_with_sharded_parameters_equals_one_device(check_vma, one_devi
 
     with jax.enable_x64(True):
         params = put(parameters(), mesh, FULLY_SHARDED)
-        state = init_all(ELEMENTWISE, init_sharded, params)
+        state = init_all(elementwise, init_sharded, params)
         specs = (
-            dict.fromkeys(ELEMENTWISE, FULLY_SHARDED),
-            init_all(ELEMENTWISE, lambda o, p: state_shardings(o, p, FULLY_SHARDED), params),
+            dict.fromkeys(elementwise, FULLY_SHARDED),
+            init_all(elementwise, lambda o, p: state_shardings(o, p, FULLY_SHARDED), params),
         )
         step = jax.shard_map(
-            functools.partial(train_all, ELEMENTWISE, loss=loss, reduce=add_up),
+            functools.partial(train_all, elementwise, loss=loss, reduce=add_up),
             mesh=mesh,
             in_specs=(*specs, P("data")),
             out_specs=specs,
             check_vma=check_vma,
         )
-        check(train(jax.jit(step), dict.fromkeys(ELEMENTWISE, params), state), one_device)
+        check(train(jax.jit(step), dict.fromkeys(elementwise, params), state), one_device)
 
 
-def test_pmap_with_replicated_state_equals_one_device(one_device):
+def test_pmap_with_replicated_state_equals_one_device(optimizers, one_device):
+    by_hand = optimizers | BY_HAND
     step = jax.pmap(
-        functools.partial(train_all, BY_HAND, reduce=lambda g: jax.lax.pmean(g, "data")),
+        functools.partial(train_all, by_hand, reduce=lambda g: jax.lax.pmean(g, "data")),
         axis_name="data",
     )
     with jax.enable_x64(True):
         params = on_every_device(parameters())
-        state = jax.pmap(lambda p: init_all(BY_HAND, lambda o, p: o.init(p), p))(params)
+        state = jax.pmap(lambda p: init_all(by_hand, lambda o, p: o.init(p), p))(params)
         result = train(
             step,
-            dict.fromkeys(BY_HAND, params),
+            dict.fromkeys(by_hand, params),
             state,
             lambda batch: [x.reshape(8, -1, 8) for x in batch],
         )
