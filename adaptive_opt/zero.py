@@ -41,7 +41,8 @@ def zero1(
     ZeRO stage 1 (Rajbhandari et al. 2020, arXiv:1910.02054, P_os) in one line, around any
     elementwise optax transformation: ``optimizer = zero1(adamw(1e-3), mesh)``. Each device keeps
     and updates one n-th of every buffer, and the updates are gathered. The numbers are those of
-    ``inner``, bit for bit for the same gradients.
+    ``inner``: the same bits for the same gradients, but for what XLA does by the size of an array
+    (on CPUs, whether ``a * b + c`` is rounded once or twice).
 
     Every leaf is split, whatever its shape: it is flattened, padded with zeros to a multiple of
     128, and of the shape ``(1, ..., 1, padded size)`` with the rank it had, so that masks by path
