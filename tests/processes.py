@@ -99,7 +99,7 @@ def main(port: int, process: int, processes: int, directory: pathlib.Path) -> No
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address = f"127.0.0.1:{port}"
     jax.distributed.initialize(
-        address, processes, process, coordinator_bind_address=address, initialization_timeout=60
+        address, processes, process, coordinator_bind_address=address, initialization_timeout=120
     )
     run = Run(8)
     middle = run.train(run.first, slice(SAVED))

@@ -108,6 +108,19 @@ def test_gradients_known_to_agree_are_not_reduced_again():
     )
 
 
+def test_pmap_gives_every_device_its_part():
+    mesh = mesh_of()
+    plain, optimizer = adam(0.1), zero1(adam(0.1), mesh)
+    x = jnp.linspace(-1.0, 1.0, 17 * 9).reshape(17, 9)
+    params = jnp.stack([x] * 8)
+    own = jnp.asarray(np.random.default_rng(0).standard_normal(params.shape), jnp.float32)
+    state = jax.pmap(optimizer.init, axis_name="data")(params)
+    assert state[0].mu.shape == (8, 1, 256 // 8)
+    updates, _ = jax.pmap(optimizer.update, axis_name="data")(own, state, params)
+    right, _ = plain.update(own.mean(axis=0), plain.init(x), x)
+    np.testing.assert_allclose(updates, np.stack([right] * 8), rtol=1e-5)
+
+
 def test_under_jit_updates_are_gathered_and_the_state_never_is():
     """XLA:CPU does not turn all-reduce and slice into a reduce-scatter, as other backends do."""
     mesh = mesh_of()
