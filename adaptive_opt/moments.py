@@ -427,7 +427,10 @@ def nadam_moment(
         now, ahead = (b * (1 - 0.5 * 0.96 ** (n * d)) for n in (t, t + 1))
         product = step.map(lambda p, *, now: p * now, product, now=now)
         direction = step.map(
-            lambda m, g, p, *, now, ahead: ahead * m / (1 - p * ahead) + (1 - now) * g / (1 - p),
+            lambda m, g, p, *, now, ahead: (
+                # Quotients of scalars: XLA may turn a division of arrays into a product, or not.
+                ahead / (1 - p * ahead) * m + (1 - now) / (1 - p) * g
+            ),
             step.direction,
             step.gradient,
             product,
