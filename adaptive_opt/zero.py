@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_opt.describe import Description, describe, describe_as
-from adaptive_opt.policies import Tree, choose, map_none
+from adaptive_opt.policies import Tree, axes_split, choose, map_none
 from adaptive_opt.sharding import SplitOverAxis, is_placeholder
 
 NOT_ELEMENTWISE = (
@@ -116,7 +116,7 @@ def zero1(
 
     def reduced_part(gradient: Any) -> jax.Array:
         """What of the common gradient of all devices belongs to this one."""
-        if gradients == "reduced" or not _is_manual(axes) or _is_known_to_agree(gradient, axes):
+        if gradients == "reduced" or not _is_manual(axes) or not axes_split(gradient, axes):
             return part(gradient)
         whole = flat(gradient)
         if whole.ndim == 0:
@@ -173,17 +173,6 @@ def _is_manual(axes: tuple[str, ...]) -> bool:
     except NameError:
         return False
     return True
-
-
-def _is_known_to_agree(x: Any, axes: tuple[str, ...]) -> bool:
-    """Whether check_vma=True is on and knows that all devices have the same."""
-    checked = set(axes) <= _varying(jax.lax.axis_index(axes))
-    return checked and not set(axes) & _varying(x)
-
-
-def _varying(x: Any) -> frozenset[str]:
-    aval: Any = jax.typeof(x)
-    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
 
 
 def _all_gather(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
