@@ -66,6 +66,7 @@ from adaptive_opt.recipes import (
     radam,
 )
 from adaptive_opt.schedules import OneCycle, normalized_weight_decay, one_cycle, warm_restarts
+from adaptive_opt.sharding import init_sharded, state_shardings
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
 from adaptive_opt.sweep import Sweep, sweep
@@ -76,6 +77,7 @@ from adaptive_opt.weight_decay import (
     l2_regularization,
     scale_by_learning_rate,
 )
+from adaptive_opt.zero import zero1
 
 __version__ = "0.1.0"
 
@@ -108,6 +110,10 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decay_mask",
     "layerwise_learning_rates",
     "gradual_unfreezing",
+    # On many devices.
+    "init_sharded",
+    "state_shardings",
+    "zero1",
     # Schedules that optax does not have.
     "one_cycle",
     "warm_restarts",

@@ -427,7 +427,10 @@ def nadam_moment(
         now, ahead = (b * (1 - 0.5 * 0.96 ** (n * d)) for n in (t, t + 1))
         product = step.map(lambda p, *, now: p * now, product, now=now)
         direction = step.map(
-            lambda m, g, p, *, now, ahead: ahead * m / (1 - p * ahead) + (1 - now) * g / (1 - p),
+            lambda m, g, p, *, now, ahead: (
+                # Quotients of scalars: XLA may turn a division of arrays into a product, or not.
+                ahead / (1 - p * ahead) * m + (1 - now) / (1 - p) * g
+            ),
             step.direction,
             step.gradient,
             product,
@@ -451,9 +454,8 @@ def heavy_ball(
     """Momentum: ``w_t = momentum w_{t-1} + (1 - dampening) d_t``, with ``w_1 = d_1``.
 
     Reads and replaces ``direction`` by ``w_t``, or with ``nesterov`` by ``d_t + momentum w_t``. It
-    is
-    a sum and not an average: at a constant direction it grows to ``1 / (1 - momentum)`` of it. The
-    first value is not dampened, as in ``torch.optim.SGD``. Polyak 1964; Sutskever et al. 2013.
+    is a sum and not an average: at a constant direction it grows to ``1 / (1 - momentum)`` of it.
+    The first value is not dampened, as in ``torch.optim.SGD``. Polyak 1964; Sutskever et al. 2013.
 
     Args:
       momentum: in [0, 1), or a schedule of it.

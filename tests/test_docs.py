@@ -51,11 +51,13 @@ def test_the_listings_in_contributing_are_those_of_the_package():
         assert "".join(body.split()) in "".join(shown.split())
 
 
-def test_the_two_commands_of_the_readme_name_what_exists():
-    first, second = blocks("README.md", "sh")
-    assert first.strip() == "pip install -e '.[examples]' && python examples/quickstart.py"
-    assert second.strip() == "pip install -e '.[test]' && pytest"
-    assert (ROOT / "examples" / "quickstart.py").exists()
+def test_the_commands_of_the_readme_name_what_exists():
+    first, second, third = (block.strip() for block in blocks("README.md", "sh"))
+    assert first == "pip install -e '.[examples]' && python examples/quickstart.py"
+    assert second.startswith("pip install -e '.[examples]' && python examples/transformer.py --")
+    assert third == "pip install -e '.[test]' && pytest"
+    for name in ("quickstart", "transformer"):
+        assert (ROOT / "examples" / f"{name}.py").exists()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -1,0 +1,253 @@
+"""Train a small Transformer on the source of Python's standard library, on many devices.
+
+    python examples/transformer.py --sharding fsdp --checkpoint runs/fsdp
+    python examples/transformer.py --sharding fsdp --checkpoint runs/fsdp --devices 4 --steps 600
+
+Character by character, on 8 devices; where there are not so many, the CPU is taken for 8. The
+second command goes on where the first one stopped, on 4 devices. Layouts: "data" has parameters and
+optimizer state on every device, "zero1" splits the state among them, "fsdp" both. The losses are
+the same in all, and checkpoints of "data" and "fsdp" fit each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from adaptive_opt import (
+    CheckpointMismatch,
+    adamw,
+    check_checkpoint,
+    checkpoint_header,
+    decay_mask,
+    init_sharded,
+    zero1,
+)
+
+CHARACTERS = 128  # ASCII
+
+
+class Block(nn.Module):
+    """Attention to what came before, then two dense layers."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, mask = x.shape[-1], nn.make_causal_mask(x[..., 0])
+        normed = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4)(normed, mask=mask)
+        return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
+
+
+class Transformer(nn.Module):
+    """The logits of the next character, at every position."""
+
+    width: int
+    layers: int
+    context: int
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        x = nn.Embed(CHARACTERS, self.width)(text)
+        x = x + nn.Embed(self.context, self.width)(jnp.arange(text.shape[-1]))
+        for _ in range(self.layers):
+            x = Block()(x)
+        return nn.Dense(CHARACTERS)(nn.LayerNorm()(x))
+
+
+def load() -> tuple[np.ndarray, np.ndarray]:
+    """The modules of the standard library in one row; the last twentieth is held out."""
+    library = pathlib.Path(os.__file__).parent
+    sources = [path.read_bytes() for path in sorted(library.glob("*.py"))]
+    text = np.frombuffer(b"\n".join(sources), np.uint8)
+    text = np.where(text < CHARACTERS, text, ord("?"))
+    end = len(text) * 19 // 20
+    return text[:end], text[end:]
+
+
+def draw(text: np.ndarray, seed: Sequence[int], batch: int, context: int) -> np.ndarray:
+    """Random pieces of one character more than the context, the same for the same seed."""
+    starts = np.random.default_rng(seed).integers(len(text) - context, size=batch)
+    return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
+
+
+def mesh_of(count: int) -> Mesh:
+    """The first so many devices, of the CPU if there are too few others."""
+    devices = jax.devices() if len(jax.devices()) >= count else jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(f"--devices {count}: there are only {len(devices)}.")
+    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices[:count])
+
+
+def fully_sharded(params: dict, mesh: Mesh) -> dict:
+    """Every parameter split along its first dimension that can be."""
+
+    def split(p: jax.Array) -> NamedSharding:
+        fits = [i for i, size in enumerate(p.shape) if size % mesh.size == 0]
+        return NamedSharding(mesh, P(*[None] * fits[0], "data") if fits else P())
+
+    return jax.tree.map(split, params)
+
+
+def restore(manager: ocp.CheckpointManager, optimizer, training: tuple) -> tuple:
+    """The last checkpoint, laid out like ``training``, if it is one of this optimizer and model."""
+    saved = manager.restore(
+        manager.latest_step(), args=ocp.args.Composite(header=ocp.args.JsonRestore())
+    )
+    check_checkpoint(saved["header"], optimizer, training)
+    args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
+    return manager.restore(manager.latest_step(), args=args)["training"]
+
+
+def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, int]:
+    """The loss of every step, the held-out loss, and the bytes of state on one device."""
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    text, held_out = load()
+    model = Transformer(options.width, options.layers, options.context)
+
+    rule = adamw(
+        optax.linear_schedule(0.0, options.learning_rate, 50), weight_decay=0.1, mask=decay_mask
+    )
+    if options.sharding == "zero1":
+        rule = zero1(rule, mesh)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), rule)
+
+    init = functools.partial(model.init, jax.random.key(options.seed), jnp.zeros((1, 1), int))
+    of_params = fully_sharded(jax.eval_shape(init), mesh) if options.sharding == "fsdp" else whole
+    params = jax.jit(init, out_shardings=of_params)()
+    training = params, init_sharded(optimizer, params)
+
+    def loss_of(params, pieces):
+        logits = model.apply(params, pieces[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, pieces[:, 1:]).mean()
+
+    layout = jax.tree.map(lambda x: x.sharding, training)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, whole))
+    def step(training, pieces):
+        params, state = training
+        loss, gradients = jax.value_and_grad(loss_of)(params, pieces)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    def batch(of, *seed):
+        pieces = draw(of, (options.seed, *seed), options.batch, options.context)
+        return jax.device_put(pieces, split)
+
+    manager = None
+    done, losses = 0, []
+    if options.checkpoint:
+        folder = pathlib.Path(options.checkpoint).absolute()
+        manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        if manager.latest_step() is not None:
+            done, training = manager.latest_step(), restore(manager, optimizer, training)
+            print(f"Going on after step {done} of {folder}.")
+    header = checkpoint_header(optimizer, training)
+    steps = tqdm(
+        range(done + 1, options.steps + 1),
+        desc=f"{options.sharding} on {mesh.size}",
+        initial=min(done, options.steps),
+        total=options.steps,
+        unit="step",
+    )
+    for number in steps:
+        training, loss = step(training, batch(text, number))
+        losses.append(float(loss))
+        steps.set_postfix(loss=f"{losses[-1]:.3f}")
+        if manager and (number % options.save_every == 0 or number == options.steps):
+            args = ocp.args.Composite(
+                training=ocp.args.StandardSave(training), header=ocp.args.JsonSave(header)
+            )
+            manager.save(number, args=args)
+    if manager:
+        manager.close()  # once what is being saved is
+    params, state = training
+    evaluate = jax.jit(loss_of)
+    held_out_loss = np.mean([float(evaluate(params, batch(held_out, 0, i))) for i in range(8)])
+    first = mesh.devices.flat[0]
+    shards = [s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards]
+    on_first = sum(s.data.nbytes for s in shards if s.device == first)
+    return losses, float(held_out_loss), on_first
+
+
+def picture(losses: Sequence[float], first: int, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    axes.plot(first + np.arange(len(losses)), losses, color="#0072B2", linewidth=1.2)
+    axes.set(xlabel="step", ylabel="training loss (nats per character)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sharding", choices=["data", "fsdp", "zero1"], default="data", help="layout (data)")
+    add("--devices", type=int, default=8, help="how many (8)")
+    add("--steps", type=int, default=300, help="in all, those before a resume included (300)")
+    add("--checkpoint", metavar="DIR", help="where to save, and to go on if there is something")
+    add("--save-every", type=int, default=50, metavar="N", help="steps between saves (50)")
+    add("--output", metavar="FILE", help="a picture of the loss (none)")
+    add("--learning-rate", type=float, default=3e-3, help="after 50 steps of warm-up (3e-3)")
+    add("--width", type=int, default=128, help="of the model, a multiple of 4 (128)")
+    add("--layers", type=int, default=2, help="of the model (2)")
+    add("--context", type=int, default=64, help="characters that it sees (64)")
+    add("--batch", type=int, default=32, help="pieces of text a step, over all devices (32)")
+    add("--seed", type=int, default=0, help="of weights and batches (0)")
+    options = parser.parse_args(arguments)
+    for name in ("devices", "steps", "save_every", "width", "layers", "context", "batch"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} must be at least 1, got {getattr(options, name)}")
+    if options.width % 4:
+        parser.error(f"--width must be a multiple of 4, got {options.width}")
+    if options.batch % options.devices:
+        parser.error(
+            f"--batch {options.batch} cannot be split over --devices {options.devices}: give a"
+            " multiple of it"
+        )
+    if options.output and not pathlib.Path(options.output).parent.is_dir():
+        parser.error(f"--output: there is no folder {pathlib.Path(options.output).parent}")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", max(8, options.devices))
+
+    try:
+        mesh = mesh_of(options.devices)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        losses, held_out, size = train(options, mesh)
+    except CheckpointMismatch as error:
+        parser.error(f"--checkpoint {options.checkpoint}: {error}")
+    if losses:
+        print(f"The last training loss is {losses[-1]:.4f} nats per character.")
+    print(f"Held out: {held_out:.4f} nats, {held_out / math.log(2):.2f} bits per character.")
+    print(f"Optimizer state on each device: {size:,} bytes.")
+    if options.output and losses:
+        picture(losses, options.steps - len(losses) + 1, options.output)
+    return losses
+
+
+if __name__ == "__main__":
+    main()

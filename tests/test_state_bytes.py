@@ -1,0 +1,56 @@
+"""benchmarks/state_bytes.py, and the table of its in the README."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from devices import mesh_of
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adaptive_opt import adamod, init_sharded, zero1
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = ROOT / "benchmarks" / "state_bytes.py"
+    spec = importlib.util.spec_from_file_location("state_bytes", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_in_the_readme_is_what_the_command_prints(benchmark, tmp_path, capsys):
+    text = (ROOT / "README.md").read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text(text)
+    benchmark.main(["--readme", str(copy)])
+    assert capsys.readouterr().out.strip() in text
+    assert copy.read_text() == text
+
+
+@pytest.mark.parametrize("layout", ["replicated", "zero1", "fsdp"])
+def test_the_bytes_are_those_of_real_arrays(benchmark, layout):
+    mesh = mesh_of((4,))
+    shapes = benchmark.parameters(vocabulary=30, width=16, layers=1, context=8)
+    where = NamedSharding(mesh, P())
+    optimizer = adamod(1e-3)
+    if layout == "fsdp":
+        where = benchmark.fully_sharded(shapes, mesh)
+    if layout == "zero1":
+        optimizer = zero1(optimizer, mesh)
+    params = jax.device_put(jax.tree.map(lambda p: jnp.ones(p.shape), shapes), where)
+    last = mesh.devices.flat[-1]
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(init_sharded(optimizer, params))
+        for shard in leaf.addressable_shards
+        if shard.device == last
+    )
+    assert benchmark.bytes_per_device(optimizer, shapes, where) == held
