@@ -121,7 +121,7 @@ def adaptive(
     def init(params: Tree) -> AdaptiveState:
         count = jnp.zeros([], jnp.int32)
         buffers = init_buffers(rules, params, state_dtype)
-        return AdaptiveState(count, buffers | init_observations(listed, params))
+        return AdaptiveState(count, buffers | init_observations(listed))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra

@@ -47,8 +47,8 @@ class Watch(NamedTuple):
     declaration: Declaration
     buffer: Named
     look: Callable[[AdaptiveStep], Tree]
-    shapes: Callable[[Tree, tuple[str, ...]], Shapes]
-    """What it keeps, given the parameters and the names of the stages that limit something."""
+    shapes: Callable[[tuple[str, ...]], Shapes]
+    """What it keeps, given the names of the stages that limit something."""
     every: int
     hyperparameters: Mapping[str, Hyperparameter | None]
     """What the recipe says of itself; see ``watched``."""
@@ -119,12 +119,12 @@ def observer(
     {'mine/step': 1.0, 'mine/gradient_norm': 5.0}
     """
     kept = {k: jax.ShapeDtypeStruct(shape, np.float32) for k, shape in shapes.items()}
-    return watching(look, lambda params, limits: kept, every, name, "observer", {"every": every})
+    return watching(look, lambda limits: kept, every, name, "observer", {"every": every})
 
 
 def watching(
     look: Callable[[AdaptiveStep], Tree],
-    shapes: Callable[[Tree, tuple[str, ...]], Shapes],
+    shapes: Callable[[tuple[str, ...]], Shapes],
     every: int,
     name: str,
     called: str,
@@ -217,14 +217,14 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def init_observations(rules: Iterable[Rule | Watch], params: Tree) -> dict[str, Observation]:
+def init_observations(rules: Iterable[Rule | Watch]) -> dict[str, Observation]:
     """What the observers keep before the first step."""
     rules = tuple(rules)
     limits = tuple(r.declaration.name for r in rules if r.declaration.limits is not None)
     return {
         watch.buffer.name: Observation(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), watch.shapes(params, limits)),
+            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), watch.shapes(limits)),
         )
         for watch in rules
         if isinstance(watch, Watch)

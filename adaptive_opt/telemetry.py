@@ -87,7 +87,7 @@ def telemetry(
     """
     patterns = _checked_groups(groups)
 
-    def shapes(params: Any, limits: tuple[str, ...]) -> Any:
+    def shapes(limits: tuple[str, ...]) -> Any:
         scalar = jax.ShapeDtypeStruct((), np.float32)
         bins = jax.ShapeDtypeStruct((len(BIN_EDGES) + 1,), np.float32)
         quantiles = jax.ShapeDtypeStruct((len(QUANTILES),), np.float32)
@@ -101,7 +101,7 @@ def telemetry(
         hyperparameters = jax.ShapeDtypeStruct((len(HYPERPARAMETERS),), np.float32)
         return {
             "hyperparameters": hyperparameters,
-            "groups": {label: one for label in _by_group(patterns, params)},
+            "groups": {label: one for label in _by_group(patterns, ())},
         }
 
     def look(step: AdaptiveStep) -> Any:
@@ -173,6 +173,7 @@ def rate_histograms(state: Any) -> dict[str, np.ndarray]:
         for prefix, seen in _observations(state)
         if _is_telemetry(seen) and seen.step
         for group, values in seen.values["groups"].items()
+        if values["histogram"].any()
     }
 
 
@@ -323,14 +324,19 @@ def _checked_groups(groups: Mapping[str, str] | None) -> dict[str, re.Pattern[st
 
 
 def _by_group(patterns: Mapping[str, re.Pattern[str]], tree: Any) -> dict[str, list[int]]:
-    """For every group, the places of its leaves in the tree."""
-    places: dict[str, list[int]] = {}
+    """For every group, the places of its leaves in the tree.
+
+    Also for groups without any: the state must not depend on the parameters, in whose place
+    ``optax.tree_map_params`` puts something else.
+    """
+    rest = "other" if patterns else "all"
+    places: dict[str, list[int]] = {label: [] for label in (*patterns, rest)}
     for place, (path, _) in enumerate(
         jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
     ):
         name = path_of(path)
-        label = next((k for k, p in patterns.items() if p.search(name)), None)
-        places.setdefault(label or ("other" if patterns else "all"), []).append(place)
+        label = next((k for k, p in patterns.items() if p.search(name)), rest)
+        places[label].append(place)
     return places
 
 
@@ -380,6 +386,8 @@ def _entries(values: Mapping[str, Any], histograms: bool) -> dict[str, float]:
     hyperparameters = zip(HYPERPARAMETERS, map(float, values["hyperparameters"]), strict=True)
     entries = {name: value for name, value in hyperparameters if value != UNKNOWN}
     for group, seen in values["groups"].items():
+        if not seen["histogram"].any():  # no weights
+            continue
         for q, value in zip(QUANTILES, seen["quantiles"], strict=True):
             entries[f"rate/{group}/q{round(100 * q):02d}"] = float(value)
         for name, value in seen["limited"].items():

@@ -416,6 +416,24 @@ def test_sharded_parameters_give_the_numbers_of_whole_ones():
             np.testing.assert_allclose(seen[key], value, rtol=1e-6, err_msg=key)
 
 
+def test_the_state_can_be_told_apart_from_parameters_and_sharded():
+    params = jax.device_put(
+        {"w": jnp.ones((16, 4)), "b": jnp.ones(8)},
+        NamedSharding(Mesh(np.array(jax.devices()), "d"), P()),
+    )
+    optimizer = adamod(1e-2, observers=telemetry(every=1, groups={"w": "w"}))
+    marked = optax.tree_map_params(
+        optimizer, lambda _: "like", optimizer.init(params), transform_non_params=lambda _: "other"
+    )
+    assert set(jax.tree.leaves(marked[0].buffers["telemetry"])) == {"other"}
+    assert marked[0].buffers["mu"] == {"w": "like", "b": "like"}
+    wrapped = adaptive_opt.zero1(optimizer)
+    state = adaptive_opt.init_sharded(wrapped, params)
+    _, state = jax.jit(wrapped.update)(params, state, params)
+    _, alone = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    assert read_telemetry(state) == pytest.approx(read_telemetry(alone), rel=1e-6)
+
+
 def test_under_pmap_every_device_keeps_the_same_numbers():
     optimizer = adam(1e-2, observers=telemetry(every=1))
     params, gradient = jnp.array([1.0, 2.0]), jnp.array([0.5, -3.0])
