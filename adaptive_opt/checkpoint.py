@@ -27,7 +27,17 @@ T = TypeVar("T")
 
 
 class CheckpointMismatch(ValueError):  # noqa: N818 (says what it is)
-    """A checkpoint belongs to another optimizer, model, or version. The message names each."""
+    """A checkpoint belongs to another optimizer, model, or version; the message names what differs.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import CheckpointMismatch, adam, from_bytes, to_bytes
+    >>> data = to_bytes(adam(1e-3), adam(1e-3).init(jnp.zeros(3)))
+    >>> try:
+    ...     from_bytes(adam(1e-3, b2=0.99), adam(1e-3).init(jnp.zeros(3)), data)
+    ... except CheckpointMismatch as error:
+    ...     print(error)
+    the checkpoint does not fit: b2 of adam was 0.999, is 0.99
+    """
 
 
 def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> dict[str, Any]:
@@ -157,6 +167,13 @@ def from_bytes(
 
     Raises:
       CheckpointMismatch: the bytes are cut short, have no header, or do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adam, from_bytes, to_bytes
+    >>> optimizer, x = adam(1e-3), jnp.ones(2)
+    >>> _, state = optimizer.update(x, optimizer.init(x), x)
+    >>> print(from_bytes(optimizer, optimizer.init(x), to_bytes(optimizer, state))[0].mu)
+    [0.1 0.1]
     """
     try:
         saved = flax.serialization.msgpack_restore(data)

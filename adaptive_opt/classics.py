@@ -25,6 +25,7 @@ from adaptive_opt.moments import (
 from adaptive_opt.policies import (
     Hyperparameter,
     Scope,
+    are_different_numbers,
     check_decay,
     check_nonnegative,
     choose,
@@ -40,7 +41,7 @@ from adaptive_opt.rates import (
 )
 from adaptive_opt.weight_decay import (
     Mask,
-    decoupled_weight_decay,
+    decays,
     l2_regularization,
     scale_by_learning_rate,
 )
@@ -51,7 +52,7 @@ Optimizer = optax.GradientTransformationExtraArgs
 @recipe
 def sgd(
     learning_rate: Hyperparameter,
-    momentum: Hyperparameter = 0.0,
+    momentum: Hyperparameter | None = None,
     nesterov: bool = False,
     *,
     dampening: Hyperparameter = 0.0,
@@ -64,7 +65,7 @@ def sgd(
 
     Args:
       learning_rate, mask, state_dtype: see the module.
-      momentum: in [0, 1). At 0 there is no buffer.
+      momentum: in [0, 1). None, and the number 0, mean none and no buffer.
       nesterov: look one step ahead.
       dampening: of what momentum adds up, except the first gradient; in [0, 1).
       weight_decay: L2, added to the gradient; at least 0.
@@ -94,11 +95,11 @@ def sgd(
 
 
 def _momentum(
-    momentum: Hyperparameter, nesterov: bool, dampening: Hyperparameter = 0.0
+    momentum: Hyperparameter | None, nesterov: bool, dampening: Hyperparameter = 0.0
 ) -> tuple[Optimizer, ...]:
-    check_decay(momentum=momentum, dampening=dampening)
-    if is_zero(momentum):
-        if nesterov or not is_zero(dampening):
+    check_decay(dampening=dampening, **({} if momentum is None else {"momentum": momentum}))
+    if momentum is None or is_zero(momentum):
+        if nesterov or are_different_numbers(dampening, 0.0):
             raise ValueError("nesterov and dampening need a momentum greater than 0.")
         return ()
     return (heavy_ball(momentum, dampening=dampening, nesterov=nesterov),)
@@ -107,11 +108,12 @@ def _momentum(
 @recipe
 def sgdw(
     learning_rate: Hyperparameter,
-    momentum: Hyperparameter = 0.9,
+    momentum: Hyperparameter | None = 0.9,
     nesterov: bool = False,
     weight_decay: Hyperparameter = 1e-4,
     mask: Mask | None = None,
     *,
+    l1: Hyperparameter | None = None,
     dampening: Hyperparameter = 0.0,
     convention: str = "paper",
     schedule: optax.Schedule | None = None,
@@ -126,6 +128,8 @@ def sgdw(
       learning_rate, mask, state_dtype: see the module.
       momentum, nesterov, dampening: see ``sgd``.
       weight_decay: at least 0; a number or a schedule.
+      l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
+        ``decoupled_l1_decay``.
       convention: "paper": ``w_t = momentum w_{t-1} + eta_t lr g_t``, ``x - w_t - eta_t wd x``: the
         learning rate is inside the buffer, and the decay follows the multiplier only; equals
         ``SGDW`` of the package ``keras-adamw``. ``learning_rate`` is then a number.
@@ -159,11 +163,10 @@ def sgdw(
         "paper": (uniform_rate(learning_rate), scale_rate(eta), apply_rate(), *ball),
         "torch": (*ball, uniform_rate(learning_rate)),
     }
+    times = eta if convention == "paper" else learning_rate
     return optax.chain(
         adaptive(*choose("convention", convention, listings), state_dtype=state_dtype),
-        decoupled_weight_decay(
-            weight_decay, mask, learning_rate=eta if convention == "paper" else learning_rate
-        ),
+        *decays(weight_decay, l1, mask, learning_rate=times),
         optax.scale(-1.0),
     )
 
@@ -175,7 +178,7 @@ def rmsprop(
     eps: Hyperparameter = 1e-8,
     *,
     centered: bool = False,
-    momentum: Hyperparameter = 0.0,
+    momentum: Hyperparameter | None = None,
     nesterov: bool = False,
     scope: Scope = "weight",
     reduce: str = "sum",
@@ -198,7 +201,7 @@ def rmsprop(
       b2: decay in [0, 1): 0.99 is PyTorch's default, 0.9 that of the others.
       eps: at least 0; defaults elsewhere: 1e-8 (PyTorch, optax), 1e-7 (Keras), 1e-10 (TF1).
       centered: divide by the standard deviation, see ``centered_moment``.
-      momentum: in [0, 1). At 0 there is no buffer.
+      momentum: in [0, 1). None, and the number 0, mean none and no buffer.
       nesterov: look one step ahead.
       scope, reduce, axis_name: see ``second_moment``.
       weight_decay: L2, added to the gradient; at least 0.

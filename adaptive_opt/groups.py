@@ -14,16 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from adaptive_opt.policies import (
     Hyperparameter,
     Tree,
-    check_at_least_one,
+    check_constant,
     check_nonnegative,
+    check_whole,
     is_none,
+    map_none,
     scaled,
+    update_dtypes,
 )
 
 NOT_DECAYED = ("bias", "b", "scale", "offset", "gamma", "beta")
@@ -35,13 +39,14 @@ class Group:
     """One line of the table: the parameters whose path matches, and what is different about them.
 
     Attributes:
-      pattern: a regular expression, searched for anywhere in the path; ``$`` is its end.
+      pattern: a regular expression, searched for anywhere in the path; ``$`` is its end. Note that
+        ``layer_1`` is found in ``layer_10`` too: write ``layer_1(/|$)``.
       learning_rate: a multiplier of the learning rate, at least 0.
       weight_decay: in place of the common one.
-      freeze: True: no update and no state. A number: frozen until that step; the group's own count,
-        and with it its schedules and bias corrections, starts then.
+      freeze: True: no update and no state. A whole number: frozen until that step; the group's own
+        count, and with it its schedules and bias corrections, starts then.
       optimizer: an optimizer of its own, in place of everything else.
-      may_be_empty: whether it is fine that the pattern matches no parameter.
+      may_be_empty: whether it is fine that no parameter belongs to it.
     """
 
     pattern: str = ""
@@ -52,7 +57,15 @@ class Group:
     may_be_empty: bool = False
 
     def __post_init__(self) -> None:
-        check_nonnegative(learning_rate=self.learning_rate, freeze=int(self.freeze))
+        if isinstance(self.freeze, np.bool_):
+            object.__setattr__(self, "freeze", bool(self.freeze))
+        if not isinstance(self.freeze, (int, np.integer)) or self.freeze < 0:
+            raise ValueError(
+                f"group {self.pattern!r}: freeze must be True, False, or the step until which, a"
+                f" whole number of at least 0, got {self.freeze!r}."
+            )
+        check_constant(learning_rate=self.learning_rate)
+        check_nonnegative(learning_rate=self.learning_rate)
         if self.weight_decay is not None:
             check_nonnegative(weight_decay=self.weight_decay)
         alone = self.optimizer is not None or self.freeze is True
@@ -63,6 +76,8 @@ class Group:
             )
         if self.optimizer is not None and self.freeze is True:
             raise ValueError(f"group {self.pattern!r}: give optimizer= or freeze=True, not both.")
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"a group's pattern must be a string, got {self.pattern!r}.")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -118,7 +133,8 @@ class ParameterGroups:
         it is not declared, such a parameter is an error.
 
     ValueError at ``init``, ``labels`` and ``report`` for parameters in no group, and for groups
-    with no parameter.
+    with no parameter, be it that the pattern matches none or that groups before it have taken all
+    it matches.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import Group, ParameterGroups, adamw
@@ -148,6 +164,22 @@ class ParameterGroups:
     def __init__(self, groups: Sequence[Group], default: Group | None = None) -> None:
         self.groups = tuple(groups)
         self.default = default
+        for group in self.groups:
+            if not isinstance(group, Group):
+                raise TypeError(
+                    f"the table is made of groups, such as Group('bias$', weight_decay=0.0), got"
+                    f" {group!r}."
+                )
+        if default is not None and default.pattern:
+            raise ValueError(
+                f"default= holds for whatever no pattern matches, but was given the pattern"
+                f" {default.pattern!r}. Put that group into the table, or leave its pattern out."
+            )
+        if any(not group.pattern for group in self.groups):
+            raise ValueError(
+                "every group in the table needs a pattern; what holds for all other parameters is"
+                " given as default=Group(...)."
+            )
         patterns = [group.pattern for group in self.groups]
         twice = {p for p in patterns if patterns.count(p) > 1}
         if twice or "default" in patterns:
@@ -186,7 +218,9 @@ class ParameterGroups:
           learning_rate: a number or a schedule, multiplied for each group.
           **settings: whatever else the recipe takes, ``weight_decay`` included.
         """
-        takes_decay = "weight_decay" in inspect.signature(recipe).parameters
+        takes = inspect.signature(recipe).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+        takes_decay = "weight_decay" in takes or takes_any
 
         def of(group: Group) -> optax.GradientTransformation:
             if group.freeze is True:
@@ -206,13 +240,25 @@ class ParameterGroups:
                     rate = scaled(learning_rate, group.learning_rate)
                 made = recipe(learning_rate=rate, **own)
             if group.freeze:
-                made = optax.conditionally_mask(made, _from(int(group.freeze)))
+                made = _promoting(optax.conditionally_mask(made, _from(int(group.freeze))))
             return made
 
         transforms: dict[Any, Any] = {group.pattern: of(group) for group in self.groups}
         if self.default is not None:
             transforms["default"] = of(self.default)
-        return optax.partition(transforms, self.labels)
+        partition = optax.partition(transforms, self._labels)
+
+        def init(params: Tree) -> Any:
+            self._check(params)
+            return partition.init(params)
+
+        return optax.GradientTransformationExtraArgs(init, partition.update)
+
+    def _labels(self, tree: Tree) -> Tree:
+        """The labels of parameters, or of gradients, some of which may be None."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: self._label(path), tree, is_leaf=is_none
+        )
 
     def _label(self, path: Any) -> str | None:
         name = path_of(path)
@@ -232,21 +278,50 @@ class ParameterGroups:
                 f"{len(orphans)} of {len(names)} parameters match no group: {_some(orphans)}. Add a"
                 " pattern for them, or declare default=Group()."
             )
+        owners = {path_of(path): self._label(path) for path in paths}
         for group in self.groups:
-            if not group.may_be_empty and not any(re.search(group.pattern, n) for n in names):
+            if group.may_be_empty or group.pattern in owners.values():
+                continue
+            matched = [name for name in owners if re.search(group.pattern, name)]
+            if not matched:
                 raise ValueError(
                     f"the pattern {group.pattern!r} matches no parameter. The paths are:"
                     f" {_some(names)}. Correct it, or say may_be_empty=True."
                 )
+            before = sorted({repr(owners[name]) for name in matched})
+            raise ValueError(
+                f"the group {group.pattern!r} gets no parameter: all it matches ({_some(matched)})"
+                f" belong to {_some(before)}, which stands before it. Put it first, make the other"
+                " pattern narrower ('layer_1(/|$)' is not found in layer_10), or say"
+                " may_be_empty=True."
+            )
 
 
 def _from(begin: int) -> Any:
     return lambda step, **_: step >= begin
 
 
+def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same, given gradients in the dtype that the updates will have, frozen or not."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        promoted = map_none(
+            lambda u, dtype: jnp.asarray(u, dtype), updates, update_dtypes(updates, params)
+        )
+        return inner.update(promoted, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def path_of(path: Any) -> str:
-    """A key path as in the patterns: keys joined by slashes, without nnx's last ``value``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    """A key path as in the patterns: keys joined by slashes.
+
+    Without the last ``value``, if that is the attribute in which nnx keeps a variable's array.
+    """
+    if path and path[-1] == jax.tree_util.GetAttrKey("value") and len(path) > 1:
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _some(names: list[str], limit: int = 8) -> str:
@@ -276,7 +351,7 @@ def decay_mask(params: Tree) -> Tree:
 
 
 def layerwise_learning_rates(
-    patterns: Sequence[str], decay: float = 0.65, **settings: Any
+    layers: Sequence[str], decay: float = 0.65, **settings: Any
 ) -> list[Group]:
     """Groups for the layers of a network, from input to output, with ever larger learning rates.
 
@@ -284,25 +359,29 @@ def layerwise_learning_rates(
     BEiT use 0.65 to 0.9 for fine-tuning.
 
     Args:
-      patterns: a pattern for every layer, the input first.
+      layers: the name of every layer, the input first; or a regular expression for it. It must
+        match whole components of the path, one or more: ``layer_1`` is not found in ``layer_10``.
       decay: in (0, 1].
       **settings: of every group, see ``Group``.
 
     >>> from adaptive_opt import layerwise_learning_rates
-    >>> [(g.pattern, g.learning_rate) for g in layerwise_learning_rates(["embed", "head"], 0.5)]
-    [('embed', 0.5), ('head', 1.0)]
+    >>> for group in layerwise_learning_rates(["embed", "block_1", "block_10"], 0.5):
+    ...     print(group.pattern, group.settings())
+    (^|/)(embed)(/|$) learning_rate x 0.25
+    (^|/)(block_1)(/|$) learning_rate x 0.5
+    (^|/)(block_10)(/|$) as given
     """
     if not 0 < decay <= 1:
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
-    last = len(patterns) - 1
+    last = len(layers) - 1
     return [
-        Group(pattern, learning_rate=decay ** (last - i), **settings)
-        for i, pattern in enumerate(patterns)
+        Group(f"(^|/)({layer})(/|$)", learning_rate=decay ** (last - i), **settings)
+        for i, layer in enumerate(layers)
     ]
 
 
 def gradual_unfreezing(
-    patterns: Sequence[str], steps: int, *, decay: float = 1 / 2.6, **settings: Any
+    layers: Sequence[str], steps: int, *, decay: float = 1 / 2.6, **settings: Any
 ) -> list[Group]:
     """Groups for fine-tuning: the last layer at once, one more every so many steps, ever slower.
 
@@ -310,7 +389,7 @@ def gradual_unfreezing(
     each layer learns 2.6 times slower than the one above it, and starts ``steps`` steps later.
 
     Args:
-      patterns: a pattern for every layer, the input first.
+      layers: the name of every layer, the input first, as in ``layerwise_learning_rates``.
       steps: between two unfreezings, at least 1; an epoch in ULMFiT.
       decay: of the learning rate from layer to layer, in (0, 1].
       **settings: of every group, see ``Group``.
@@ -318,13 +397,13 @@ def gradual_unfreezing(
     >>> from adaptive_opt import gradual_unfreezing
     >>> for group in gradual_unfreezing(["embed", "body", "head"], steps=100):
     ...     print(group.pattern, group.settings())
-    embed learning_rate x 0.1479, frozen until step 200
-    body learning_rate x 0.3846, frozen until step 100
-    head as given
+    (^|/)(embed)(/|$) learning_rate x 0.1479, frozen until step 200
+    (^|/)(body)(/|$) learning_rate x 0.3846, frozen until step 100
+    (^|/)(head)(/|$) as given
     """
-    check_at_least_one(steps=steps)
-    last = len(patterns) - 1
+    check_whole(1, steps=steps)
+    last = len(layers) - 1
     return [
-        dataclasses.replace(group, freeze=(last - i) * steps)
-        for i, group in enumerate(layerwise_learning_rates(patterns, decay, **settings))
+        dataclasses.replace(group, freeze=int((last - i) * steps))
+        for i, group in enumerate(layerwise_learning_rates(layers, decay, **settings))
     ]

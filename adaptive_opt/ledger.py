@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from adaptive_opt.policies import are_different_numbers
+from adaptive_opt.policies import Scope, are_different_numbers
 
 Field = Literal["gradient", "direction", "second_moment", "rate"]
 FIELDS: tuple[Field, ...] = ("gradient", "direction", "second_moment", "rate")
@@ -31,6 +31,9 @@ class Declaration:
     raw: tuple[Field, ...]
     consumes: tuple[Field, ...]
     buffer: str | None
+    scope: Scope | None
+    """What has a number of its own in its buffer; None: whatever has one in the second moment."""
+    takes_scope: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Ledger:
     """For each field, the decays of the averages in it that still carry their start at zero."""
     changed: frozenset[str] = frozenset()
     """The fields changed since they became an average."""
+    scope: Scope = "weight"
+    """What has a second moment, and a rate, of its own."""
+    scope_set_by: str | None = None
+    """The stage that set the second moment."""
     buffers: frozenset[str] = frozenset()
     """The names of the buffers kept so far."""
 
@@ -84,6 +91,7 @@ class Ledger:
                     f"{stage.name} needs the {field} as the average it was made; another stage has"
                     f" changed it since. Put {stage.name} right after the stage that averages."
                 )
+        self._require_same_scope(stage)
         if stage.buffer is not None and stage.buffer in self.buffers:
             raise ValueError(
                 f"two stages keep a buffer called {stage.buffer!r}. Give one of them another:"
@@ -105,6 +113,16 @@ class Ledger:
             raise ValueError(
                 f"{stage.name} reads the {field} of the step, which is not set yet. Put"
                 f" {stage.name} after {_WHERE_IT_COMES_FROM[field]}."
+            )
+
+    def _require_same_scope(self, stage: Declaration) -> None:
+        changed = set(stage.reads) & set(stage.replaces) & {"second_moment", "rate"}
+        told_or_finer = stage.takes_scope or stage.scope == "weight"
+        if changed and told_or_finer and stage.scope not in (None, self.scope):
+            whose = f"second moment, set by {self.scope_set_by}," if self.scope_set_by else "rate"
+            raise ValueError(
+                f"{stage.name} has the scope {stage.scope!r}, but the {whose} has {self.scope!r}."
+                " Put the same scope= into both; a stage that does not take it needs 'weight'."
             )
 
     def _require_biased(self, stage: Declaration, field: str, decay: Any) -> None:
@@ -134,6 +152,7 @@ class Ledger:
         changed = (set(stage.replaces) & set(self.decays)) - averaged - set(stage.debiases)
         used_up = "rate" in stage.consumes
         fixed_by = stage.name if stage.fixes_rate else self.rate_fixed_by
+        sets_scope = "second_moment" in stage.replaces and "second_moment" not in stage.reads
         bounded_by = stage.name if stage.bounds_rate else self.rate_bounded_by
         return Ledger(
             filled=(self.filled | set(stage.replaces)) - set(stage.consumes),
@@ -141,5 +160,7 @@ class Ledger:
             rate_bounded_by=None if used_up else bounded_by,
             decays={k: v for k, v in decays.items() if k not in stage.consumes},
             changed=frozenset((self.changed - averaged) | changed),
+            scope=(stage.scope or "weight") if sets_scope else self.scope,
+            scope_set_by=stage.name if sets_scope else self.scope_set_by,
             buffers=self.buffers | ({stage.buffer} if stage.buffer else set()),
         )

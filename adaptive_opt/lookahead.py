@@ -13,8 +13,9 @@ from adaptive_opt.describe import described_around, recipe
 from adaptive_opt.policies import (
     Hyperparameter,
     Tree,
-    check_at_least_one,
-    check_nonnegative,
+    buffer_dtype,
+    check_fraction,
+    check_whole,
     dtype_of,
     keep_dtype,
     map_leaves,
@@ -57,7 +58,7 @@ def lookahead(
 
     Args:
       inner: any optimizer; extra arguments of ``update`` are passed on to it.
-      sync_period: k, at least 1: 6 in Ranger and fastai, 5 in other libraries.
+      sync_period: k, a whole number of at least 1: 6 in Ranger and fastai, 5 in other libraries.
       slow_step_size: a, in [0, 1]; 0.5 everywhere.
       state_dtype: the dtype of the slow weights; default: the parameter's, float32 for 16-bit
         parameters.
@@ -77,13 +78,17 @@ def lookahead(
     >>> print(x, state.slow)
     [1.] [1.]
     """
-    check_at_least_one(sync_period=sync_period)
-    check_nonnegative(slow_step_size=slow_step_size)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"lookahead takes an optimizer, such as lookahead(adam(1e-3)), got {inner!r}."
+        )
+    check_whole(1, sync_period=sync_period)
+    check_fraction(slow_step_size=slow_step_size)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> LookaheadState:
         def dtype(own: Any) -> Any:
-            return wide(own) if state_dtype is None else state_dtype
+            return wide(own) if state_dtype is None else buffer_dtype(state_dtype, wide(own))
 
         def copy(p: Any) -> Any:
             if isinstance(p, jax.ShapeDtypeStruct):
@@ -134,9 +139,10 @@ def ranger(
 ) -> optax.GradientTransformationExtraArgs:
     """RAdam inside Lookahead.
 
-    Equals lessw2020's ``Ranger/ranger.py`` (which calculates in float32), with its gradient
-    centralisation (``optax.centralize``: arrays of rank 2 and more lose the mean over all but the
-    first axis; there kernels are stored with the output first, in Flax last).
+    Equals lessw2020's ``Ranger/ranger.py`` (which calculates in float32) for vectors; for arrays of
+    rank 2 and more, the same formulas after its gradient centralisation (``optax.centralize``: they
+    lose the mean over all but the first axis; there kernels are stored with the output first, in
+    Flax last).
 
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, convention, state_dtype: see ``radam``; the

@@ -13,6 +13,7 @@ from adaptive_opt.policies import (
     Hyperparameter,
     Scope,
     Tree,
+    axes_split,
     check_decay,
     check_nonnegative,
     choose,
@@ -89,8 +90,10 @@ def second_moment(
         "tree". Under ``optax.partition`` the tree is the group, as each group sees only its own.
       reduce: "sum" or "mean" over the tensor or tree; the sum is the squared norm.
       axis_name: for a wider scope under ``shard_map`` or ``pmap``, where each device sees only its
-        part: the mesh axes over which the parameters are split, ``()`` if every device has the
-        whole gradient. Not needed under ``jit``, which sees whole arrays.
+        part: the mesh axes over which parameters are split, ``()`` if every device has the whole
+        gradient. Of what is split over some of them only, ``shard_map`` knows it, and every weight
+        counts once; under ``check_vma=False`` and ``pmap`` nobody does, and every parameter must be
+        split over all of them. Not needed under ``jit``, which sees whole arrays.
       initial: the first value of the average; at least 0. If it is not 0, there is nothing to
         debias.
       name: the name of its buffer ``nu``: real; one array per parameter, one scalar per parameter
@@ -110,7 +113,7 @@ def second_moment(
     """
     check_decay(b2=b2)
     check_nonnegative(initial=initial)
-    total = choose("scope", scope, SCOPES)
+    total = choose("scope", scope, TOTALS)
     reduction = choose("reduce", reduce, REDUCTIONS)
 
     def line(step, nu):
@@ -135,10 +138,10 @@ def _of_the_tree(step: AdaptiveStep, squares: Tree, reduction: Any, axis_name: A
     return step.map(lambda _: total, step.gradient)
 
 
-SCOPES = {"weight": _of_every_weight, "tensor": _of_every_tensor, "tree": _of_the_tree}
+TOTALS = {"weight": _of_every_weight, "tensor": _of_every_tensor, "tree": _of_the_tree}
 REDUCTIONS = {
     "sum": lambda total, size: total,
-    "mean": lambda total, size: total / jnp.maximum(size, 1).astype(total.dtype),
+    "mean": lambda total, size: total / float(max(size, 1)),
 }
 
 
@@ -153,10 +156,15 @@ def _over(leaves: list[jax.Array], reduction: Any, axis_name: Any) -> jax.Array:
             " device has the whole gradient."
         )
     widest = max((x.dtype for x in leaves), key=lambda d: d.itemsize, default=jnp.float32)
-    total = sum((jnp.sum(x).astype(widest) for x in leaves), jnp.zeros((), widest))
-    size = jnp.asarray(sum(x.size for x in leaves))
-    if axis_name:
-        total, size = jax.lax.psum((total, size), axis_name)
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    alike: dict[tuple[str, ...], list[jax.Array]] = {}
+    for x in leaves:
+        alike.setdefault(axes_split(x, axes), []).append(x)
+    total, size = jnp.zeros((), widest), 0
+    for split, parts in alike.items():
+        part = sum((jnp.sum(x).astype(widest) for x in parts), jnp.zeros((), widest))
+        total = total + (jax.lax.psum(part, split) if split else part)
+        size += sum(x.size for x in parts) * jax.lax.psum(1, split)
     return reduction(total, size)
 
 

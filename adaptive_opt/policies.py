@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ Hyperparameter: TypeAlias = float | jax.Array | optax.Schedule
 Scope: TypeAlias = Literal["weight", "tensor", "tree"]
 """What has a number of its own: every weight, every tensor, or the tree as a whole."""
 
+SCOPES: dict[str, Scope] = {name: name for name in get_args(Scope)}
+
 T = TypeVar("T")
 
 
@@ -40,9 +42,28 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
+def axes_split(x: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the mesh axes over which ``x`` is split, so that each device has a part of it.
+
+    Inside ``shard_map`` the type of an array says so. Where JAX does not keep track of it
+    (``check_vma=False``, ``pmap``, ``vmap``), even the index along an axis has a type that does not
+    vary over it; there everything counts as split.
+    """
+
+    def varying(x: Any) -> frozenset[str]:
+        kind = jax.typeof(x)
+        manual = getattr(kind, "manual_axis_type", None)  # "vma" before JAX 0.10
+        return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+
+    tracked = (axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
+    same_everywhere = set(tracked) - varying(x)
+    return tuple(axis for axis in axes if axis not in same_everywhere)
+
+
 def dtype_of(x: Any) -> np.dtype:
     """The dtype of an array, a ShapeDtypeStruct or a Python scalar."""
-    return np.dtype(x.dtype) if hasattr(x, "dtype") else np.dtype(jnp.result_type(x))
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # float32 for a float64 NumPy array
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
@@ -69,6 +90,12 @@ def with_both_parts(dtype: DTypeLike) -> np.dtype:
 
 def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
     """The asked-for dtype of a buffer; complex where the buffer itself (``own``) is complex."""
+    if isinstance(asked, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"a buffer's dtype arrived as an array of {asked.dtype}: optax.inject_hyperparams takes"
+            " jnp.bfloat16 for a schedule. Name the argument in its static_args, or give"
+            " jnp.dtype(...)."
+        )
     asked = np.dtype(asked)
     if not jnp.issubdtype(asked, jnp.floating):
         raise ValueError(f"a buffer's dtype must be floating point, got {asked}.")
@@ -280,8 +307,34 @@ def check_positive(**values: Any) -> None:
 
 def check_at_least_one(**values: Any) -> None:
     """Each value is finite and at least 1."""
+    check_at_least(1, **values)
+
+
+def check_at_least(least: float, **values: Any) -> None:
+    """Each value is finite and at least so much."""
     for name, value in values.items():
-        _check(name, value, lambda x: 1 <= x < math.inf, "finite and at least 1")
+        _check(name, value, lambda x: least <= x < math.inf, f"finite and at least {least}")
+
+
+def check_fraction(**values: Any) -> None:
+    """Each value is in [0, 1]."""
+    for name, value in values.items():
+        _check(name, value, lambda x: 0 <= x <= 1, "in [0, 1]")
+
+
+def check_whole(least: int, **values: Any) -> None:
+    """Each value is a whole number of at least so much, and no schedule."""
+    check_constant(**values)
+    for name, value in values.items():
+        whole_and_enough = f"whole and at least {least}"
+        _check(name, value, lambda x: x >= least and x % 1 == 0, whole_and_enough)
+
+
+def check_constant(**values: Any) -> None:
+    """No value is a schedule."""
+    for name, value in values.items():
+        if callable(value):
+            raise TypeError(f"{name} must be a number and not a schedule, got {value!r}.")
 
 
 def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) -> None:
@@ -325,9 +378,18 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.generic, np.ndarray))
 
 
+def is_fixed(value: Any) -> bool:
+    """Whether a hyperparameter is a number, and not an array, which may hold another one later.
+
+    What is decided by a number, a buffer say, must be the same when ``init`` runs on an array and
+    when ``update`` is traced.
+    """
+    return is_number(value) and not isinstance(value, jax.Array)
+
+
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is known to be 0."""
-    return is_number(value) and float(value) == 0
+    """Whether a hyperparameter is the number 0."""
+    return is_fixed(value) and float(value) == 0
 
 
 def are_different_numbers(a: Any, b: Any) -> bool:

@@ -13,6 +13,7 @@ from adaptive_opt.moments import absolute_square, bias_correction, divided, movi
 from adaptive_opt.policies import (
     Hyperparameter,
     Scope,
+    check_at_least,
     check_at_least_one,
     check_decay,
     check_nonnegative,
@@ -354,7 +355,10 @@ def simple_average_length(b2: Any, count: Any) -> Any:
 
 @stage(reads=("rate",), replaces=("rate",), bounds_rate=True)
 def radam_rectifier(
-    b2: Hyperparameter, *, threshold: float = 5.0, unrectified_rate: float = 1.0
+    b2: Hyperparameter,
+    *,
+    threshold: Hyperparameter = 5.0,
+    unrectified_rate: Hyperparameter = 1.0,
 ) -> Any:
     """The rate times RAdam's ``r_t`` once the second moment can be relied on; a fixed rate before.
 
@@ -378,21 +382,20 @@ def radam_rectifier(
     """
     check_decay(b2=b2)
     check_positive(b2=b2)
+    check_at_least(4, threshold=threshold)
     check_nonnegative(unrectified_rate=unrectified_rate)
-    if threshold < 4:
-        raise ValueError(f"threshold must be at least 4, where r_t is defined, got {threshold}.")
 
     def line(step):
         b = step.at(b2)
         rho, limit = simple_average_length(b, step.count), 2 / (1 - b) - 1
-        reliable = rho >= threshold
+        reliable = rho >= step.at(threshold)
         rho, limit = jnp.where(reliable, rho, 5.0), jnp.where(reliable, limit, 5.0)
         r = jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
         rectified = step.map(
             lambda rate, *, r, below, reliable: jnp.where(reliable, rate * r, below),
             step.rate,
             r=r,
-            below=unrectified_rate,
+            below=step.at(unrectified_rate),
             reliable=reliable,
         )
         return step.replace(rate=rectified)

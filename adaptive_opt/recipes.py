@@ -30,10 +30,11 @@ from adaptive_opt.moments import (
 )
 from adaptive_opt.policies import (
     Hyperparameter,
+    check_constant,
     check_nonnegative,
     check_positive,
     choose,
-    is_number,
+    is_fixed,
     is_zero,
     scaled,
     value_at,
@@ -50,6 +51,7 @@ from adaptive_opt.rates import (
 )
 from adaptive_opt.weight_decay import (
     Mask,
+    decays,
     decoupled_weight_decay,
     l2_regularization,
     scale_by_learning_rate,
@@ -111,6 +113,7 @@ def adamw(
     mask: Mask | None = None,
     *,
     nesterov: bool = False,
+    l1: Hyperparameter | None = None,
     convention: str = "torch",
     schedule: optax.Schedule | None = None,
     state_dtype: DTypeLike | None = None,
@@ -127,6 +130,8 @@ def adamw(
       weight_decay: a number or a schedule; what it is multiplied by is the convention's matter.
       mask: which parameters decay.
       nesterov: look one step ahead, as in ``optax.nadamw``; not with "keras".
+      l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
+        ``decoupled_l1_decay``.
       convention: "torch": decay times the learning rate and its schedule; equals
         ``torch.optim.AdamW`` and ``optax.adamw``.
         "keras": the same decay, Adam in the eps-hat form; equals ``keras.optimizers.AdamW``.
@@ -146,29 +151,30 @@ def adamw(
     """
     forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
     forms |= {"keras-adamw": forms["keras"]}
-    by_schedule = convention in ("paper", "keras-adamw")
+    by_schedule = ("paper", "keras-adamw")
     return optax.chain(
         choose("convention", convention, forms),
-        *_decay_and_rate(learning_rate, weight_decay, mask, by_schedule, schedule),
+        *_decay_and_rate(
+            learning_rate, decays(weight_decay, l1, mask), by_schedule, schedule, convention
+        ),
     )
 
 
 def _decay_and_rate(
     learning_rate: Hyperparameter,
-    weight_decay: Hyperparameter,
-    mask: Mask | None,
-    by_schedule: bool,
+    decay: tuple[Optimizer, ...],
+    by_schedule: tuple[str, ...],
     schedule: optax.Schedule | None,
+    convention: str,
 ) -> tuple[Optimizer, ...]:
     """Decoupled decay times the learning rate or, by schedule, times the schedule alone."""
-    decay = decoupled_weight_decay(weight_decay, mask)
-    if not by_schedule:
+    if convention not in by_schedule:
         if schedule is not None:
             raise ValueError(
-                'schedule= belongs to the conventions "paper" and "keras-adamw"; under the others'
-                " give the schedule as learning_rate."
+                f"schedule= belongs to the convention {' or '.join(map(repr, by_schedule))}; under"
+                f" {convention!r} give the schedule as learning_rate."
             )
-        return decay, scale_by_learning_rate(learning_rate)
+        return *decay, scale_by_learning_rate(learning_rate)
     if callable(learning_rate):
         raise ValueError(
             "this convention multiplies the base learning rate, but not the decay, by"
@@ -176,7 +182,7 @@ def _decay_and_rate(
         )
     return (
         scale_by_learning_rate(learning_rate, flip_sign=False),
-        decay,
+        *decay,
         scale_by_learning_rate(1.0 if schedule is None else schedule),
     )
 
@@ -444,12 +450,13 @@ def adabound(
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.
-      final_learning_rate: where the bounds close, at the base learning rate: a schedule of the
-        learning rate scales it too, by ``lr_t / base_learning_rate``.
+      final_learning_rate: where the bounds close, at the base learning rate; a number greater than
+        0. A schedule of the learning rate scales it too, by ``lr_t / base_learning_rate``.
       gamma: how fast they close, greater than 0, per step.
-      base_learning_rate: the learning rate that ``final_learning_rate`` goes with, greater than 0;
-        by default ``learning_rate``, so with a schedule or a traced rate it must be given. (The
-        authors' code divides by the rate at construction, which a warm-up starts at 0.)
+      base_learning_rate: the learning rate that ``final_learning_rate`` goes with, a number greater
+        than 0; by default ``learning_rate``, so with a schedule, an array (traced or not) or 0 it
+        must be given. (The authors' code divides by the rate at construction, which a warm-up
+        starts at 0.)
       weight_decay: at least 0.
       decay: "l2": added to the gradient, as in ``AdaBound``. "decoupled": times the learning rate
         and its schedule, as in AdamW. "constant": ``- wd x``, times neither, as in the
@@ -518,16 +525,18 @@ def _bounded(
     state_dtype: DTypeLike | None,
 ) -> Optimizer:
     """The listing of AdaBound or AMSBound, its bounds, and its decay where ``decay`` puts it."""
-    check_nonnegative(learning_rate=learning_rate, final_learning_rate=final_learning_rate)
-    if base_learning_rate is None:
-        if not is_number(learning_rate):
-            raise ValueError(
-                "base_learning_rate must be given with a schedule or a traced learning rate: the"
-                " rate at which final_learning_rate is meant, for instance the schedule's peak."
-            )
-        final: Hyperparameter = final_learning_rate
-    else:
-        check_positive(base_learning_rate=base_learning_rate)
+    check_nonnegative(learning_rate=learning_rate)
+    if base_learning_rate is None and (not is_fixed(learning_rate) or is_zero(learning_rate)):
+        raise ValueError(
+            "base_learning_rate must be given, unless learning_rate is a number greater than 0 (an"
+            " array or a schedule may start at 0): the rate at which final_learning_rate is meant,"
+            f" for instance a schedule's peak. learning_rate is {learning_rate!r}."
+        )
+    base = {} if base_learning_rate is None else {"base_learning_rate": base_learning_rate}
+    check_constant(final_learning_rate=final_learning_rate, **base)
+    check_positive(final_learning_rate=final_learning_rate, **base)
+    final: Hyperparameter = final_learning_rate
+    if base_learning_rate is not None:
         final = scaled(learning_rate, final_learning_rate / base_learning_rate)
     bracket = adaptive(
         *listing,
@@ -553,7 +562,7 @@ def radam(
     b2: Hyperparameter = 0.999,
     eps: Hyperparameter = 1e-8,
     eps_root: Hyperparameter = 0.0,
-    threshold: float = 5.0,
+    threshold: Hyperparameter = 5.0,
     *,
     convention: str = "torch",
     weight_decay: Hyperparameter = 0.0,
@@ -574,12 +583,13 @@ def radam(
         ``torch.optim.RAdam``.
         "optax": below the threshold ``lr m^_t``; ``lr r_t m^_t / (sqrt(v^_t + eps_root) + eps)``;
         equals ``optax.radam``, whose float32 factor is 0.6 % off at steps 6 and 7 (this one is
-        not). "reference": below the threshold nothing moves, not even by weight decay; eps-hat
-        form;
+        not).
+        "reference": below the threshold nothing moves, not even by weight decay; eps-hat form;
         equals the authors' code (LiyuanLucasLiu/RAdam, ``degenerated_to_sgd=False``).
       weight_decay: at least 0.
       decay: "l2", added to the gradient (default under "torch"), or "decoupled", times the learning
-        rate (default under the others).
+        rate (default under the others). Under "reference" the decoupled decay waits for the
+        threshold; the L2 term is part of the gradient, and of its moments, from the first step on.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import radam
@@ -597,11 +607,12 @@ def radam(
         "reference": (*eps_hat, radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)),
     }
     bracket = adaptive(*choose("convention", convention, listings), state_dtype=state_dtype)
+    decoupled = weight_decay
     if convention == "reference" and not is_zero(weight_decay):
-        weight_decay = _once_rectified(weight_decay, b2, threshold)
+        decoupled = _once_rectified(weight_decay, b2, threshold)
     forms = {
         "l2": (l2_regularization(weight_decay, mask), bracket),
-        "decoupled": (bracket, decoupled_weight_decay(weight_decay, mask)),
+        "decoupled": (bracket, decoupled_weight_decay(decoupled, mask)),
     }
     own = "l2" if convention == "torch" else "decoupled"
     placed = choose("decay", own if decay is None else decay, forms)
@@ -609,14 +620,15 @@ def radam(
 
 
 def _once_rectified(
-    weight_decay: Hyperparameter, b2: Hyperparameter, threshold: float
+    weight_decay: Hyperparameter, b2: Hyperparameter, threshold: Hyperparameter
 ) -> optax.Schedule:
     """A weight decay that is 0 as long as RAdam's rate is not rectified."""
 
     def schedule(step: Any) -> Any:
         count = step + 1
         length = simple_average_length(value_at(b2, count), count)
-        return jnp.where(length >= threshold, value_at(weight_decay, count), 0.0)
+        reliable = length >= value_at(threshold, count)
+        return jnp.where(reliable, value_at(weight_decay, count), 0.0)
 
     return schedule
 
@@ -632,7 +644,7 @@ def nadam(
     *,
     convention: str = "torch",
     momentum_decay: Hyperparameter | None = None,
-    weight_decay: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter | None = None,
     mask: Mask | None = None,
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
@@ -649,7 +661,8 @@ def nadam(
         eps.
         "optax": no schedule, see ``nesterov_moment``; equals ``optax.nadam``, in its state too.
       momentum_decay: how fast b1 warms up, at least 0, per step; default: the convention's.
-      weight_decay: L2, as in ``torch.optim.NAdam``; at least 0. For decoupled decay see ``nadamw``.
+      weight_decay: L2, as in ``torch.optim.NAdam``; at least 0; default: none. For decoupled decay
+        see ``nadamw``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import nadam
@@ -661,8 +674,8 @@ def nadam(
     """
     choose("convention", convention, dict.fromkeys(("torch", "keras", "optax")))
     form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
-    l2 = (l2_regularization(weight_decay, mask),)
-    if convention == "optax" and is_zero(weight_decay):
+    l2 = (l2_regularization(0.0 if weight_decay is None else weight_decay, mask),)
+    if convention == "optax" and (weight_decay is None or is_zero(weight_decay)):
         l2 = ()  # the state of optax.nadam, whose checkpoints this takes
     return optax.chain(*l2, form, scale_by_learning_rate(learning_rate))
 
@@ -678,6 +691,7 @@ def nadamw(
     weight_decay: Hyperparameter = 1e-4,
     mask: Mask | None = None,
     *,
+    l1: Hyperparameter | None = None,
     convention: str = "torch",
     momentum_decay: Hyperparameter | None = None,
     schedule: optax.Schedule | None = None,
@@ -691,12 +705,15 @@ def nadamw(
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.
       eps_root, mu_dtype: see ``scale_by_adam``.
       weight_decay: a number or a schedule; default 1e-4, as in optax.
+      l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
+        ``decoupled_l1_decay``.
       convention: "torch", "keras" and "optax" as in ``nadam``; equal
         ``torch.optim.NAdam(decoupled_weight_decay=True)``, ``keras.optimizers.Nadam`` with its
         ``weight_decay``, and ``optax.nadamw``.
         "keras-adamw": as "torch", with the decay times ``schedule`` but not times the learning
-        rate; equals ``NadamW`` of the package ``keras-adamw`` in its Keras form. (Its tf.keras form
-        weights m_t by mu_t where this has mu_{t+1}, and puts eps inside the root; not copied.)
+        rate; the formulas of ``NadamW`` of the package ``keras-adamw`` in its Keras form. (Its
+        tf.keras form weights m_t by mu_t where this has mu_{t+1}, and puts eps inside the root; not
+        copied.)
       momentum_decay: see ``nadam``.
       schedule: the multiplier of "keras-adamw", for instance ``warm_restarts``; default: 1.
 
@@ -709,9 +726,9 @@ def nadamw(
     0.98844
     """
     form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
-    by_schedule = convention == "keras-adamw"
+    decay = decays(weight_decay, l1, mask)
     return optax.chain(
-        form, *_decay_and_rate(learning_rate, weight_decay, mask, by_schedule, schedule)
+        form, *_decay_and_rate(learning_rate, decay, ("keras-adamw",), schedule, convention)
     )
 
 

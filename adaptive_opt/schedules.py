@@ -12,11 +12,17 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from adaptive_opt.policies import check_at_least_one, check_nonnegative, check_positive, choose
+from adaptive_opt.policies import (
+    check_at_least_one,
+    check_nonnegative,
+    check_positive,
+    check_whole,
+    choose,
+)
 
 Anneal = Callable[[Any, Any, Any], Any]
 
@@ -76,16 +82,15 @@ def one_cycle(
     max_momentum: float = 0.95,
     base_momentum: float = 0.85,
     anneal: str | None = None,
-    plateau: float = 0.6,
+    plateau: float | None = None,
 ) -> OneCycle:
     """The learning rate up and down again while the momentum goes down and up.
 
     From ``max_learning_rate / div_factor`` to ``max_learning_rate`` and then to nearly nothing;
     ``max_momentum`` to ``base_momentum`` and back. Smith & Topin 2018, arXiv:1708.07120, in the
     forms of those who made it popular. ``adamw(cycle.learning_rate, b1=cycle.b1)`` with the "torch"
-    form
-    equals ``torch.optim.lr_scheduler.OneCycleLR`` driving ``torch.optim.AdamW`` (or ``Adam``): the
-    bias correction uses the current b1, as there.
+    form equals ``torch.optim.lr_scheduler.OneCycleLR`` driving ``torch.optim.AdamW`` (or ``Adam``):
+    the bias correction uses the current b1, as there.
 
     Args:
       max_learning_rate: at the peak; greater than 0.
@@ -104,7 +109,11 @@ def one_cycle(
         "fastai1" and "plateau" forms, to the maximum in "fastai2".
       max_momentum, base_momentum: in [0, 1).
       anneal: "cos" or "linear"; default: "cos", and "linear" for the plateau's two slopes.
-      plateau: the fraction of the steps spent at the maximum, in the "plateau" form.
+      plateau: the fraction of the steps spent at the maximum, in the "plateau" form only; at least
+        0, default 0.6. With ``pct_start`` it must leave at least a step for the fall.
+
+    torch's ``three_phase=True``, in which the rate first falls back to its start and then on, is
+    not offered.
 
     >>> from adaptive_opt import adamw, one_cycle
     >>> cycle = one_cycle(1e-2, total_steps=100)
@@ -116,14 +125,19 @@ def one_cycle(
     """
     check_positive(max_learning_rate=max_learning_rate)
     check_at_least_one(div_factor=div_factor)
-    if total_steps < 2:
-        raise ValueError(f"total_steps must be at least 2, got {total_steps}.")
+    check_whole(2, total_steps=total_steps)
     usual = {"torch": 0.3, "fastai1": 0.3, "fastai2": 0.25, "plateau": 0.1}
     rise = choose("form", form, usual) if pct_start is None else pct_start
     if not 0 < rise < 1:
         raise ValueError(f"pct_start must be between 0 and 1, got {rise}.")
-    if form == "plateau" and not 0 <= plateau <= 1 - rise:
-        raise ValueError(f"plateau must be at least 0 and at most 1 - pct_start, got {plateau}.")
+    if plateau is not None and form != "plateau":
+        raise ValueError(f'plateau= belongs to form="plateau", got form={form!r}.')
+    flat = 0.6 if plateau is None else plateau
+    if form == "plateau" and not 0 <= flat <= 1 - rise - 2 / total_steps:
+        raise ValueError(
+            "plateau must be at least 0 and leave at least a step for the fall, got"
+            f" {flat:g} with pct_start={rise:g} and total_steps={total_steps}."
+        )
     for name, value in (("max_momentum", max_momentum), ("base_momentum", base_momentum)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}.")
@@ -139,13 +153,13 @@ def one_cycle(
         "torch": (rise * n - 1, n - 1),
         "fastai1": (max(1, int(n * rise)), n),
         "fastai2": (rise * n, n),
-        "plateau": (rise * n, (rise + plateau) * n, n - 1),
+        "plateau": (rise * n, (rise + flat) * n, n - 1),
     }[form]
 
     def through(outside: float, inside: float, end: float) -> optax.Schedule:
-        flat = [Phase(middle, inside, inside, curve) for middle in ends[1:-1]]
         up, down = Phase(ends[0], outside, inside, curve), Phase(ends[-1], inside, end, curve)
-        return _in_phases((up, *flat, down))
+        stay = [Phase(middle, inside, inside, curve) for middle in ends[1:-1]]
+        return _in_phases((up, *stay, down))
 
     return OneCycle(
         learning_rate=through(low, max_learning_rate, last),
@@ -171,7 +185,7 @@ def warm_restarts(
     Args:
       period: steps to the first restart, at least 1 ("keras-adamw": at least 2).
       growth: every period is so many times longer than the one before; at least 1.
-      minimum, maximum: of the multiplier; at least 0.
+      minimum, maximum: of the multiplier; at least 0, the minimum at most the maximum.
       form: "paper": ``T = period``, so that the minimum is approached and not reached.
         "keras-adamw": ``T = period - 1``: every period's last step takes the minimum (with 0, a
         lost step), and the very first step takes 1 whatever the maximum, as in that package.
@@ -183,19 +197,20 @@ def warm_restarts(
     [1.0, 0.8536, 0.5, 0.1464, 1.0, 0.8536]
     """
     check_nonnegative(minimum=minimum, maximum=maximum, start=start)
+    if minimum > maximum:
+        raise ValueError(f"minimum must be at most maximum, got {minimum:g} and {maximum:g}.")
     check_at_least_one(period=period, growth=growth)
     choose("form", form, {"paper": None, "keras-adamw": None})
     if form == "keras-adamw" and (growth != 1 or period < 2):
         raise ValueError('form="keras-adamw" needs growth=1 and a period of at least 2.')
-    begins = _begins(period, growth)
+    locate = _locator(period, growth)
 
     def schedule(step: Any) -> Any:
-        t = jnp.asarray(step, float) + start
+        position, length = locate(jnp.asarray(step) + start)
         if form == "keras-adamw":
-            eta = _cosine(maximum, minimum, (t % period) / (period - 1))
+            eta = _cosine(maximum, minimum, position / (period - 1))
             return jnp.where(jnp.asarray(step) == 0, 1.0, eta)
-        begin, length = _period_at(t, period, growth, begins)
-        return _cosine(maximum, minimum, (t - begin) / length)
+        return _cosine(maximum, minimum, position / length)
 
     return schedule
 
@@ -222,28 +237,26 @@ def normalized_weight_decay(
     check_at_least_one(period=period, growth=growth)
     if growth == 1:
         return weight_decay * math.sqrt(1 / period)
-    begins = _begins(period, growth)
-
-    def schedule(step: Any) -> Any:
-        _, length = _period_at(jnp.asarray(step, float), period, growth, begins)
-        return weight_decay * jnp.sqrt(1 / length)
-
-    return schedule
+    locate = _locator(period, growth)
+    return lambda step: weight_decay * jnp.sqrt(1 / locate(jnp.asarray(step))[1])
 
 
-def _begins(period: float, growth: float) -> np.ndarray:
-    """Where growing periods begin, up to the largest count there is; one zero if none grows."""
+def _locator(period: float, growth: float) -> Callable[[jax.Array], tuple[Any, Any]]:
+    """A function of the step: how many steps ago its period began, and how long it is.
+
+    Without a division, which a compiler turns into a product with a rounded reciprocal: the step of
+    a restart would now and then count as the last one before it.
+    """
     if growth == 1:
-        return np.zeros(1)
-    begins = [0.0]
-    while begins[-1] < 2**31:
-        begins.append(begins[-1] + period * growth ** (len(begins) - 1))
-    return np.asarray(begins)
+        return lambda t: (jnp.asarray(jnp.remainder(t, period), float), period)
+    begins, lengths = [0.0], [float(period)]
+    while begins[-1] < 2**31:  # the largest count there is
+        begins.append(begins[-1] + lengths[-1])
+        lengths.append(period * growth ** len(lengths))
 
+    def locate(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        t = jnp.asarray(t, float)
+        index = jnp.searchsorted(jnp.asarray(begins, float), t, side="right") - 1
+        return t - jnp.asarray(begins, float)[index], jnp.asarray(lengths, float)[index]
 
-def _period_at(t: Any, period: float, growth: float, begins: np.ndarray) -> tuple[Any, Any]:
-    """The begin and the length of the period that the step t is in."""
-    if growth == 1:
-        return jnp.floor(t / period) * period, jnp.asarray(period, float)
-    index = jnp.searchsorted(jnp.asarray(begins, float), t, side="right") - 1
-    return jnp.asarray(begins, float)[index], period * growth ** jnp.asarray(index, float)
+    return locate

@@ -235,7 +235,9 @@ def stage(
         ``dtype``, the buffer's name in the state and its dtype.
       scope: whether the buffer has the shape of the parameters ("weight"), is a scalar for each
         ("tensor") or one for all ("tree"; the line still sees it at every leaf), or has the shape
-        of the second moment (None). If the function takes ``scope``, it decides.
+        of the second moment (None). If the function takes ``scope``, it decides. A stage that
+        changes the second moment or the rate and takes ``scope``, or has "weight", must have that
+        of the second moment.
       initial: the first value of the buffer. If the function takes ``initial``, it decides.
       biases: the fields that it turns into averages started at zero, each with the name of the
         argument that is its decay: ``{"direction": "b1"}``.
@@ -289,6 +291,8 @@ def stage(
             given.apply_defaults()
             settings = given.arguments
             of_buffer = {"scope": scope, "initial": initial} | _of_buffer(settings)
+            if of_buffer["scope"] is not None:
+                policies.choose("scope", of_buffer["scope"], policies.SCOPES)
             buffer = Buffer(like=keeps, **of_buffer) if keeps else None
             line = factory(*args, **kwargs)
             declaration = Declaration(
@@ -304,6 +308,8 @@ def stage(
                 raw=raw,
                 consumes=consumes,
                 buffer=buffer.name if buffer else None,
+                scope=buffer.scope if buffer else None,
+                takes_scope="scope" in settings,
             )
             made = make_stage((Rule(declaration, buffer, line),))
             return describe_as(made, name, _without_defaults(settings, signature), parts=())
@@ -321,7 +327,8 @@ def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature)
     """The settings, less what describes the buffer where nobody chose it."""
     about = ("name", "dtype", "scope", "reduce", "axis_name", "initial")
     default = {k: signature.parameters[k].default for k in about if k in settings}
-    return {k: v for k, v in settings.items() if k not in default or v != default[k]}
+    chosen = lambda v, usual: isinstance(v, jax.Array) or v != usual  # noqa: E731
+    return {k: v for k, v in settings.items() if k not in default or chosen(v, default[k])}
 
 
 def compose(name: str, settings: Mapping[str, Any], *stages: Stage) -> Stage:

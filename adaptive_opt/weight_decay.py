@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adaptive_opt.describe import described
@@ -73,6 +75,12 @@ def decoupled_l1_decay(
     Like ``decoupled_weight_decay``, next to which it can stand, but every weight moves towards zero
     by the same amount, and those that are there stay. As in the package ``keras-adamw``.
 
+    It belongs, like every decay, before the sign is turned around: ``adamw``, ``nadamw`` and
+    ``sgdw`` take ``l1=``. Behind a whole recipe, ``optax.chain(adam(lr), decoupled_l1_decay(l1))``,
+    it would drive the weights away from zero, and no transformation can tell; there turn the sign
+    back and forth: ``optax.chain(adam(lr), optax.scale(-1.0), decoupled_l1_decay(l1,
+    learning_rate=lr), optax.scale(-1.0))``.
+
     Args:
       l1: at least 0, in units of the parameters per step and unit of learning rate; a number or a
         schedule.
@@ -89,6 +97,18 @@ def decoupled_l1_decay(
     return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
 
 
+def decays(
+    weight_decay: Hyperparameter,
+    l1: Hyperparameter | None,
+    mask: Mask | None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+) -> tuple[optax.GradientTransformationExtraArgs, ...]:
+    """The decoupled decays of a recipe, side by side."""
+    l2 = decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate)
+    return (l2,) if l1 is None else (l2, decoupled_l1_decay(l1, mask, learning_rate=learning_rate))
+
+
 def _decay(
     combine_leaves: Callable[..., Any],
     strength: Hyperparameter,
@@ -99,10 +119,6 @@ def _decay(
     if learning_rate is not None:
         check_nonnegative(learning_rate=learning_rate)
 
-    def strength_at(count: Any) -> Any:
-        s = value_at(strength, count)
-        return s if learning_rate is None else value_at(learning_rate, count) * s
-
     def combine(updates: Tree, params: Tree, count: Any) -> Tree:
         if is_zero(strength):
             return updates
@@ -110,11 +126,39 @@ def _decay(
             raise ValueError(
                 "weight decay needs the parameters: call update(gradients, state, params)."
             )
-        return map_leaves(combine_leaves, updates, updates, params, s=strength_at(count))
+        lr = 1.0 if learning_rate is None else value_at(learning_rate, count)
+        return map_leaves(
+            lambda u, x, *, s, lr: combine_leaves(u, x, s=lr * s),  # multiplied in the leaf's width
+            updates,
+            updates,
+            params,
+            s=value_at(strength, count),
+            lr=lr,
+        )
 
     scheduled = callable(strength) or callable(learning_rate)
     decayed = _plain(optax.add_decayed_weights((lambda _: 0.0) if scheduled else 0.0), combine)
-    return decayed if mask is None else optax.masked(decayed, mask)
+    return decayed if mask is None else _masked(decayed, mask)
+
+
+def _masked(
+    decayed: optax.GradientTransformationExtraArgs, mask: Mask
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.masked``, except that one bool for a whole tree is refused."""
+    masked = optax.masked(decayed, mask)
+    if not isinstance(mask, (bool, np.bool_, jax.Array)):
+        return masked
+
+    def init(params: Tree) -> Any:
+        if not jax.tree_util.all_leaves([params]):
+            raise ValueError(
+                "mask arrived as one bool for a tree of parameters. optax.inject_hyperparams takes"
+                ' a callable mask for a schedule: give static_args=("mask",). For no decay at all'
+                " leave weight_decay at 0."
+            )
+        return masked.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, masked.update)
 
 
 @described

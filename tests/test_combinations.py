@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import adaptive_opt as ao
 from adaptive_opt import adaptive, describe
 
-STEPS, TOLERANCE = 6, 1e-12
+STEPS, TOLERANCE = 12, 1e-12
 SHAPES = {"a": (3, 2), "b": (4,), "c": ()}
 
 

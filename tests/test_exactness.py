@@ -17,13 +17,9 @@ import pytest
 
 import adaptive_opt
 from adaptive_opt import (
-    adaptive,
-    decoupled_l1_decay,
-    decoupled_weight_decay,
     lookahead,
     normalized_weight_decay,
     one_cycle,
-    scale_by_learning_rate,
     warm_restarts,
 )
 
@@ -74,39 +70,15 @@ def optimizer_of(row: dict, steps: int) -> optax.GradientTransformationExtraArgs
 
 
 def keras_adamw(recipe: str, arguments: dict) -> optax.GradientTransformationExtraArgs:
-    """keras-adamw with restarts: a recipe or, where l1 takes part, a chain with both decays."""
+    """keras-adamw with restarts and both decays."""
     restarts = {name: arguments.pop(name) for name in ("period", "minimum", "maximum", "start")}
-    eta = warm_restarts(**restarts, form="keras-adamw")
     l1, l2 = (
         normalized_weight_decay(arguments.pop(name), restarts["period"]) for name in ("l1", "l2")
     )
-    arguments["weight_decay"] = l2
-    if not l1:
-        form = {"convention": "keras-adamw"} if recipe == "adamw" else {}
-        return getattr(adaptive_opt, recipe)(**arguments, **form, schedule=eta)
-    lr = arguments["learning_rate"]
-    decays = (decoupled_weight_decay(l2), decoupled_l1_decay(l1))
-    if recipe == "adamw":
-        b1, b2, eps = (arguments[name] for name in ("b1", "b2", "eps"))
-        stages = (
-            adaptive_opt.first_moment(b1),
-            adaptive_opt.second_moment(b2),
-            adaptive_opt.per_weight_rate(eps),
-            adaptive_opt.debias_rate(b1, b2),
-            adaptive_opt.scale_rate(lr),
-        )
-        return optax.chain(adaptive(*stages), *decays, scale_by_learning_rate(eta))
-    stages = (
-        adaptive_opt.uniform_rate(lr),
-        adaptive_opt.scale_rate(eta),
-        adaptive_opt.apply_rate(),
-        adaptive_opt.heavy_ball(arguments["momentum"], nesterov=arguments["nesterov"]),
-    )
-    decays = (
-        decoupled_weight_decay(l2, learning_rate=eta),
-        decoupled_l1_decay(l1, learning_rate=eta),
-    )
-    return optax.chain(adaptive(*stages), *decays, optax.scale(-1.0))
+    arguments |= {"weight_decay": l2, "l1": l1 or None}
+    form = {"convention": "keras-adamw"} if recipe == "adamw" else {}
+    eta = warm_restarts(**restarts, form="keras-adamw")
+    return getattr(adaptive_opt, recipe)(**arguments, **form, schedule=eta)
 
 
 def trajectory(optimizer, gradients, start):

@@ -104,6 +104,21 @@ def test_below_the_threshold_the_reference_stands_still_and_the_others_do_not():
     assert train(reference, x, [g] * 6)[0] < x
 
 
+def test_the_l2_term_of_the_reference_is_in_the_moments_from_the_first_step():
+    # Below the threshold nothing moves, but what the moments see is g + wd x, as it is later.
+    x = jnp.full(1, 2.0)
+    tx = adaptive_opt.radam(0.1, convention="reference", weight_decay=0.5, decay="l2")
+    params, state, _ = train(tx, x, [jnp.full(1, 3.0)] * 5)
+    assert params == x
+    np.testing.assert_allclose(optax.tree.get(state, "mu"), (1 - 0.9**5) * 4.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [3.0, math.nan, math.inf])
+def test_the_rectifier_is_told_a_threshold_at_which_it_is_defined(threshold):
+    with pytest.raises(ValueError, match="threshold must be finite and at least 4, got"):
+        adaptive_opt.radam(0.1, threshold=threshold)
+
+
 # --- Granularity ----------------------------------------------------------------------------------
 
 
@@ -264,6 +279,54 @@ def test_under_shard_map_a_reduced_scope_sums_over_the_axes_it_is_told(reduce):
     )(g)
 
 
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_under_shard_map_what_every_device_has_is_counted_once(scope, reduce):
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    g = {"kernel": jnp.arange(1.0, 9.0), "bias": jnp.array([10.0]), "wide": jnp.full((2, 4), 2.0)}
+    specs = {"kernel": P("d"), "bias": P(), "wide": P("e", "d")}
+    whole = rmsprop(1.0, b2=0.0, eps=0.0, scope=scope, reduce=reduce)
+    local = rmsprop(1.0, b2=0.0, eps=0.0, scope=scope, reduce=reduce, axis_name=("d", "e"))
+    expected, _ = whole.update(g, whole.init(g))
+
+    def update(g):
+        return local.update(g, local.init(g))[0]
+
+    mapped = jax.shard_map(update, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    actual = jax.jit(mapped)(g)
+    np.testing.assert_allclose(flat(actual), flat(expected), rtol=1e-6)
+    if (scope, reduce) == ("tree", "sum"):
+        np.testing.assert_allclose(actual["bias"], -10 / np.sqrt(204 + 100 + 32), rtol=1e-6)
+
+
+def test_where_jax_does_not_track_what_is_split_every_leaf_counts_as_split():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    g = {"a": jnp.arange(1.0, 9.0), "b": jnp.arange(8.0)}
+    whole = rmsprop(1.0, scope="tree", reduce="mean")
+    local = rmsprop(1.0, scope="tree", reduce="mean", axis_name="d")
+    expected, _ = whole.update(g, whole.init(g))
+
+    def update(g):
+        return local.update(g, local.init(g))[0]
+
+    untracked = jax.shard_map(
+        update, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=False
+    )(g)
+    parts = jax.tree.map(lambda x: x.reshape(4, 2), g)
+    mapped = jax.vmap(update, axis_name="d")(parts)
+    for actual in (untracked, mapped):
+        np.testing.assert_allclose(flat(actual), flat(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+def test_more_weights_than_fit_an_int32_have_one_rate_too(scope, reduce):
+    tx = rmsprop(0.1, scope=scope, reduce=reduce)
+    shape = {"w": jax.ShapeDtypeStruct((2**31,), jnp.float32)}
+    updates, _ = jax.eval_shape(tx.update, shape, jax.eval_shape(tx.init, shape))
+    assert updates == shape
+
+
 def test_under_jit_with_a_sharded_gradient_the_tree_is_whole():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     g = jnp.arange(1.0, 9.0)
@@ -309,14 +372,29 @@ def test_adabound_tends_to_sgd_with_momentum(x64):
 def test_a_schedule_scales_the_bounds_and_needs_the_rate_they_are_meant_for():
     x = jnp.ones(2)
     warm_up = optax.linear_schedule(0.0, 1e-3, 10)
-    for rate in (warm_up, jax.jit(lambda: jnp.float32(1e-3))):
-        with pytest.raises(ValueError, match="base_learning_rate must be given"):
-            adaptive_opt.adabound(rate)
+    arrays = jnp.float32(1e-3), jnp.zeros(())  # as optax.inject_hyperparams gives them
+    for rate in (warm_up, lambda _: jnp.float32(1e-3), *arrays, 0.0):
+        for recipe in (adaptive_opt.adabound, adaptive_opt.amsbound):
+            with pytest.raises(ValueError, match="base_learning_rate must be given"):
+                recipe(rate)
+    with pytest.raises(ValueError, match="base_learning_rate must be given"):
+        optax.inject_hyperparams(adaptive_opt.adabound)(learning_rate=warm_up).init(x)
     tx = adaptive_opt.adabound(warm_up, base_learning_rate=1e-3)
     updates, _ = tx.update(x, tx.init(x), x)
     assert np.all(updates == 0)  # the first rate of the warm-up, and no division by it
     with pytest.raises(ValueError, match="base_learning_rate must be finite and greater than 0"):
         adaptive_opt.adabound(1e-3, base_learning_rate=0.0)
+    still = adaptive_opt.adabound(0.0, base_learning_rate=1e-3)
+    assert np.all(still.update(x, still.init(x), x)[0] == 0)
+
+
+def test_the_bounds_of_adabound_are_positive_numbers_and_no_schedules():
+    for name in ("final_learning_rate", "base_learning_rate"):
+        with pytest.raises(TypeError, match=f"{name} must be a number and not a schedule"):
+            adaptive_opt.adabound(1e-3, **{name: optax.constant_schedule(0.1)})
+        for wrong in (0.0, -1.0, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be finite and greater than 0"):
+                adaptive_opt.amsbound(1e-3, **{name: wrong})
 
 
 def test_the_three_decays_of_adabound_differ_as_documented():
@@ -344,6 +422,34 @@ def test_warm_restarts_follow_the_formula_of_the_paper(growth, x64):
         expected.append(low + (high - low) * 0.5 * (1 + math.cos(math.pi * (t - begin) / length)))
     actual = [eta(t) for t in range(100)]
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32, np.float64])
+def test_every_restart_takes_the_maximum_when_compiled(dtype):
+    # One program per period, which is a constant in it: that is what tempts a compiler to divide.
+    # 41 and 49 are among the periods where a reciprocal in float32 or float64 falls short.
+    with jax.enable_x64(dtype == np.float64):
+        for period in (*range(2, 12), 41, 47, 49, 55, 61, 82, 98, 103, 107, 161, 1000):
+            steps = jnp.asarray(np.arange(50) * period, dtype)
+            eta = jax.jit(jax.vmap(warm_restarts(period)))
+            np.testing.assert_array_equal(eta(steps), 1.0, f"period {period}")
+            assert np.all(eta(steps + (period - 1)) < 0.6), f"period {period}"
+
+
+@pytest.mark.parametrize("growth", [2, 3])
+@pytest.mark.parametrize("x64", [False, True])
+def test_every_restart_of_growing_periods_takes_the_maximum_when_compiled(growth, x64):
+    with jax.enable_x64(x64):
+        for period in (1, 7, 41, 49, 1000):
+            begins = period * (growth ** np.arange(1, 9) - 1) // (growth - 1)
+            eta = jax.jit(jax.vmap(warm_restarts(period, growth=growth)))
+            np.testing.assert_array_equal(eta(jnp.asarray(begins)), 1.0, f"period {period}")
+            assert np.all(eta(jnp.asarray(begins[1:] - 1)) < 0.6), f"period {period}"
+
+
+def test_restarts_are_exact_beyond_what_float32_can_count():
+    steps = 41 * jnp.arange(50_000_000, 50_000_004)
+    np.testing.assert_array_equal(jax.jit(warm_restarts(41))(steps), 1.0)
 
 
 def test_warm_restarts_agree_with_those_of_optax_where_both_exist():
@@ -423,18 +529,27 @@ def test_one_cycle_drives_the_momentum_of_sgd_and_resumes_where_it_was():
 
 def test_cycles_that_make_no_sense_are_refused():
     for arguments, message in (
-        ({"total_steps": 1}, "total_steps must be at least 2"),
+        ({"total_steps": 1}, "total_steps must be whole and at least 2, got 1"),
+        ({"total_steps": 10.5}, "total_steps must be whole and at least 2, got 10.5"),
         ({"total_steps": 10, "pct_start": 1.5}, "pct_start must be between 0 and 1"),
         ({"total_steps": 10, "form": "fastai"}, "'torch', 'fastai1', 'fastai2', 'plateau'"),
         ({"total_steps": 10, "anneal": "exp"}, "'cos', 'linear', got 'exp'"),
         ({"total_steps": 10, "div_factor": 0.5}, "div_factor must be finite and at least 1"),
         ({"total_steps": 10, "max_momentum": 1.0}, r"max_momentum must be in \[0, 1\)"),
+        ({"total_steps": 10, "form": "plateau", "plateau": -0.1}, "plateau must be at least 0"),
         ({"total_steps": 10, "form": "plateau", "plateau": 0.95}, "plateau must be at least 0"),
+        (
+            {"total_steps": 10, "form": "plateau", "pct_start": 0.1, "plateau": 0.9},
+            "leave at least a step for the fall, got 0.9 with",
+        ),
+        ({"total_steps": 10, "plateau": 7.0}, 'plateau= belongs to form="plateau"'),
     ):
         with pytest.raises(ValueError, match=message):
             one_cycle(0.1, **arguments)
     with pytest.raises(ValueError, match='form="keras-adamw" needs growth=1'):
         warm_restarts(10, growth=2, form="keras-adamw")
+    with pytest.raises(ValueError, match=r"minimum must be at most maximum, got 0\.5 and 0\.1"):
+        warm_restarts(10, minimum=0.5, maximum=0.1)
 
 
 # --- Momentum -------------------------------------------------------------------------------------
@@ -459,3 +574,131 @@ def test_nadam_in_the_form_of_optax_has_its_state():
     assert jax.tree.structure(ours.init(x)) == jax.tree.structure(theirs.init(x))
     with pytest.raises(ValueError, match="has no momentum_decay"):
         adaptive_opt.nadam(1e-3, convention="optax", momentum_decay=0.1)
+
+
+# --- l1 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convention", ["torch", "paper"])
+@pytest.mark.parametrize("recipe", [adamw, adaptive_opt.nadamw, adaptive_opt.sgdw])
+def test_l1_is_multiplied_by_what_the_weight_decay_is(recipe, convention, x64):
+    convention = (
+        "keras-adamw" if (recipe, convention) == (adaptive_opt.nadamw, "paper") else convention
+    )
+    x, gradient = jnp.array([2.0, -0.5, 0.0]), jnp.array([0.3, -1.0, 2.0])
+    lr, eta = 0.1, optax.constant_schedule(0.5)
+    course = (
+        {"learning_rate": lr} if convention == "torch" else {"learning_rate": lr, "schedule": eta}
+    )
+    times = lr if convention == "torch" else 0.5
+    moved = {}
+    for l1 in (None, 0.25):
+        tx = recipe(**course, convention=convention, weight_decay=0.01, l1=l1)
+        moved[l1] = tx.update(gradient, tx.init(x), x)[0]
+    np.testing.assert_allclose(
+        moved[0.25] - moved[None], -times * 0.25 * np.sign(x), rtol=1e-12, atol=1e-15
+    )
+
+
+def test_l1_behind_a_recipe_takes_a_turn_of_the_sign_as_documented(x64):
+    lr = optax.linear_schedule(0.1, 0.0, 10)
+    gradients = list(gradient_trees(6, np.float64))
+    behind = optax.chain(
+        adam(lr),
+        optax.scale(-1.0),
+        adaptive_opt.decoupled_l1_decay(0.3, learning_rate=lr),
+        optax.scale(-1.0),
+    )
+    inside = adamw(lr, weight_decay=0.0, l1=0.3)
+    ends = [train(tx, normal_tree(dtype=np.float64), gradients)[0] for tx in (behind, inside)]
+    np.testing.assert_allclose(flat(ends[0]), flat(ends[1]), rtol=1e-12)
+
+
+# --- Formulas of which there is no recording ------------------------------------------------------
+
+
+MATRICES = {"conv": (4, 3, 2), "dense": (5, 3), "bias": (3,), "scale": ()}
+
+
+def trajectory(step, gradients):
+    """The parameters after each step of ``step(t, x, g, memory) -> x``, leaf by leaf, in NumPy."""
+    leaves = [
+        np.asarray(x) for x in jax.tree.leaves(normal_tree(dtype=np.float64, shapes=MATRICES))
+    ]
+    memories = [{} for _ in leaves]
+    for t, gradient in enumerate(gradients, 1):
+        gs = [np.asarray(g) for g in jax.tree.leaves(gradient)]
+        leaves = [step(t, x, g, m) for x, g, m in zip(leaves, gs, memories, strict=True)]
+        yield leaves
+
+
+def assert_follows(optimizer, step, steps=30):
+    gradients = list(gradient_trees(steps, np.float64, MATRICES))
+    params = normal_tree(dtype=np.float64, shapes=MATRICES)
+    _, _, history = train(optimizer, params, gradients)
+    for (_, updates), expected in zip(history, trajectory(step, gradients), strict=True):
+        params = optax.apply_updates(params, updates)
+        for a, b in zip(jax.tree.leaves(params), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * np.abs(b).max())
+
+
+def averages(memory, g, b1, b2):
+    memory["m"] = b1 * memory.get("m", 0.0) + (1 - b1) * g
+    memory["v"] = b2 * memory.get("v", 0.0) + (1 - b2) * g * g
+    return memory["m"], memory["v"]
+
+
+@pytest.mark.parametrize("centralize", [True, False])
+def test_ranger_on_matrices_follows_its_formulas(centralize, x64):
+    # Gradient centralisation (arXiv:2004.01461), RAdam (arXiv:1908.03265) with eps beside the root
+    # of the raw moment, Lookahead (arXiv:1907.08610).
+    lr, b1, b2, eps, wd, k, alpha = 0.01, 0.9, 0.95, 1e-3, 0.5, 4, 0.3
+
+    def step(t, x, g, memory):
+        slow = memory.setdefault("slow", x)
+        if centralize and g.ndim > 1:
+            g = g - g.mean(axis=tuple(range(1, g.ndim)), keepdims=True)
+        m, v = averages(memory, g, b1, b2)
+        limit = 2 / (1 - b2) - 1
+        rho = limit - 2 * t * b2**t / (1 - b2**t)
+        moved = m / (1 - b1**t)
+        if rho > 5:
+            moved = moved * exact_factor(b2, t) * math.sqrt(1 - b2**t) / (np.sqrt(v) + eps)
+        x = x - lr * wd * x - lr * moved
+        if t % k == 0:
+            x = memory["slow"] = slow + alpha * (x - slow)
+        return x
+
+    settings = {"sync_period": k, "slow_step_size": alpha, "weight_decay": wd}
+    assert_follows(adaptive_opt.ranger(lr, b1, b2, eps, centralize=centralize, **settings), step)
+
+
+def test_nadamw_in_the_form_of_keras_adamw_follows_its_formulas(x64):
+    # Dozat's NAdam with the momentum schedule of Keras 2, and AdamWR's two decays and restarts.
+    lr, b1, b2, eps, l1, l2, period = 0.01, 0.9, 0.95, 1e-3, 0.02, 0.1, 7
+
+    def step(t, x, g, memory):
+        m, v = averages(memory, g, b1, b2)
+        now, ahead = (b1 * (1 - 0.5 * 0.96 ** (0.004 * n)) for n in (t, t + 1))
+        product = memory["product"] = memory.get("product", 1.0) * now
+        g_corrected, m_corrected = g / (1 - product), m / (1 - product * ahead)
+        moved = (1 - now) * g_corrected + ahead * m_corrected
+        eta = 0.5 * (1 + math.cos(math.pi * ((t - 1) % period) / period))
+        adam_step = lr * moved / (np.sqrt(v / (1 - b2**t)) + eps)
+        return x - eta * (adam_step + l2 * x + l1 * np.sign(x))
+
+    settings = {"weight_decay": l2, "l1": l1, "schedule": warm_restarts(period)}
+    assert_follows(adaptive_opt.nadamw(lr, b1, b2, eps, convention="keras-adamw", **settings), step)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.8])
+def test_rmsprop_in_the_form_of_tf1_follows_its_formulas(momentum, x64):
+    lr, decay, eps = 0.01, 0.9, 1e-3
+
+    def step(t, x, g, memory):
+        ms = memory["ms"] = decay * memory.get("ms", 1.0) + (1 - decay) * g * g
+        mom = (momentum or 0.0) * memory.get("mom", 0.0) + lr * g / np.sqrt(ms + eps)
+        memory["mom"] = mom
+        return x - mom
+
+    assert_follows(rmsprop(lr, decay, eps, momentum=momentum, convention="tf1"), step)

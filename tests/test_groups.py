@@ -132,6 +132,86 @@ def test_a_pattern_that_matches_nothing_is_an_error_unless_it_may():
     fine.optimizer(adam, 1e-3).init(PARAMS)
 
 
+def test_a_group_whose_parameters_belong_to_others_is_an_error_that_names_them():
+    message = (
+        r"the group 'b/bias' gets no parameter: all it matches \(b/bias\) belong to 'b', which"
+        " stands before it. Put it first"
+    )
+    groups = ParameterGroups([Group("b"), Group("b/bias", weight_decay=0.0)], default=Group())
+    for use in (groups.labels, groups.report, groups.optimizer(adamw, 1e-3).init):
+        with pytest.raises(ValueError, match=message):
+            use(PARAMS)
+    fine = ParameterGroups([Group("b"), Group("b/bias", may_be_empty=True)], default=Group())
+    assert fine.labels(PARAMS)["b"]["bias"] == "b"
+
+
+@pytest.mark.parametrize(
+    "of", [layerwise_learning_rates, lambda names, decay: gradual_unfreezing(names, 5, decay=decay)]
+)
+def test_layers_are_found_by_their_whole_names(of):
+    names = [f"layer_{i}" for i in range(12)]
+    params = {"params": {name: {"kernel": jnp.ones((2, 2))} for name in names}}
+    groups = of(names, 0.5)
+    report = ParameterGroups(groups).report(params)
+    by_path = {line.path: line.group for line in report}
+    assert by_path == {f"params/{n}/kernel": g.pattern for n, g in zip(names, groups, strict=True)}
+    nested = {"encoder": {"0": jnp.ones(1)}, "decoder": {"0": jnp.ones(1), "1": jnp.ones(1)}}
+    either = ParameterGroups(of(["encoder/0", "decoder/0|decoder/1"], 0.5))
+    assert [line.settings for line in either.report(nested)][:2] == ["as given"] * 2
+
+
+def test_a_group_without_gradients_stands_still():
+    groups = ParameterGroups([Group("^a$"), Group("^b", weight_decay=0.1)])
+    optimizer = groups.optimizer(adamw, 1e-2, weight_decay=0.0)
+    state = optimizer.init(PARAMS)
+    gradients = {"a": ONES["a"], "b": {"kernel": None, "bias": None}}
+    updates, after = jax.jit(optimizer.update)(gradients, state, PARAMS)
+    plain = adamw(1e-2, weight_decay=0.0)
+    assert_bit_equal(updates, plain.update(gradients, plain.init(PARAMS), PARAMS)[0])
+    before_b, after_b = (optax.tree.get_all_with_path(s, "mu")[1][1] for s in (state, after))
+    assert_bit_equal(after_b, before_b)
+
+
+def test_none_among_the_parameters_is_nobodys():
+    params = {"a": jnp.ones(2), "static": None}
+    optimizer = ParameterGroups([Group("a")], default=Group()).optimizer(adam, 1e-2)
+    plain = adam(1e-2)
+    expected = plain.update(params, plain.init(params), params)[0]
+    assert_bit_equal(optimizer.update(params, optimizer.init(params), params)[0], expected)
+
+
+def test_a_group_frozen_until_a_step_takes_gradients_narrower_than_its_parameters():
+    for gradient, param in (("bfloat16", "float32"), ("float32", "bfloat16")):
+        g, x = {"w": jnp.ones(2, gradient)}, {"w": jnp.ones(2, param)}
+        optimizer = ParameterGroups([Group(".", freeze=1)]).optimizer(sgd, 0.5)
+        _, _, history = train(optimizer, x, [g] * 2)
+        assert [u["w"].dtype for _, u in history] == [jnp.float32] * 2
+        assert [float(u["w"][0]) for _, u in history] == [0.0, -0.5]
+
+
+def test_a_parameter_called_value_keeps_its_name():
+    params = {"attention": {"query": jnp.ones(2), "value": jnp.ones(2)}}
+    groups = ParameterGroups([Group("attention/value$", freeze=True)], default=Group())
+    assert [line.path for line in groups.report(params)] == ["attention/query", "attention/value"]
+    assert groups.labels(params)["attention"]["value"] == "attention/value$"
+
+
+def test_the_boolean_of_numpy_freezes_as_pythons_does():
+    assert Group("a", freeze=np.True_).settings() == "frozen"
+    assert Group("a", freeze=np.False_).settings() == "as given"
+    assert Group("a", freeze=np.int64(3)).settings() == "frozen until step 3"
+
+
+def test_a_recipe_that_takes_anything_takes_weight_decay():
+    def recipe(learning_rate, **settings):
+        return adamw(learning_rate, **settings)
+
+    groups = ParameterGroups([Group("b", weight_decay=0.5)], default=Group())
+    optimizer, zeros = groups.optimizer(recipe, 0.1), jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["b"]["bias"], -0.05, rtol=1e-6)
+
+
 def test_a_multiplier_scales_numbers_and_schedules_and_what_is_given_is_left_alone():
     groups = ParameterGroups([Group("^a$", learning_rate=0.1)], default=Group())
     for rate in (1e-2, optax.constant_schedule(1e-2)):
@@ -199,8 +279,31 @@ def test_groups_work_in_an_nnx_optimizer():
             lambda: ParameterGroups([Group("a", weight_decay=0.1)]).optimizer(adam, 1e-3),
             "sets weight_decay, which adam does not take",
         ),
+        (lambda: Group("a", freeze=2.7), "freeze must be True, False, or the step .* got 2.7"),
+        (lambda: Group("a", freeze="x"), "freeze must be True, False, or the step .* got 'x'"),
+        (lambda: Group("a", freeze=-1), "freeze must be True, False, or the step .* got -1"),
+        (
+            lambda: ParameterGroups([Group("a")], default=Group("kernel", freeze=True)),
+            "no pattern matches, but was given the pattern 'kernel'",
+        ),
+        (lambda: ParameterGroups([Group("")]), "every group in the table needs a pattern"),
+        (lambda: ParameterGroups([Group(freeze=True)]), "needs a pattern; .* default=Group"),
+        (lambda: gradual_unfreezing(["a"], 2.5), "steps must be whole and at least 1, got 2.5"),
     ],
 )
 def test_tables_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ParameterGroups([{"pattern": "x"}]), "the table is made of groups, such as Group"),
+        (lambda: Group(3), "a group's pattern must be a string, got 3"),
+        (lambda: Group("a", learning_rate=lambda t: 0.1), "must be a number and not a schedule"),
+    ],
+)
+def test_tables_of_something_else_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
         make()

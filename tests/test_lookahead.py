@@ -112,8 +112,18 @@ def test_a_nan_does_not_stay_longer_than_in_the_inner_optimizer():
 
 def test_misuse_is_named():
     x = jnp.ones(1)
-    with pytest.raises(ValueError, match="sync_period must be finite and at least 1, got 0"):
-        lookahead(sgd(0.1), 0)
+    for wrong in (0, 2.5, np.inf):
+        with pytest.raises(
+            ValueError, match=f"sync_period must be whole and at least 1, got {wrong}"
+        ):
+            lookahead(sgd(0.1), wrong)
+    for wrong in (1.5, -0.1):
+        with pytest.raises(ValueError, match=rf"slow_step_size must be in \[0, 1\], got {wrong}"):
+            lookahead(sgd(0.1), 5, wrong)
+    with pytest.raises(TypeError, match="sync_period must be a number and not a schedule"):
+        lookahead(sgd(0.1), optax.constant_schedule(5))
+    with pytest.raises(TypeError, match=r"lookahead takes an optimizer, such as lookahead\(adam"):
+        lookahead(sgd)
     with pytest.raises(ValueError, match="lookahead needs the parameters"):
         lookahead(sgd(0.1)).update(x, lookahead(sgd(0.1)).init(x))
     assert [part.name for part in describe(lookahead(sgd(0.1), 5)).parts] == ["sgd"]

@@ -15,6 +15,7 @@ from common import ADAMS, RECIPES, normal_tree
 import adaptive_opt
 from adaptive_opt import (
     AdaptiveStep,
+    adadelta_units,
     adam,
     adamod,
     adamod_momental_bound,
@@ -22,6 +23,7 @@ from adaptive_opt import (
     adaptive,
     amsgrad,
     amsgrad_max,
+    centered_moment,
     close_step,
     debias,
     debias_rate,
@@ -37,6 +39,7 @@ from adaptive_opt import (
     scale_rate,
     second_moment,
     stage,
+    sum_of_squares,
 )
 
 # Each stage, and the stages that have to stand before it. Written from the papers' listings and not
@@ -175,11 +178,77 @@ def test_a_flat_chain_refuses_what_a_bracket_refuses():
         ),
         ([first_moment(0.9), first_moment(0.9)], "two stages keep a buffer called 'mu'"),
         ([scale_by_adam(), amsgrad_max(name="nu")], "two stages keep a buffer called 'nu'"),
+        (
+            [second_moment(0.9, scope="tensor"), amsgrad_max(scope="tree"), per_weight_rate(0.0)],
+            "amsgrad_max has the scope 'tree', but the second moment, set by second_moment, has"
+            " 'tensor'. Put the same scope= into both",
+        ),
+        (
+            [second_moment(0.9), per_weight_rate(0.0), adamod_momental_bound(scope="tensor")],
+            "adamod_momental_bound has the scope 'tensor', but the second moment.* 'weight'",
+        ),
+        (
+            [second_moment(0.9, scope="tree"), centered_moment(0.9), per_weight_rate(0.0)],
+            r"centered_moment has the scope 'weight', but .* 'tree'\. Put .* needs 'weight'",
+        ),
+        (
+            [
+                second_moment(0.9, scope="tensor"),
+                per_weight_rate(0.0),
+                adamod_momental_bound(scope="tree"),
+            ],
+            "adamod_momental_bound has the scope 'tree', but .* 'tensor'",
+        ),
+        (
+            [second_moment(0.9, scope="tree"), per_weight_rate(0.0), adadelta_units(0.9, 0.1)],
+            "adadelta_units has the scope 'weight', but .* 'tree'",
+        ),
+        (
+            [sum_of_squares(), amsgrad_max(scope="tree"), per_weight_rate(0.0)],
+            "amsgrad_max has the scope 'tree', but the second moment, set by sum_of_squares, has",
+        ),
     ],
 )
 def test_the_error_of_a_wrong_list_names_the_stage_and_its_place(stages, message):
     with pytest.raises(ValueError, match=message):
         adaptive(*stages)
+
+
+def test_a_flat_chain_refuses_a_scope_that_differs_when_it_is_traced():
+    stages = second_moment(0.9, scope="tensor"), amsgrad_max(scope="tree"), per_weight_rate(0.0)
+    flat, x = optax.chain(open_step(), *stages, close_step()), {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match="amsgrad_max has the scope 'tree', but the second moment"):
+        flat.update(x, flat.init(x), x)
+
+
+def test_a_scope_that_agrees_is_welcome_and_so_is_one_that_is_not_said():
+    for scope in ("weight", "tensor", "tree"):
+        for told in ({}, {"scope": scope}):
+            adaptive(
+                first_moment(0.9),
+                second_moment(0.9, scope=scope),
+                amsgrad_max(**told),
+                per_weight_rate(1e-8),
+                adamod_momental_bound(**told),
+            )
+
+
+def test_a_stage_may_keep_one_number_for_rates_of_every_weight():
+    @stage(reads=("rate",), replaces=("rate",), keeps="rate", scope="tree")
+    def halving(*, name="halvings", dtype=None):
+        def line(step, n):
+            n = step.map(lambda n: n + 1, n)
+            return step.replace(rate=step.map(lambda r, n: r / 2**n, step.rate, n)), n
+
+        return line
+
+    rule, x = (
+        adaptive(scale_by_adam(0.5, 0.5, 0.0), halving()),
+        {"a": jnp.ones(2), "b": jnp.ones(())},
+    )
+    updates, state = rule.update(x, rule.init(x))
+    np.testing.assert_allclose(updates["a"], 0.5, rtol=1e-6)
+    assert state.buffers["halvings"] == 1
 
 
 def test_a_second_buffer_of_a_kind_is_welcome_under_another_name():
@@ -350,6 +419,11 @@ def test_a_stage_that_only_reads_the_rate_leaves_it_a_rule():
 # --- Values --------------------------------------------------------------------------------------
 
 WRONG_VALUES = [
+    (lambda: amsgrad_max(scope="layer"), "scope must be one of 'weight', 'tensor', 'tree', got"),
+    (
+        lambda: adamod_momental_bound(scope="layer"),
+        "scope must be one of 'weight', 'tensor', 'tree', got 'layer'",
+    ),
     (lambda: adam(1e-3, b1=1.0), r"b1 must be in \[0, 1\), got 1\."),
     (lambda: adam(1e-3, b2=-0.1), r"b2 must be in \[0, 1\), got -0.1\."),
     (lambda: adam(1e-3, eps=-1e-8), "eps must be finite and at least 0, got -1e-08"),
@@ -384,11 +458,15 @@ WRONG_VALUES = [
     (lambda: adam(1e-3, nesterov=True, convention="keras"), "nesterov=True is not defined"),
     (
         lambda: adamw(1e-3, schedule=lambda t: 1.0),
-        'schedule= belongs to the conventions "paper" and "keras-adamw"',
+        "schedule= belongs to the convention 'paper' or 'keras-adamw'; under 'torch' give",
     ),
     (
         lambda: adamw(lambda t: 1.0, convention="paper"),
         "give a number, and its course as schedule=",
+    ),
+    (
+        lambda: adaptive_opt.nadamw(1e-3, schedule=lambda t: 1.0),
+        "schedule= belongs to the convention 'keras-adamw'; under 'torch' give",
     ),
     (lambda: adam(jnp.bfloat16(1e-3)), "learning_rate arrived as bfloat16.*hyperparam_dtype"),
     (lambda: adam(1e-3, b2=jnp.float16(0.999)), "b2 arrived as float16.*hyperparam_dtype"),

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal, gradient_trees, normal_tree, train
+from common import (
+    EVERY_CONVENTION,
+    RECIPES,
+    assert_bit_equal,
+    buffers_of,
+    gradient_trees,
+    normal_tree,
+    train,
+)
+
+from adaptive_opt import rmsprop, sgd
 
 EACH = pytest.mark.parametrize("recipe", RECIPES)
 
@@ -52,6 +62,38 @@ def test_vmap_over_learning_rates_equals_one_at_a_time(recipe):
     for i, lr in enumerate(rates):
         for a, b in zip(*map(jax.tree.leaves, (together, alone(lr))), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", EVERY_CONVENTION)
+def test_a_jitted_update_with_injected_hyperparameters_equals_the_plain_recipe(recipe, x64):
+    # Everything that is a number in the signature is traced there, and an array in the eager init.
+    make = EVERY_CONVENTION[recipe]
+    params, gradients = normal_tree(dtype=np.float64), list(gradient_trees(8, np.float64))
+    expected, plain_state, _ = train(make(1e-2), params, gradients)
+    actual, state, _ = train(optax.inject_hyperparams(make)(learning_rate=1e-2), params, gradients)
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+    assert buffers_of(state).keys() == buffers_of(plain_state).keys()
+
+
+@pytest.mark.parametrize("recipe", [sgd, rmsprop])
+def test_a_momentum_that_may_be_injected_has_a_buffer_and_one_that_is_not_given_has_none(recipe):
+    x = jnp.ones(2)
+    for momentum, keeps in ((None, False), (0.0, False), (0, False), (jnp.float32(0.0), True)):
+        state = recipe(0.1, momentum=momentum).init(x)
+        assert ("velocity" in buffers_of(state)) == keeps
+    injected = optax.inject_hyperparams(recipe)(learning_rate=0.1, momentum=0.0)
+    plain = recipe(0.1)
+    without = optax.inject_hyperparams(recipe)(learning_rate=0.1)
+    updates, state = jax.jit(without.update)(x, without.init(x), x)
+    assert buffers_of(state).keys() == buffers_of(plain.init(x)).keys()
+    np.testing.assert_allclose(updates, plain.update(x, plain.init(x), x)[0], rtol=1e-6)
+    state = injected.init(x)
+    updates, state = jax.jit(injected.update)(x, state, x)
+    np.testing.assert_allclose(updates, plain.update(x, plain.init(x), x)[0], rtol=1e-6)
+    state.hyperparams["momentum"] = jnp.float32(0.5)  # which is what one injects it for
+    again, _ = jax.jit(injected.update)(x, state, x)
+    assert np.all(again < updates)
 
 
 def test_vmap_over_members_equals_one_at_a_time():
