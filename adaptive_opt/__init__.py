@@ -65,6 +65,11 @@ from adaptive_opt.recipes import (
     radam,
 )
 from adaptive_opt.schedules import OneCycle, normalized_weight_decay, one_cycle, warm_restarts
+from adaptive_opt.single_pass import (
+    enable_single_pass,
+    single_pass,
+    single_pass_stands_aside,
+)
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
 from adaptive_opt.weight_decay import (
@@ -105,6 +110,10 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decay_mask",
     "layerwise_learning_rates",
     "gradual_unfreezing",
+    # Speed.
+    "single_pass",
+    "enable_single_pass",
+    "single_pass_stands_aside",
     # Schedules that optax does not have.
     "one_cycle",
     "warm_restarts",

@@ -215,7 +215,7 @@ def step(name: str, params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
     count = count + 1
     leaves, structure = jax.tree.flatten(params)
     new = [
-        rule(x, g, count.astype(np.float32), *(kept[b] for b in names))
+        rule(x, g, count.astype(x.dtype), *(kept[b] for b in names))
         for x, g, kept in zip(leaves, jax.tree.leaves(gradients), buffers, strict=True)
     ]
     kept = [dict(zip(names, arrays, strict=True)) for _, *arrays in new]
