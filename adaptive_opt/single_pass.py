@@ -56,10 +56,13 @@ def enable_single_pass() -> None:
     """
     if _asked_for():
         return
-    try:  # a setting that JAX refuses to touch once its backend has started
-        jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices)
+    setting = "jax_num_cpu_devices"  # which JAX refuses to change once its backend has started
+    value = getattr(jax.config, setting)
+    try:
+        jax.config.update(setting, value + 2)
     except RuntimeError:
         raise RuntimeError(_TOO_LATE) from None
+    jax.config.update(setting, value)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}{OPTION}".strip()
 
 
@@ -74,7 +77,7 @@ def single_pass_stands_aside() -> str | None:
     >>> reason is None or "single_pass" in reason
     True
     """
-    device = jax.config.jax_default_device
+    device = getattr(jax.config, "jax_default_device")  # noqa: B009 (unknown to type checkers)
     platform = getattr(device, "platform", device) or jax.default_backend()
     if platform != "cpu":
         return f"single_pass is for the CPU; on {platform} XLA merges loops by itself."
@@ -123,7 +126,8 @@ def _bytes_accessed(optimizer: optax.GradientTransformation) -> float:
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-    return compiled.cost_analysis()["bytes accessed"]
+    cost: Any = compiled.cost_analysis()
+    return cost["bytes accessed"]
 
 
 # --- the wrapper ----------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def single_pass(
     >>> optimizer = single_pass(adam(0.1))
     >>> x = jnp.zeros(2)
     >>> updates, state = optimizer.update(jnp.array([1.0, -2.0]), optimizer.init(x), x)
-    >>> print(updates.round(4))
+    >>> print(updates.round(3))
     [-0.1  0.1]
     """
     inner = optax.with_extra_args_support(inner)
