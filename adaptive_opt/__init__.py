@@ -72,6 +72,7 @@ from adaptive_opt.single_pass import (
 )
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
+from adaptive_opt.train_step import train_step
 from adaptive_opt.weight_decay import (
     decoupled_l1_decay,
     decoupled_weight_decay,
@@ -110,7 +111,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decay_mask",
     "layerwise_learning_rates",
     "gradual_unfreezing",
-    # Speed.
+    # Speed and memory.
+    "train_step",
     "single_pass",
     "enable_single_pass",
     "single_pass_stands_aside",
