@@ -25,6 +25,7 @@ from adaptive_opt.groups import (
 )
 from adaptive_opt.guard import SkipNonfiniteState, skip_nonfinite
 from adaptive_opt.lookahead import LookaheadState, lookahead, ranger
+from adaptive_opt.low_memory import LowMemoryState, low_memory
 from adaptive_opt.moments import (
     amsgrad_max,
     centered_moment,
@@ -116,6 +117,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "single_pass",
     "enable_single_pass",
     "single_pass_stands_aside",
+    "low_memory",
     # Schedules that optax does not have.
     "one_cycle",
     "warm_restarts",
@@ -170,6 +172,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "OpenStepState",
     "LookaheadState",
     "SkipNonfiniteState",
+    "LowMemoryState",
     "OneCycle",
     "Description",
 ]
