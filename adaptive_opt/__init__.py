@@ -39,6 +39,7 @@ from adaptive_opt.moments import (
     sum_of_squares,
 )
 from adaptive_opt.moving import convert_state, import_torch_state
+from adaptive_opt.packing import Packing
 from adaptive_opt.rates import (
     adabound_dynamic_bound,
     adadelta_units,
@@ -118,6 +119,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "enable_single_pass",
     "single_pass_stands_aside",
     "low_memory",
+    "Packing",
     # Schedules that optax does not have.
     "one_cycle",
     "warm_restarts",

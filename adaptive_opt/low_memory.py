@@ -34,6 +34,9 @@ _DEFAULTS = {
 }
 """What is not kept in bfloat16."""
 
+_MAXIMA = ("nu_max",)
+"""What only grows is rounded to the nearest: a maximum of random roundings would drift upwards."""
+
 
 class LowMemoryState(NamedTuple):
     """The number of steps, which the rounding noise is made of, and the encoded inner state."""
@@ -105,8 +108,7 @@ def low_memory(
     def chosen(path: Any, size: int) -> str:
         if size < min_size:
             return _WIDE
-        keys = (getattr(key, "name", getattr(key, "key", None)) for key in path)
-        return next((named[key] for key in keys if key in named), "bfloat16")
+        return next((named[key] for key in _names(path) if key in named), "bfloat16")
 
     def encoded(state: Any, count: jax.Array | None) -> Any:
         def encode(path: Any, x: Any) -> Any:
@@ -117,6 +119,8 @@ def low_memory(
                 return x
             if count is None:  # a constant that XLA sees it calculates itself, slowly
                 return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
+            if any(name in _MAXIMA for name in _names(path)):
+                return _ENCODERS[storage](x, None)
             salt = zlib.crc32(jax.tree_util.keystr(path).encode())
             return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
 
@@ -148,3 +152,7 @@ def low_memory(
         return updates, LowMemoryState(count, encoded(new, count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _names(path: Any) -> list[Any]:
+    return [getattr(key, "name", getattr(key, "key", None)) for key in path]
