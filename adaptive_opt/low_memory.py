@@ -34,8 +34,9 @@ _DEFAULTS = {
 }
 """What is not kept in bfloat16."""
 
-_MAXIMA = ("nu_max",)
-"""What only grows is rounded to the nearest: a maximum of random roundings would drift upwards."""
+_NEAREST = ("nu_max", "previous_gradient")
+"""What is no average is rounded to the nearest: a maximum of random roundings would drift upwards,
+and a difference of two gradients grow by the noise."""
 
 
 class LowMemoryState(NamedTuple):
@@ -119,7 +120,7 @@ def low_memory(
                 return x
             if count is None:  # a constant that XLA sees it calculates itself, slowly
                 return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
-            if any(name in _MAXIMA for name in _names(path)):
+            if any(name in _NEAREST for name in _names(path)):
                 return _ENCODERS[storage](x, None)
             salt = zlib.crc32(jax.tree_util.keystr(path).encode())
             return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
