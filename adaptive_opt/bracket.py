@@ -33,9 +33,8 @@ def open_step() -> optax.GradientTransformationExtraArgs:
     """Open a flat chain: a plain gradient goes in, an :class:`AdaptiveStep` comes out.
 
     Counts the gradients (t = 1, 2, ...; saturates at 2^31 - 1), brings them to float32 at least,
-    and
-    notes the dtype that the update will have: promote(gradient, parameter), or the gradient's if
-    ``params`` is not given. The direction is the gradient until a stage replaces it.
+    and notes the dtype that the update will have: promote(gradient, parameter), or the gradient's
+    if ``params`` is not given. The direction is the gradient until a stage replaces it.
 
     State: ``OpenStepState(count)``. TypeError if the step is open already.
 

@@ -192,9 +192,8 @@ def rmsprop(
 
     Tieleman & Hinton 2012; centered: Graves 2013, arXiv:1308.0850. With the scope "tree" all
     weights share one rate and the step has the gradient's direction: the choice of Su Jianlin's ODE
-    view of
-    RMSprop. With b2 = 0 and eps = 0 it is sign descent per weight, normalised gradient descent for
-    the tree. None of the forms corrects the bias of v.
+    view of RMSprop. With b2 = 0 and eps = 0 it is sign descent per weight, normalised gradient
+    descent for the tree. None of the forms corrects the bias of v.
 
     Args:
       learning_rate, mask, state_dtype: see the module.
@@ -303,9 +302,8 @@ def adadelta(
     """The gradient in the units of the parameters: ``x - lr sqrt(s + eps) / sqrt(v + eps) g``.
 
     Zeiler 2012, arXiv:1212.5701, Algorithm 1. Equals ``torch.optim.Adadelta``, ``optax.adadelta``
-    and ``keras.optimizers.Adadelta``, given the same numbers (Keras defaults to rho 0.95, eps 1e-7,
-    lr
-    1e-3).
+    and ``keras.optimizers.Adadelta``, given the same numbers (Keras defaults to rho 0.95, eps 1e-7
+    and lr 1e-3).
 
     Args:
       learning_rate, mask, state_dtype: see the module; 1 is the paper's.

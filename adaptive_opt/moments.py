@@ -451,9 +451,8 @@ def heavy_ball(
     """Momentum: ``w_t = momentum w_{t-1} + (1 - dampening) d_t``, with ``w_1 = d_1``.
 
     Reads and replaces ``direction`` by ``w_t``, or with ``nesterov`` by ``d_t + momentum w_t``. It
-    is
-    a sum and not an average: at a constant direction it grows to ``1 / (1 - momentum)`` of it. The
-    first value is not dampened, as in ``torch.optim.SGD``. Polyak 1964; Sutskever et al. 2013.
+    is a sum and not an average: at a constant direction it grows to ``1 / (1 - momentum)`` of it.
+    The first value is not dampened, as in ``torch.optim.SGD``. Polyak 1964; Sutskever et al. 2013.
 
     Args:
       momentum: in [0, 1), or a schedule of it.

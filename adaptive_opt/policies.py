@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -371,7 +371,7 @@ def choose(name: str, value: str, allowed: Mapping[str, T]) -> T:
     return allowed[value]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[Any]:
     """Whether the value of a hyperparameter is known before anything runs."""
     if isinstance(value, jax.Array):
         return not isinstance(value, Tracer) and value.is_fully_addressable

@@ -15,7 +15,7 @@ from adaptive_opt.policies import (
     Hyperparameter,
     Tree,
     check_nonnegative,
-    is_zero,
+    is_number,
     map_leaves,
     map_none,
     update_dtypes,
@@ -120,7 +120,7 @@ def _decay(
         check_nonnegative(learning_rate=learning_rate)
 
     def combine(updates: Tree, params: Tree, count: Any) -> Tree:
-        if is_zero(strength):
+        if is_number(strength) and float(strength) == 0:  # an array of inject_hyperparams, too
             return updates
         if params is None:
             raise ValueError(

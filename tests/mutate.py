@@ -65,7 +65,8 @@ MUTANTS = [
      "the length of AdaMod's memory is off by one"),
     ("rates", '"high": final * (1 + 1 / t)', '"high": final * (1 + 1 / (t + 1))',
      "AdaBound's upper bound"),
-    ("rates", "reliable = rho >= threshold", "reliable = rho >= threshold + 0.5",
+    ("rates", "reliable = rho >= step.at(threshold)",
+     "reliable = rho >= step.at(threshold) + 0.5",
      "RAdam's threshold"),
     ("rates", "(rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho",
      "(rho - 4) / (limit - 4) * (rho - 2) / (limit - 2)", "RAdam's rectifier lacks a factor"),
@@ -78,7 +79,8 @@ MUTANTS = [
     ("friction", "step.map(jnp.copy, step.gradient)", "step.map(jnp.copy, step.direction)",
      "the direction before in place of the gradient before"),
     ("weight_decay", "u + s * jnp.sign(x)", "u + s * x", "l1 decay is l2"),
-    ("weight_decay", "value_at(learning_rate, count) * s", "s", "decay without the learning rate"),
+    ("weight_decay", "combine_leaves(u, x, s=lr * s)", "combine_leaves(u, x, s=s)",
+     "decay without the learning rate"),
     ("weight_decay", "sign * lr * u", "lr * u", "uphill"),
     ("policies", "return hyperparameter(count - 1)", "return hyperparameter(count)",
      "schedules a step late"),
@@ -133,6 +135,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a part of the description")
     only = parser.parse_args().only
+    for file, old, _, _ in MUTANTS:
+        found = (ROOT / "adaptive_opt" / f"{file}.py").read_text().count(old)
+        if found != 1:
+            print(f"{file}.py should hold {old!r} once, but does {found} times")
+            return 2
     survived = 0
     for file, old, new, what in MUTANTS:
         if only not in what:
@@ -144,11 +151,7 @@ def main() -> int:
             for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
                 shutil.copy(ROOT / name, copy / name)
             path = copy / "adaptive_opt" / f"{file}.py"
-            text = path.read_text()
-            if text.count(old) != 1:
-                print(f"{file}.py should hold {old!r} once, but does {text.count(old)} times")
-                return 2
-            path.write_text(text.replace(old, new))
+            path.write_text(path.read_text().replace(old, new))
             start = time.monotonic()
             noticed, where = run(copy / "tests", copy)
         survived += not noticed

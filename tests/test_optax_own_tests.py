@@ -175,12 +175,6 @@ EXCEPTIONS = [
         "a momentum of complex parameters is never cast to a real dtype, which loses a half of it",
     ),
     (
-        r"(alias|contrib): .*can_be_wrapped_in_inject_hyperparams.*'our rmsprop of the tree'",
-        AssertionError,
-        "its momentum of 0 has no buffer, but one that is injected may change and has; the updates"
-        " are equal. With static_args=('momentum',) the states are, too",
-    ),
-    (
         r"alias: .*test_optimization .*'our adadelta'.*_setup_rosenbrock.*complex64",
         AssertionError,
         "too slow for 10 000 steps; with its own adadelta, optax skips it",
@@ -195,11 +189,6 @@ EXCEPTIONS = [
         r"contrib: .*test_optimizers .*'our ranger'.*_setup_(matrix|mixed)",
         AssertionError,
         "its centralized gradients leave the mean of every row of a matrix where it was",
-    ),
-    (
-        r"sharding: .*test_init_with_abstract_input_our ranger",
-        TypeError,
-        "its slow weights start at the parameters, so that their shapes are not enough",
     ),
     (
         r"combining: .*ExtraArgsTest.test_extra_args$",
