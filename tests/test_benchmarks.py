@@ -7,7 +7,7 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
-from benchmarks import cases, step
+from benchmarks import cases, low_memory, packed, step
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +56,31 @@ def test_the_cases_have_as_many_leaves_as_they_say():
     shapes = cases.small(2000)
     assert len(shapes) == 2000
     assert all(64 <= n <= 4096 for (n,) in shapes.values())
+
+
+def test_packed_and_unpacked_are_compared_by_their_numbers(tmp_path):
+    options = ["--leaves", "5", "--rounds", "2", "--kinds", "update"]
+    results = packed.main([*options, "--output", str(tmp_path / "packed.json")])
+    assert results == json.loads((tmp_path / "packed.json").read_text())
+    assert set(results["update"]) == {"optax", "ours", "ours, packed"}
+    key = "largest difference of a parameter after ten steps"
+    assert results["update"]["ours, packed"][key] <= 1e-6
+    assert results["update"]["optax"][key] <= 1e-5
+
+
+@pytest.mark.slow
+def test_losses_of_fewer_bits_are_paired_by_seed(tmp_path):
+    options = ["--tasks", "digits", "--optimizers", "adam", "--storages", "8-bit"]
+    size = ["--seeds", "2", "--steps", "20", "--output", str(tmp_path / "low_memory.json")]
+    (row,) = low_memory.main([*options, *size])
+    assert row == json.loads((tmp_path / "low_memory.json").read_text())[0]
+    assert row["float32"] < 2.3  # less than log 10, so it has learnt something
+    assert 0 < abs(row["difference"]) <= 0.01
+
+
+@pytest.mark.slow
+def test_fewer_bits_cost_less_than_a_hundredth_of_a_nat():
+    options = ["--seeds", "8", "--optimizers", "adam", "adamod", "diffgrad"]
+    rows = low_memory.main(options)
+    assert len(rows) == 12
+    assert all(abs(row["difference"]) <= 0.01 for row in rows)
