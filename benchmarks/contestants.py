@@ -36,7 +36,7 @@ class Ready(NamedTuple):
 
 def workers(algorithm: str, *, option: bool) -> dict[str, str]:
     """The contestants of an algorithm, each with the worker it lives in."""
-    found = {"ours": "jax", "hand-fused": "jax"}
+    found = {"ours": "jax", "hand-fused": "jax", "ours in bfloat16": "jax", "ours in 8-bit": "jax"}
     if algorithm in IN_OPTAX:
         found["optax"] = "jax"
     if option:
@@ -106,6 +106,8 @@ def _jax(name: str, algorithm: str, shapes: Shapes) -> Ready:
         "optax": lambda: of_optimizer(of_optax(1e-3)),
         "single_pass(ours)": lambda: of_optimizer(adaptive_opt.single_pass(ours(1e-3))),
         "single_pass(optax)": lambda: of_optimizer(adaptive_opt.single_pass(of_optax(1e-3))),
+        "ours in bfloat16": lambda: of_optimizer(adaptive_opt.low_memory(ours(1e-3))),
+        "ours in 8-bit": lambda: of_optimizer(adaptive_opt.low_memory(ours(1e-3), "8-bit")),
         "hand-fused": by_hand,
         "floor": floor,
     }[name]()

@@ -74,9 +74,16 @@ def started(threads: int) -> Iterator[dict[str, Worker]]:
             worker.process.wait()
 
 
-def measured(running: dict[str, Worker], algorithm: str, shapes: cases.Shapes, rounds: int) -> Any:
+def measured(
+    running: dict[str, Worker],
+    algorithm: str,
+    shapes: cases.Shapes,
+    rounds: int,
+    only: Sequence[str] | None = None,
+) -> Any:
     """For every contestant what is known of it, and the seconds of a step in every round."""
     homes = workers(algorithm, option="jax-option" in running)
+    homes = {name: home for name, home in homes.items() if only is None or name in only}
     facts, times, turns = {}, {name: [] for name in homes}, {}
     for name, home in homes.items():
         ask = running[home]
@@ -105,17 +112,20 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> tuple[float, float, float
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row for every contestant."""
     lines = [
-        "| case | algorithm | contestant | ms | of the floor | of ours | bytes/parameter"
+        "| case | algorithm | contestant | ms | of the floor | of ours | of optax | bytes/parameter"
         " | state bytes/parameter | trace + lower + compile s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, found in results["cases"].items():
         for algorithm, contestants in found["algorithms"].items():
             for name, facts in contestants.items():
                 cells = [case, algorithm, name, f"{statistics.median(facts['seconds']) * 1e3:.2f}"]
-                for other in ("floor", "ours"):
+                for other in ("floor", "ours", "optax"):
+                    if name == other or other not in contestants:
+                        cells.append("")
+                        continue
                     median, low, high = ratio(facts["seconds"], contestants[other]["seconds"])
-                    cells.append("" if name == other else f"{median:.2f} ({low:.2f}..{high:.2f})")
+                    cells.append(f"{median:.2f} ({low:.2f}..{high:.2f})")
                 moved = facts.get("bytes accessed per parameter")
                 cells.append("" if moved is None else f"{moved:.1f}")
                 cells.append(f"{facts['state bytes'] / found['elements']:.1f}")
@@ -144,7 +154,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
         axis.axis("off")
     for axis, (case, algorithm, contestants) in zip(axes.flat, panels, strict=False):
         names = [name for name in contestants if name != "floor"]
-        floor = contestants["floor"]["seconds"]
+        floor = contestants.get("floor", contestants[names[0]])["seconds"]
         spread = [ratio(contestants[name]["seconds"], floor) for name in names]
         middle = [median for median, _, _ in spread]
         errors = [[m - low for m, low, _ in spread], [high - m for m, _, high in spread]]
@@ -166,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--cases", nargs="+", default=["leaf", "transformer", "small"])
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
+    parser.add_argument("--contestants", nargs="+", help="only these")
     parser.add_argument("--elements", type=int, default=1 << 24, help="of the large leaf")
     parser.add_argument("--width", type=int, default=384, help="of the Transformer")
     parser.add_argument("--leaves", type=int, default=2000, help="of the many small ones")
@@ -195,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 "algorithms": {},
             }
             for algorithm in options.algorithms:
-                times = measured(running, algorithm, shapes[case], options.rounds)
+                times = measured(
+                    running, algorithm, shapes[case], options.rounds, options.contestants
+                )
                 found["algorithms"][algorithm] = times
                 print(f"done: {case}, {algorithm}", file=sys.stderr)
     print(table(results))
