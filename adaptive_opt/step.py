@@ -173,7 +173,10 @@ def _leave(update: jax.Array, gradient: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _divide(x: Any, y: jax.Array) -> jax.Array:
-    """x / y, and 0 where y is 0."""
+    """x / y, and 0 where y is 0.
+
+    The quotient comes last: XLA:CPU stores quotients and roots that are used twice, and would store
+    the root as well if its test for 0 were left over.
+    """
     zero = y == 0
-    quotient = x / jnp.where(zero, jnp.ones_like(y), y)
-    return jnp.where(zero, jnp.zeros_like(quotient), quotient)
+    return jnp.where(zero, 0, x) / jnp.where(zero, 1, y)

@@ -21,6 +21,7 @@ TYPES = (
     "OpenStepState",
     "LookaheadState",
     "SkipNonfiniteState",
+    "LowMemoryState",
     "OneCycle",
     "Observation",
     "Sweep",
