@@ -39,6 +39,7 @@ from adaptive_opt.moments import (
     sum_of_squares,
 )
 from adaptive_opt.moving import convert_state, import_torch_state
+from adaptive_opt.observe import Observation, observer
 from adaptive_opt.packing import Packing
 from adaptive_opt.rates import (
     adabound_dynamic_bound,
@@ -75,6 +76,8 @@ from adaptive_opt.single_pass import (
 )
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
+from adaptive_opt.sweep import Sweep, sweep
+from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
 from adaptive_opt.train_step import train_step
 from adaptive_opt.weight_decay import (
     decoupled_l1_decay,
@@ -164,6 +167,12 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decoupled_weight_decay",
     "decoupled_l1_decay",
     "scale_by_learning_rate",
+    # Seeing what it does.
+    "telemetry",
+    "read_telemetry",
+    "rate_histograms",
+    "observer",
+    "sweep",
     # Saving, and moving in and out.
     "checkpoint_header",
     "check_checkpoint",
@@ -182,5 +191,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",
+    "Observation",
+    "Sweep",
     "Description",
 ]

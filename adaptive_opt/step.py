@@ -64,6 +64,8 @@ class AdaptiveStep(metaclass=_SaysWhatToDo):
         moment, then, once a stage has replaced it, values like the second moment.
       update_dtype: the dtype each leaf of the closed step will have.
       ledger: what has been done so far, for the error messages.
+      params: the parameters, if ``update`` was given them.
+      notes: what stages leave for observers to read, by name.
     """
 
     count: jax.Array
@@ -73,10 +75,16 @@ class AdaptiveStep(metaclass=_SaysWhatToDo):
     rate: RateRule | Tree | None = None
     update_dtype: Tree = None
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    params: Tree | None = None
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **fields: Any) -> AdaptiveStep:
         """The same step with some fields replaced."""
         return dataclasses.replace(self, **fields)
+
+    def noting(self, **notes: Any) -> AdaptiveStep:
+        """The same step with something more for observers to read; it changes no update."""
+        return self.replace(notes={**self.notes, **notes})
 
     def at(self, hyperparameter: Hyperparameter) -> Any:
         """The value of a hyperparameter at this step; schedules see ``count - 1``, as in optax."""
@@ -131,7 +139,9 @@ def opened(gradient: Tree, count: jax.Array, params: Tree | None) -> AdaptiveSte
         gradient,
         update_dtype,
     )
-    return AdaptiveStep(count, gradient, direction=gradient, update_dtype=update_dtype)
+    return AdaptiveStep(
+        count, gradient, direction=gradient, update_dtype=update_dtype, params=params
+    )
 
 
 def closed(step: AdaptiveStep) -> Tree:

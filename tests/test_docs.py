@@ -23,6 +23,8 @@ TYPES = (
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",
+    "Observation",
+    "Sweep",
     "Description",
     "Group",
 )
