@@ -55,9 +55,9 @@ def telemetry(
 
     It changes no update: not by a bit where the update is compiled by itself; compiled together
     with a model, XLA may round either program differently in the last place. Only counts and sums
-    leave a group, so parameters may be sharded in any way; inside ``zero1`` it counts what that
-    makes of the parameters, and its numbers are wrong. A quantile is the smallest rate that at
-    least that part of the weights does not exceed, to the last bit of a float32. Weights that share
+    leave a group, so parameters may be sharded in any way. (``zero1`` and ``Packing``, which pad
+    the parameters, refuse it.) A quantile is the smallest rate that at least that part of the
+    weights does not exceed, to the last bit of a float32. Weights that share
     a rate count one by one.
 
     Args:
