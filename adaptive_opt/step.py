@@ -175,8 +175,10 @@ def _leave(update: jax.Array, gradient: jax.Array, dtype: Any) -> jax.Array:
 def _divide(x: Any, y: jax.Array) -> jax.Array:
     """x / y, and 0 where y is 0.
 
-    The quotient comes last: XLA:CPU stores quotients and roots that are used twice, and would store
-    the root as well if its test for 0 were left over.
+    The quotient comes last: XLA:CPU would store the root as well if its test for 0 were left over.
+    An array x is left as it comes, so that ``m / c / y`` is rounded as in optax.
     """
     zero = y == 0
+    if isinstance(x, jax.Array):
+        return x / jnp.where(zero, jnp.inf, y)
     return jnp.where(zero, 0, x) / jnp.where(zero, 1, y)
