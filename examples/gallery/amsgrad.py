@@ -67,7 +67,7 @@ def classify(recipe, keys, steps):
     shown, held_out = digits()
 
     def one(key):
-        params, _ = train(recipe(2e-3), key, shown, steps)
+        params = train(recipe(2e-3), key, shown, steps)
         return accuracy(params, *held_out), cross_entropy(params, *held_out)
 
     return jax.vmap(one)(keys)

@@ -79,7 +79,7 @@ def trained(form, rates, decays, key, steps):
     y = jnp.where(wrong, jax.random.randint(of_labels, y.shape, 0, 10), y)
 
     def one(rate, decay):
-        params, _ = train(form(rate, decay), of_rest, (x, y), steps)
+        params = train(form(rate, decay), of_rest, (x, y), steps)
         return cross_entropy(params, *held_out)
 
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(rates, decays)

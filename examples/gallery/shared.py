@@ -184,14 +184,14 @@ def train(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     data: tuple[jax.Array, jax.Array],
-    steps: int,
+    steps: int | jax.Array,
     *,
     batch: int = 64,
     init: Callable[[jax.Array], Any] = mlp,
     loss: Callable[..., jax.Array] = cross_entropy,
     prepare: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> tuple[Any, jax.Array]:
-    """The parameters after so many steps, and the loss at each; the key draws all there is to draw.
+) -> Any:
+    """The parameters after so many steps; the key draws all there is to draw.
 
     ``prepare(key, x)`` augments a batch.
     """
@@ -199,14 +199,13 @@ def train(
     of_weights, of_batches = jax.random.split(key)
     params = init(of_weights)
 
-    def step(carry: Any, number: jax.Array) -> Any:
+    def step(number: jax.Array, carry: Any) -> Any:
         params, state = carry
         of_batch, of_noise = jax.random.split(jax.random.fold_in(of_batches, number))
         chosen = jax.random.randint(of_batch, (batch,), 0, len(x))
         images = x[chosen] if prepare is None else prepare(of_noise, x[chosen])
-        value, gradients = jax.value_and_grad(loss)(params, images, y[chosen])
+        gradients = jax.grad(loss)(params, images, y[chosen])
         updates, state = optimizer.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        return optax.apply_updates(params, updates), state
 
-    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
-    return params, losses
+    return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
