@@ -25,6 +25,7 @@ from adaptive_opt.groups import (
 )
 from adaptive_opt.guard import SkipNonfiniteState, skip_nonfinite
 from adaptive_opt.lookahead import LookaheadState, lookahead, ranger
+from adaptive_opt.low_memory import LowMemoryState, low_memory
 from adaptive_opt.moments import (
     amsgrad_max,
     centered_moment,
@@ -38,6 +39,8 @@ from adaptive_opt.moments import (
     sum_of_squares,
 )
 from adaptive_opt.moving import convert_state, import_torch_state
+from adaptive_opt.observe import Observation, observer
+from adaptive_opt.packing import Packing
 from adaptive_opt.rates import (
     adabound_dynamic_bound,
     adadelta_units,
@@ -66,8 +69,16 @@ from adaptive_opt.recipes import (
 )
 from adaptive_opt.schedules import OneCycle, normalized_weight_decay, one_cycle, warm_restarts
 from adaptive_opt.sharding import init_sharded, state_shardings
+from adaptive_opt.single_pass import (
+    enable_single_pass,
+    single_pass,
+    single_pass_stands_aside,
+)
 from adaptive_opt.stage import stage
 from adaptive_opt.step import AdaptiveStep, RateRule
+from adaptive_opt.sweep import Sweep, sweep
+from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
+from adaptive_opt.train_step import train_step
 from adaptive_opt.weight_decay import (
     decoupled_l1_decay,
     decoupled_weight_decay,
@@ -111,6 +122,13 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "init_sharded",
     "state_shardings",
     "zero1",
+    # Speed and memory.
+    "train_step",
+    "single_pass",
+    "enable_single_pass",
+    "single_pass_stands_aside",
+    "low_memory",
+    "Packing",
     # Schedules that optax does not have.
     "one_cycle",
     "warm_restarts",
@@ -149,6 +167,12 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decoupled_weight_decay",
     "decoupled_l1_decay",
     "scale_by_learning_rate",
+    # Seeing what it does.
+    "telemetry",
+    "read_telemetry",
+    "rate_histograms",
+    "observer",
+    "sweep",
     # Saving, and moving in and out.
     "checkpoint_header",
     "check_checkpoint",
@@ -165,6 +189,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "OpenStepState",
     "LookaheadState",
     "SkipNonfiniteState",
+    "LowMemoryState",
     "OneCycle",
+    "Observation",
+    "Sweep",
     "Description",
 ]

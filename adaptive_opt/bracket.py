@@ -10,8 +10,9 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.describe import describe_as, described
+from adaptive_opt.observe import init_observations, observe
 from adaptive_opt.policies import Tree
-from adaptive_opt.stage import Stage, checked, init_buffers, rules_of, run
+from adaptive_opt.stage import Rule, Stage, checked, init_buffers, rules_of, run
 from adaptive_opt.step import AdaptiveStep, closed, opened
 
 
@@ -92,7 +93,7 @@ def adaptive(
     stages is checked here and not first when it is traced.
 
     Args:
-      *stages: the lines of the algorithm, in order.
+      *stages: the lines of the algorithm, in order, and observers (``telemetry``) among them.
       state_dtype: the dtype of every buffer that is not given its own; default: the parameter's,
         float32 for 16-bit parameters. Averages of rates stay in float32 at least.
 
@@ -113,11 +114,14 @@ def adaptive(
                 f" {type(given).__name__}. An optax transformation goes before or after it in"
                 " optax.chain(...)."
             )
-    rules = checked(rule for given in stages for rule in rules_of(given) or ())
+    listed = checked(rule for given in stages for rule in rules_of(given) or ())
+    rules = tuple(rule for rule in listed if isinstance(rule, Rule))
+    observers = {rule.buffer.name for rule in listed if not isinstance(rule, Rule)}
 
     def init(params: Tree) -> AdaptiveState:
         count = jnp.zeros([], jnp.int32)
-        return AdaptiveState(count, init_buffers(rules, params, state_dtype))
+        buffers = init_buffers(rules, params, state_dtype)
+        return AdaptiveState(count, buffers | init_observations(listed))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
@@ -133,8 +137,10 @@ def adaptive(
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         step = opened(updates, count, params)
-        step, buffers = run(rules, step, state.buffers, state_dtype)
-        return closed(step), AdaptiveState(count, buffers)
+        kept = {name: buffer for name, buffer in state.buffers.items() if name not in observers}
+        seen, kept = observe(listed, step, kept, state.buffers, state_dtype)
+        step, buffers = run(rules, step, kept, state_dtype)
+        return closed(step), AdaptiveState(count, buffers | seen)
 
     settings = {"state_dtype": state_dtype}
     bracket = optax.GradientTransformationExtraArgs(init, update)

@@ -2,8 +2,8 @@
 
 The conventions are those of ``recipes``, which see: every recipe is an ``optax.chain``,
 ``learning_rate`` is a number, a traced scalar or a schedule, other numbers may be schedules too,
-``state_dtype`` is the dtype of the buffers, and ``convention`` chooses among public implementations
-of one name.
+``observers`` watch, ``state_dtype`` is the dtype of the buffers, and ``convention`` chooses among
+public implementations of one name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from adaptive_opt.moments import (
     second_moment,
     sum_of_squares,
 )
+from adaptive_opt.observe import Observers, watched
 from adaptive_opt.policies import (
     Hyperparameter,
     Scope,
@@ -59,6 +60,7 @@ def sgd(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     convention: str = "torch",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Gradient descent with momentum.
@@ -87,9 +89,10 @@ def sgd(
         "torch": (*ball, uniform_rate(learning_rate)),
         "keras": (uniform_rate(learning_rate), apply_rate(), *ball),
     }
+    watch = watched(observers, learning_rate, b1=momentum, weight_decay=weight_decay, inside=True)
     return optax.chain(
         l2_regularization(weight_decay, mask),
-        adaptive(*choose("convention", convention, listings), state_dtype=state_dtype),
+        adaptive(*choose("convention", convention, listings), *watch, state_dtype=state_dtype),
         optax.scale(-1.0),
     )
 
@@ -117,6 +120,7 @@ def sgdw(
     dampening: Hyperparameter = 0.0,
     convention: str = "paper",
     schedule: optax.Schedule | None = None,
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """SGD with momentum and decoupled weight decay.
@@ -163,9 +167,17 @@ def sgdw(
         "paper": (uniform_rate(learning_rate), scale_rate(eta), apply_rate(), *ball),
         "torch": (*ball, uniform_rate(learning_rate)),
     }
+    watch = watched(
+        observers,
+        learning_rate,
+        b1=momentum,
+        weight_decay=weight_decay,
+        inside=True,
+        schedule=schedule,
+    )
     times = eta if convention == "paper" else learning_rate
     return optax.chain(
-        adaptive(*choose("convention", convention, listings), state_dtype=state_dtype),
+        adaptive(*choose("convention", convention, listings), *watch, state_dtype=state_dtype),
         *decays(weight_decay, l1, mask, learning_rate=times),
         optax.scale(-1.0),
     )
@@ -186,6 +198,7 @@ def rmsprop(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     convention: str = "torch",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """The gradient over the root of the average of its squares: ``x - lr g / (sqrt(v) + eps)``.
@@ -228,12 +241,16 @@ def rmsprop(
     ball = _momentum(momentum, nesterov)
     used = (apply_rate(), *ball) if ball else ()
     outside, inside = per_weight_rate(eps), per_weight_rate(0.0, eps)
+    known = {"b1": momentum, "weight_decay": weight_decay}
+    watch = watched(observers, learning_rate, **known, inside=convention != "torch")
     after = (
-        adaptive(*moments, outside, *used, state_dtype=state_dtype),
+        adaptive(*moments, outside, *used, *watch, state_dtype=state_dtype),
         scale_by_learning_rate(learning_rate),
     )
     within = (
-        adaptive(*moments, inside, scale_rate(learning_rate), *used, state_dtype=state_dtype),
+        adaptive(
+            *moments, inside, scale_rate(learning_rate), *used, *watch, state_dtype=state_dtype
+        ),
         optax.scale(-1.0),
     )
     forms = {"torch": after, "optax": within, "keras": within, "tf1": within}
@@ -251,6 +268,7 @@ def adagrad(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     convention: str = "torch",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """The gradient over the root of all its squares: ``x - lr g / (sqrt(sum g^2) + eps)``.
@@ -283,6 +301,7 @@ def adagrad(
         adaptive(
             sum_of_squares(initial=initial_accumulator_value),
             choose("convention", convention, rates),
+            *watched(observers, learning_rate, weight_decay=weight_decay),
             state_dtype=state_dtype,
         ),
         scale_by_learning_rate(learning_rate),
@@ -297,6 +316,7 @@ def adadelta(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """The gradient in the units of the parameters: ``x - lr sqrt(s + eps) / sqrt(v + eps) g``.
@@ -324,6 +344,7 @@ def adadelta(
             second_moment(rho),
             per_weight_rate(0.0, eps),
             adadelta_units(rho, eps),
+            *watched(observers, learning_rate, weight_decay=weight_decay),
             state_dtype=state_dtype,
         ),
         scale_by_learning_rate(learning_rate),
@@ -340,6 +361,7 @@ def adamax(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     convention: str = "torch",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam with the largest recent gradient in place of the second moment: ``x - lr m^ / u``.
@@ -377,6 +399,7 @@ def adamax(
             first_moment(b1),
             debias(b1),
             *choose("convention", convention, listings),
+            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay),
             state_dtype=state_dtype,
         ),
         scale_by_learning_rate(learning_rate),

@@ -135,7 +135,8 @@ def _named_after(factory: Callable[P, Tx], parts: tuple[()] | None) -> Callable[
     def make(*args: P.args, **kwargs: P.kwargs) -> Tx:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        return describe_as(factory(*args, **kwargs), factory.__name__, given.arguments, parts)
+        settings = {k: v for k, v in given.arguments.items() if k != "observers"}  # they are parts
+        return describe_as(factory(*args, **kwargs), factory.__name__, settings, parts)
 
     return make
 

@@ -53,15 +53,18 @@ def diffgrad_friction(
     """
     friction = choose("friction", kind, FRICTIONS)
 
-    def damped(direction, gradient, before):
+    def friction_of(direction, gradient, before):
+        del direction  # it is there for its width
         if kind == "signed" and jnp.iscomplexobj(gradient):
             raise TypeError(
                 'friction "signed" has no meaning for complex gradients: use "absolute" or "wide".'
             )
-        return direction * friction(gradient, before)
+        return friction(gradient, before)
 
     def line(step, before):
-        direction = step.map(damped, step.direction, step.gradient, before)
-        return step.replace(direction=direction), step.map(jnp.copy, step.gradient)
+        xi = step.map(friction_of, step.direction, step.gradient, before)
+        direction = step.map(jnp.multiply, step.direction, xi)
+        damped = step.replace(direction=direction).noting(friction=xi)
+        return damped, step.map(jnp.copy, step.gradient)
 
     return line

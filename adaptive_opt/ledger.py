@@ -34,6 +34,7 @@ class Declaration:
     scope: Scope | None
     """What has a number of its own in its buffer; None: whatever has one in the second moment."""
     takes_scope: bool
+    limits: Field | None = None
 
 
 @dataclasses.dataclass(frozen=True)

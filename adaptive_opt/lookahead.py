@@ -10,6 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.describe import described_around, recipe
+from adaptive_opt.observe import Observers
 from adaptive_opt.policies import (
     Hyperparameter,
     Tree,
@@ -135,6 +136,7 @@ def ranger(
     weight_decay: Hyperparameter = 0.0,
     mask: Any = None,
     convention: str = "torch",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RAdam inside Lookahead.
@@ -145,8 +147,8 @@ def ranger(
     Flax last).
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay, mask, convention, state_dtype: see ``radam``; the
-        weight decay is decoupled.
+      learning_rate, b1, b2, eps, weight_decay, mask, convention, observers, state_dtype: see
+        ``radam``; the weight decay is decoupled.
       sync_period, slow_step_size: see ``lookahead``.
       centralize: whether the gradients of arrays of rank 2 and more are centralised.
 
@@ -167,6 +169,7 @@ def ranger(
         weight_decay=weight_decay,
         mask=mask,
         decay="decoupled",
+        observers=observers,
         state_dtype=state_dtype,
     )
     centralized = (optax.centralize(),) if centralize else ()

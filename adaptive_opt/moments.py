@@ -491,7 +491,12 @@ def heavy_ball(
     return line
 
 
-@stage(reads=("second_moment",), replaces=("second_moment",), keeps="second_moment")
+@stage(
+    reads=("second_moment",),
+    replaces=("second_moment",),
+    keeps="second_moment",
+    limits="second_moment",
+)
 def amsgrad_max(
     *, scope: Scope | None = None, name: str = "nu_max", dtype: DTypeLike | None = None
 ) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from adaptive_opt.describe import describe
+from adaptive_opt.observe import Observation
 from adaptive_opt.policies import Tree, dtype_of
 
 _OWN_NAMES = {
@@ -322,6 +323,8 @@ def _take_apart(state: Any) -> tuple[dict[str, Tree], list[Any]]:
     def take(name: str, value: Any) -> Any:
         if name == "count":
             counts.append(value)
+        elif isinstance(value, Observation):
+            pass  # what was seen of one optimizer says nothing of another
         elif name in found:
             raise ValueError(
                 f"the state has several buffers {name!r}. Move the optimizers of parameter groups"

@@ -242,7 +242,9 @@ def decay_of_memory(steps: Hyperparameter) -> Hyperparameter:
     return (lambda count: 1 - 1 / steps(count)) if callable(steps) else 1 - 1 / steps
 
 
-@stage(reads=("rate",), replaces=("rate",), keeps="rate", scope=None, bounds_rate=True)
+@stage(
+    reads=("rate",), replaces=("rate",), keeps="rate", scope=None, bounds_rate=True, limits="rate"
+)
 def adamod_momental_bound(
     b3: Hyperparameter | None = None,
     *,
@@ -293,7 +295,7 @@ def adamod_momental_bound(
     return line
 
 
-@stage(reads=("rate",), replaces=("rate",), bounds_rate=True)
+@stage(reads=("rate",), replaces=("rate",), bounds_rate=True, limits="rate")
 def adabound_dynamic_bound(
     final_learning_rate: Hyperparameter = 0.1, gamma: Hyperparameter = 1e-3
 ) -> Any:
@@ -353,7 +355,7 @@ def simple_average_length(b2: Any, count: Any) -> Any:
     return jnp.where(x < 0.5, early, 2 / (1 - b2) - 1 - 2 * t / jnp.expm1(x))
 
 
-@stage(reads=("rate",), replaces=("rate",), bounds_rate=True)
+@stage(reads=("rate",), replaces=("rate",), bounds_rate=True, limits="rate")
 def radam_rectifier(
     b2: Hyperparameter,
     *,

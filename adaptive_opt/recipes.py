@@ -4,9 +4,10 @@ Every recipe is an ``optax.chain``. ``learning_rate`` is a number, a traced scal
 function of the 0-based step number); ``b1``, ``b2``, ``b3`` are decays in [0, 1); ``eps`` is at
 least 0, in the units of a gradient; ``weight_decay`` is at least 0, and ``mask`` says which
 parameters decay. ``state_dtype`` is the dtype of the buffers; by default the parameter's, float32
-for 16-bit parameters. Where public implementations differ under one name, ``convention`` chooses
-among them, and the difference is the order of the stages. Bad values raise a ValueError that gives
-the value and the range.
+for 16-bit parameters. ``observers`` are ``telemetry(...)`` or ``observer(...)``, one or several;
+they look at the steps and change none. Where public implementations differ under one name,
+``convention`` chooses among them, and the difference is the order of the stages. Bad values raise a
+ValueError that gives the value and the range.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from adaptive_opt.moments import (
     nadam_moment,
     second_moment,
 )
+from adaptive_opt.observe import Observers, watched
 from adaptive_opt.policies import (
     Hyperparameter,
     check_constant,
@@ -71,6 +73,7 @@ def adam(
     *,
     nesterov: bool = False,
     convention: str = "torch",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam: ``x_{t+1} = x_t - lr m^_t / (sqrt(v^_t) + eps)``.
@@ -95,7 +98,8 @@ def adam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.99
     """
-    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    watch = watched(observers, learning_rate, b1=b1)
+    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype, watch)
     return optax.chain(
         choose("convention", convention, forms), scale_by_learning_rate(learning_rate)
     )
@@ -116,6 +120,7 @@ def adamw(
     l1: Hyperparameter | None = None,
     convention: str = "torch",
     schedule: optax.Schedule | None = None,
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam with decoupled weight decay: ``x - lr_t (m^_t / (sqrt(v^_t) + eps) + wd x)``.
@@ -149,7 +154,8 @@ def adamw(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.989
     """
-    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, schedule=schedule)
+    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype, watch)
     forms |= {"keras-adamw": forms["keras"]}
     by_schedule = ("paper", "keras-adamw")
     return optax.chain(
@@ -196,6 +202,7 @@ def _adam_forms(
     nesterov: bool,
     convention: str,
     state_dtype: DTypeLike | None,
+    watch: tuple[Optimizer, ...],
 ) -> dict[str, Optimizer]:
     """Adam's direction in its two forms, which differ in what eps is compared with."""
     if nesterov and convention in ("keras", "keras-adamw"):
@@ -206,11 +213,14 @@ def _adam_forms(
     debiased = scale_by_adam(
         b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
     )
+    if watch:
+        debiased = adaptive(debiased, *watch, state_dtype=state_dtype)
     eps_hat = adaptive(
         first_moment(b1, dtype=mu_dtype),
         second_moment(b2),
         per_weight_rate(eps, eps_root),
         debias_rate(b1, b2),
+        *watch,
         state_dtype=state_dtype,
     )
     return {"torch": debiased, "paper": debiased, "keras": eps_hat}
@@ -224,6 +234,7 @@ def amsgrad(
     eps: Hyperparameter = 1e-8,
     *,
     convention: str = "torch",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam with the largest second moment so far: ``x - lr m / (sqrt(max v) + eps)``.
@@ -258,7 +269,11 @@ def amsgrad(
         "paper": (mu, nu, amsgrad_max(), rate),
     }
     return optax.chain(
-        adaptive(*choose("convention", convention, listings), state_dtype=state_dtype),
+        adaptive(
+            *choose("convention", convention, listings),
+            *watched(observers, learning_rate, b1=b1),
+            state_dtype=state_dtype,
+        ),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -274,6 +289,7 @@ def adamod(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     convention: str = "reference",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam in which no rate may exceed its own moving average: ``x - min(rate, ema(rate)) m - lr wd
@@ -317,6 +333,7 @@ def adamod(
             *choose("convention", convention, listings),
             scale_rate(learning_rate),
             adamod_momental_bound(b3),
+            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True),
             state_dtype=state_dtype,
         ),
         decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
@@ -333,6 +350,7 @@ def diffgrad(
     *,
     weight_decay: Hyperparameter = 0.0,
     friction: str = "absolute",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam, damped where the gradient does not change: ``x - lr rate sigmoid|g_{t-1} - g_t| m``.
@@ -363,6 +381,7 @@ def diffgrad(
             per_weight_rate(eps),
             debias_rate(b1, b2),
             diffgrad_friction(friction),
+            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay),
             state_dtype=state_dtype,
         ),
         scale_by_learning_rate(learning_rate),
@@ -382,6 +401,7 @@ def diffmod(
     friction: str = "absolute",
     average: bool = False,
     convention: str = "reference",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """AdaMod with diffGrad's friction: ``x - min(rate, ema(rate)) sigmoid|g_{t-1} - g_t| m - lr wd
@@ -420,6 +440,7 @@ def diffmod(
             scale_rate(learning_rate),
             adamod_momental_bound(len_memory=len_memory, average=average),
             diffgrad_friction(friction),
+            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True),
             state_dtype=state_dtype,
         ),
         decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
@@ -440,6 +461,7 @@ def adabound(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     decay: str = "l2",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam whose rates are clipped ever closer to one: from Adam to SGD with momentum.
@@ -472,7 +494,8 @@ def adabound(
     """
     listing = (first_moment(b1), second_moment(b2), per_weight_rate(eps), debias_rate(b1, b2))
     bounds = (learning_rate, final_learning_rate, gamma, base_learning_rate)
-    return _bounded(listing, *bounds, weight_decay, mask, decay, state_dtype)
+    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True)
+    return _bounded(listing, *bounds, weight_decay, mask, decay, watch, state_dtype)
 
 
 @recipe
@@ -488,6 +511,7 @@ def amsbound(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     decay: str = "l2",
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """AdaBound with AMSGrad's maximum over the raw second moment.
@@ -510,7 +534,8 @@ def amsbound(
     moments = (first_moment(b1), second_moment(b2), amsgrad_max())
     listing = (*moments, per_weight_rate(eps), debias_rate(b1, b2))
     bounds = (learning_rate, final_learning_rate, gamma, base_learning_rate)
-    return _bounded(listing, *bounds, weight_decay, mask, decay, state_dtype)
+    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True)
+    return _bounded(listing, *bounds, weight_decay, mask, decay, watch, state_dtype)
 
 
 def _bounded(
@@ -522,6 +547,7 @@ def _bounded(
     weight_decay: Hyperparameter,
     mask: Mask | None,
     decay: str,
+    watch: tuple[Optimizer, ...],
     state_dtype: DTypeLike | None,
 ) -> Optimizer:
     """The listing of AdaBound or AMSBound, its bounds, and its decay where ``decay`` puts it."""
@@ -542,6 +568,7 @@ def _bounded(
         *listing,
         scale_rate(learning_rate),
         adabound_dynamic_bound(final, gamma),
+        *watch,
         state_dtype=state_dtype,
     )
     forms = {
@@ -568,6 +595,7 @@ def radam(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     decay: str | None = None,
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam whose rate is rectified for the unreliable second moment of the first steps.
@@ -606,7 +634,11 @@ def radam(
         "optax": (mu, nu, debias(b1, b2), rate, radam_rectifier(b2, threshold=threshold)),
         "reference": (*eps_hat, radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)),
     }
-    bracket = adaptive(*choose("convention", convention, listings), state_dtype=state_dtype)
+    bracket = adaptive(
+        *choose("convention", convention, listings),
+        *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay),
+        state_dtype=state_dtype,
+    )
     decoupled = weight_decay
     if convention == "reference" and not is_zero(weight_decay):
         decoupled = _once_rectified(weight_decay, b2, threshold)
@@ -646,6 +678,7 @@ def nadam(
     momentum_decay: Hyperparameter | None = None,
     weight_decay: Hyperparameter | None = None,
     mask: Mask | None = None,
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Adam with Nesterov momentum.
@@ -673,7 +706,10 @@ def nadam(
     0.98944
     """
     choose("convention", convention, dict.fromkeys(("torch", "keras", "optax")))
-    form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
+    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay)
+    form = _nadam_form(
+        b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype, watch
+    )
     l2 = (l2_regularization(0.0 if weight_decay is None else weight_decay, mask),)
     if convention == "optax" and (weight_decay is None or is_zero(weight_decay)):
         l2 = ()  # the state of optax.nadam, whose checkpoints this takes
@@ -695,6 +731,7 @@ def nadamw(
     convention: str = "torch",
     momentum_decay: Hyperparameter | None = None,
     schedule: optax.Schedule | None = None,
+    observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """NAdam with decoupled weight decay.
@@ -725,7 +762,10 @@ def nadamw(
     >>> round(float(optax.apply_updates(x, updates)[0]), 5)
     0.98844
     """
-    form = _nadam_form(b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype)
+    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, schedule=schedule)
+    form = _nadam_form(
+        b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype, watch
+    )
     decay = decays(weight_decay, l1, mask)
     return optax.chain(
         form, *_decay_and_rate(learning_rate, decay, ("keras-adamw",), schedule, convention)
@@ -741,14 +781,16 @@ def _nadam_form(
     convention: str,
     momentum_decay: Hyperparameter | None,
     state_dtype: DTypeLike | None,
+    watch: tuple[Optimizer, ...],
 ) -> Optimizer:
     """NAdam's direction, with Dozat's warm-up of the momentum or without."""
     if convention == "optax":
         if momentum_decay is not None:
             raise ValueError('convention="optax" has no momentum_decay: use "torch" or "keras".')
-        return scale_by_adam(
+        form = scale_by_adam(
             b1, b2, eps, eps_root, mu_dtype, nesterov=True, state_dtype=state_dtype
         )
+        return adaptive(form, *watch, state_dtype=state_dtype) if watch else form
     usual = choose(
         "convention", convention, {"torch": 0.004, "keras": 1.0, "keras-adamw": 0.004, "optax": 0.0}
     )
@@ -758,5 +800,6 @@ def _nadam_form(
         nadam_moment(b1, usual if momentum_decay is None else momentum_decay),
         debias(b2=b2),
         per_weight_rate(eps, eps_root),
+        *watch,
         state_dtype=state_dtype,
     )

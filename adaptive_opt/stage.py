@@ -106,6 +106,12 @@ class Rule(NamedTuple):
             buffer = policies.keep_dtype(buffer, new_buffer, what)
         if "rate" not in declared.replaces:
             new = new.replace(rate=step.rate)  # a rule again, where only values were read
+        if declared.limits is not None:
+            pair = (getattr(given, declared.limits), getattr(new, declared.limits))
+            limited = new.notes.get("limited", ())
+            new = new.noting(limited=(*limited, (declared.name, pair)))
+        if "rate" in declared.consumes:
+            new = new.noting(rate=given.rate)
         new = new.replace(**dict.fromkeys(declared.consumes))
         return new.replace(ledger=ledger), buffer
 
@@ -172,7 +178,7 @@ def init_buffers(
 
 
 def make_stage(
-    rules: tuple[Rule, ...],
+    rules: tuple[Any, ...],
     init: optax.TransformInitFn | None = None,
     update: optax.TransformUpdateExtraArgsFn | None = None,
 ) -> Stage:
@@ -201,8 +207,8 @@ def make_stage(
     return optax.GradientTransformationExtraArgs(init or init_alone, update)
 
 
-def rules_of(transformation: Any) -> tuple[Rule, ...] | None:
-    """The rules of a stage; None for anything else."""
+def rules_of(transformation: Any) -> tuple[Any, ...] | None:
+    """The rules of a stage, the watch of an observer; None for anything else."""
     return getattr(getattr(transformation, "update", None), _RULES, None)
 
 
@@ -219,6 +225,7 @@ def stage(
     consumes: tuple[Field, ...] = (),
     fixes_rate: bool = True,
     bounds_rate: bool = False,
+    limits: Field | None = None,
     called: str | None = None,
 ) -> Callable[[Callable[P, Callable[..., Any]]], Callable[P, Stage]]:
     """Make a stage of a function that returns one line of an algorithm.
@@ -248,6 +255,8 @@ def stage(
         (True) or a :class:`RateRule` (False).
       bounds_rate: whether it makes the rate depend on earlier rates or on limits; corrections of
         the rate must come before.
+      limits: the field that it limits, if that is what it does: it changes the field only where
+        something is exceeded, and telemetry counts these weights.
       called: the stage's name; default: the function's.
 
     TypeError if the declaration does not fit the function, or the line not its declaration.
@@ -274,6 +283,7 @@ def stage(
         needed = {"name", "dtype"} if keeps else set()
         missing = (needed | {*biases.values(), *debiases.values()}) - set(signature.parameters)
         fields = {*reads, *replaces, *raw, *consumes, *biases, *debiases, keeps or "rate"}
+        fields |= {limits or "rate"}
         unknown = fields - set(FIELDS)
         if missing or unknown:
             raise TypeError(
@@ -310,6 +320,7 @@ def stage(
                 buffer=buffer.name if buffer else None,
                 scope=buffer.scope if buffer else None,
                 takes_scope="scope" in settings,
+                limits=limits,
             )
             made = make_stage((Rule(declaration, buffer, line),))
             return describe_as(made, name, _without_defaults(settings, signature), parts=())

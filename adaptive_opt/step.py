@@ -64,6 +64,8 @@ class AdaptiveStep(metaclass=_SaysWhatToDo):
         moment, then, once a stage has replaced it, values like the second moment.
       update_dtype: the dtype each leaf of the closed step will have.
       ledger: what has been done so far, for the error messages.
+      params: the parameters, if ``update`` was given them.
+      notes: what stages leave for observers to read, by name.
     """
 
     count: jax.Array
@@ -73,10 +75,16 @@ class AdaptiveStep(metaclass=_SaysWhatToDo):
     rate: RateRule | Tree | None = None
     update_dtype: Tree = None
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    params: Tree | None = None
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **fields: Any) -> AdaptiveStep:
         """The same step with some fields replaced."""
         return dataclasses.replace(self, **fields)
+
+    def noting(self, **notes: Any) -> AdaptiveStep:
+        """The same step with something more for observers to read; it changes no update."""
+        return self.replace(notes={**self.notes, **notes})
 
     def at(self, hyperparameter: Hyperparameter) -> Any:
         """The value of a hyperparameter at this step; schedules see ``count - 1``, as in optax."""
@@ -131,7 +139,9 @@ def opened(gradient: Tree, count: jax.Array, params: Tree | None) -> AdaptiveSte
         gradient,
         update_dtype,
     )
-    return AdaptiveStep(count, gradient, direction=gradient, update_dtype=update_dtype)
+    return AdaptiveStep(
+        count, gradient, direction=gradient, update_dtype=update_dtype, params=params
+    )
 
 
 def closed(step: AdaptiveStep) -> Tree:
@@ -163,7 +173,10 @@ def _leave(update: jax.Array, gradient: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _divide(x: Any, y: jax.Array) -> jax.Array:
-    """x / y, and 0 where y is 0."""
+    """x / y, and 0 where y is 0.
+
+    The quotient comes last: XLA:CPU stores quotients and roots that are used twice, and would store
+    the root as well if its test for 0 were left over.
+    """
     zero = y == 0
-    quotient = x / jnp.where(zero, jnp.ones_like(y), y)
-    return jnp.where(zero, jnp.zeros_like(quotient), quotient)
+    return jnp.where(zero, 0, x) / jnp.where(zero, 1, y)

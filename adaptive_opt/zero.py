@@ -25,6 +25,8 @@ NOT_ELEMENTWISE = (
 )  # fmt: skip
 """What is known by name to let weights see each other, or to depend on the shape of a tensor."""
 
+OBSERVERS = ("telemetry", "observer")
+
 UNIT = 128
 """Leaves are padded to a multiple of it, whatever the number of devices, if that divides it."""
 
@@ -204,6 +206,11 @@ def _check_replicated(path: Any, param: Any) -> None:
 
 def _check_elementwise(description: Description) -> None:
     for part in _all_parts(description):
+        if part.name in OBSERVERS:
+            raise ValueError(
+                f"zero1 pads the parameters, and {part.name} would count the padding too: leave"
+                " observers= out."
+            )
         scope = part.settings.get("scope")
         if part.name in NOT_ELEMENTWISE or scope in ("tensor", "tree"):
             shown = f'{part.name}(scope="{scope}")' if scope else part.name

@@ -197,7 +197,7 @@ def test_given_the_same_gradients_elementwise_recipes_are_bit_equal(which):
         cwd=BITS.parent.parent,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert found.returncode == 0, found.stdout[-4000:]
 

@@ -21,7 +21,10 @@ TYPES = (
     "OpenStepState",
     "LookaheadState",
     "SkipNonfiniteState",
+    "LowMemoryState",
     "OneCycle",
+    "Observation",
+    "Sweep",
     "Description",
     "Group",
 )

@@ -24,6 +24,7 @@ from adaptive_opt import (
     init_sharded,
     skip_nonfinite,
     state_shardings,
+    telemetry,
     zero1,
 )
 from adaptive_opt.zero import NOT_ELEMENTWISE, UNIT
@@ -258,6 +259,12 @@ def test_what_is_not_elementwise_is_refused(name):
 def test_the_names_of_what_is_not_elementwise_exist():
     for name in NOT_ELEMENTWISE:
         assert any(hasattr(place, name) for place in (optax, optax.contrib, adaptive_opt))
+
+
+def test_observers_are_refused_for_they_would_count_the_padding():
+    watched = optax.chain(optax.clip(1.0), adam(1e-3, observers=telemetry()))
+    with pytest.raises(ValueError, match="telemetry would count the padding too: leave observers="):
+        zero1(watched, mesh_of())
 
 
 def test_wrong_arguments_are_refused():

@@ -1,0 +1,299 @@
+"""Many small parameters in a few flat buffers, where they stay between steps.
+
+With thousands of small leaves a step is neither arithmetic nor memory traffic but the starting of
+kernels, and compiling takes minutes. The optimizer does not care how weights are cut into arrays if
+it treats each by itself. So the parameters themselves live packed; the loss unpacks them, and their
+gradients arrive packed. Packing in every step would cost what it saves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from adaptive_opt.describe import describe
+from adaptive_opt.groups import path_of
+from adaptive_opt.policies import Tree, check_whole, dtype_of
+
+PAD = 1024
+"""Buffers are a multiple of so many numbers long: an odd length loses vector instructions."""
+
+_ELEMENTWISE = frozenset(
+    """
+    first_moment second_moment sum_of_squares infinity_moment centered_moment heavy_ball amsgrad_max
+    debias nesterov_moment nadam_moment per_weight_rate inverse_rate uniform_rate debias_rate
+    scale_rate mute_unseen adadelta_units radam_rectifier adamod_momental_bound
+    adabound_dynamic_bound apply_rate diffgrad_friction open_step close_step l2_regularization
+    decoupled_weight_decay decoupled_l1_decay scale_by_learning_rate scale identity set_to_zero clip
+    clip_by_global_norm
+    """.split()  # noqa: SIM905
+)
+"""Transformations that treat every weight by itself, or the tree as a whole."""
+
+_MADE_BY = "_adaptive_opt_packing"
+
+
+class Packing:
+    """Which leaves of a tree of parameters share a buffer, and the way there and back.
+
+    Leaves share a buffer if they have the same dtype, at most ``max_size`` elements, and the same
+    value in every tree of ``split_by``; larger leaves, those split over devices, and those with no
+    fellow stay as they are. A packed tree is a dict from paths to arrays; a buffer has the path of
+    its first leaf, so that tables of path patterns (``ParameterGroups``) go on working, and is
+    padded with zeros to a multiple of 1024.
+
+    Args:
+      params: the parameters, arrays or ``jax.ShapeDtypeStruct``; a tree of more than one leaf.
+      split_by: masks and labels, as functions of the parameters or trees like them, by which leaves
+        must be kept apart: the ``mask=`` of weight decay, ``groups.labels``.
+      max_size: of a leaf that is packed, in elements; default 65,536.
+
+    ::
+
+        packing = Packing(params, split_by=[decay_mask])
+        optimizer = packing.optimizer(adamw(1e-3, mask=packing.mask(decay_mask)))
+        params = packing.pack(params)
+        state = optimizer.init(params)
+        step = train_step(lambda params, batch: loss(packing.unpack(params), batch), optimizer)
+        params, state, value = step(params, state, batch)
+        data = to_bytes(optimizer, packing.unpack((params, state)))  # as if never packed
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import Packing
+    >>> params = {"a": jnp.ones((2, 3)), "b": jnp.zeros(5), "c": jnp.ones((300, 300))}
+    >>> packing = Packing(params)
+    >>> {path: x.shape for path, x in packing.pack(params).items()}
+    {'a': (1024,), 'c': (300, 300)}
+    >>> packing.unpack(packing.pack(params))["b"].shape
+    (5,)
+    """
+
+    def __init__(
+        self,
+        params: Tree,
+        *,
+        split_by: Sequence[Tree | Callable[[Tree], Tree]] = (),
+        max_size: int = 1 << 16,
+    ) -> None:
+        check_whole(1, max_size=max_size)
+        with_paths, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        if self._structure == jax.tree.structure(0):
+            raise ValueError("a single array needs no packing: give a tree of parameters.")
+        self._paths = [path_of(path) for path, _ in with_paths]
+        if len(set(self._paths)) < len(self._paths):
+            raise ValueError("two parameters have the same path: rename one of them.")
+        leaves = [leaf for _, leaf in with_paths]
+        self._params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype_of(p)), params)
+        self._shapes = [tuple(leaf.shape) for leaf in leaves]
+        kinds = [self._leaves(tree(params) if callable(tree) else tree) for tree in split_by]
+        shared: dict[Any, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            packed = leaf.size <= max_size and not _is_split(leaf)
+            alone = () if packed else (i,)
+            key = (dtype_of(leaf), *(kind[i] for kind in kinds), *alone)
+            shared.setdefault(key, []).append(i)
+        self._members = {self._paths[m[0]]: m for m in shared.values()}
+
+    # --- trees --------------------------------------------------------------------------------
+
+    def pack(self, tree: Tree) -> Tree:
+        """The same with every tree like the parameters packed: parameters, gradients, a state.
+
+        A scalar or a placeholder (``None``, ``optax.MaskedNode``) that stands for each leaf of a
+        buffer is kept once. Leaves that are not packed are the same arrays: donate one tree or
+        the other. ValueError for a buffer of which some leaves are there and some are not.
+        """
+
+        def pack(leaves: list[Any]) -> dict[str, Any]:
+            return {p: self._joined(p, [leaves[i] for i in m]) for p, m in self._members.items()}
+
+        return _replaced(tree, self._leaves_if_like_params, pack)
+
+    def unpack(self, tree: Tree) -> Tree:
+        """The same with every packed tree as the ordinary one; the inverse of ``pack``.
+
+        In the loss: its derivative concatenates, so that gradients arrive packed.
+        """
+
+        def unpack(packed: Mapping[str, Any]) -> Tree:
+            leaves: list[Any] = [None] * len(self._paths)
+            for path, members in self._members.items():
+                parts = self._parts(packed[path], members)
+                for i, part in zip(members, parts, strict=True):
+                    leaves[i] = part
+            return jax.tree.unflatten(self._structure, leaves)
+
+        return _replaced(tree, self._if_packed, unpack)
+
+    def mask(self, mask: Tree | Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
+        """A mask, or labels, of the parameters as a function that optimizers of packed trees take.
+
+        ValueError where leaves of one buffer differ: name the mask in ``split_by``.
+
+        Args:
+          mask: a function of the parameters (it is given their shapes) or a tree like them.
+        """
+        values = self._leaves(mask(self._params) if callable(mask) else mask)
+        packed = {}
+        for path, members in self._members.items():
+            packed[path] = values[members[0]]
+            for i in members:
+                if values[i] != packed[path]:
+                    raise ValueError(
+                        f"{self._paths[members[0]]} and {self._paths[i]} share a buffer, but the"
+                        f" mask says {packed[path]!r} and {values[i]!r}: give it in"
+                        " Packing(params, split_by=[...])."
+                    )
+
+        def of_packed(tree: Tree) -> Tree:
+            del tree
+            return dict(packed)
+
+        if callable(mask):
+            of_packed = functools.wraps(mask)(of_packed)
+        setattr(of_packed, _MADE_BY, self)
+        return of_packed
+
+    def optimizer(
+        self, inner: optax.GradientTransformation, *, elementwise: bool = False
+    ) -> optax.GradientTransformationExtraArgs:
+        """``inner``, if it may be used on packed parameters; unchanged.
+
+        Args:
+          inner: an optimizer that treats every weight by itself, or the tree as a whole. Recipes
+            and stages say so in their description.
+          elementwise: your word for it, for all other transformations, and for masks that are right
+            for packed trees.
+
+        ValueError for what is not known to be elementwise, and for masks that ``mask`` has not
+        made.
+        """
+        if not elementwise:
+            description = describe(inner)
+            for stage in description.stages():
+                if stage.name not in _ELEMENTWISE or stage.settings.get("scope") == "tensor":
+                    raise ValueError(
+                        f"{stage.name} is not known to treat every weight by itself. If it does,"
+                        " say packing.optimizer(inner, elementwise=True); if it looks at shapes,"
+                        " norms of single tensors or paths, its parameters cannot be packed."
+                    )
+            for part in _all(description):
+                mask = part.settings.get("mask")
+                if mask is not None and getattr(mask, _MADE_BY, None) is not self:
+                    raise ValueError(
+                        f"{part.name} has a mask for ordinary parameters: give it"
+                        " mask=packing.mask(mask), and Packing(params, split_by=[mask])."
+                    )
+        return optax.with_extra_args_support(inner)
+
+    # --- one tree -----------------------------------------------------------------------------
+
+    def _leaves(self, tree: Tree) -> list[Any]:
+        try:
+            return self._structure.flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(f"this is not a tree like the parameters: {error}") from None
+
+    def _leaves_if_like_params(self, tree: Tree) -> list[Any] | None:
+        if isinstance(tree, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            return None
+        try:
+            leaves = self._structure.flatten_up_to(tree)
+        except (ValueError, TypeError, KeyError):
+            return None
+        like = zip(leaves, self._shapes, strict=True)
+        fits = all(not hasattr(x, "shape") or x.shape in ((), shape) for x, shape in like)
+        return leaves if fits and all(_is_leaf(x) for x in leaves) else None
+
+    def _if_packed(self, tree: Tree) -> Mapping[str, Any] | None:
+        return tree if isinstance(tree, dict) and tree.keys() == self._members.keys() else None
+
+    def _joined(self, path: str, leaves: list[Any]) -> Any:
+        first = leaves[0]
+        if len({hasattr(x, "shape") for x in leaves}) > 1:
+            raise ValueError(
+                f"of the leaves that share a buffer with {path} some have an array and some have"
+                " none: keep them apart with Packing(params, split_by=[...])."
+            )
+        one_for_all = not getattr(first, "shape", ()) and self._total(path) > len(leaves)
+        if len(leaves) == 1 or not hasattr(first, "shape") or one_for_all:
+            return first
+        if isinstance(first, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((self._length(path),), first.dtype)
+        if any(isinstance(x, Tracer) for x in leaves):
+            flat = [x.reshape(-1) for x in leaves]
+            size = sum(x.size for x in flat)
+            return jnp.concatenate([*flat, jnp.zeros(-size % PAD, first.dtype)])
+        whole = np.zeros(self._length(path), first.dtype)
+        np.concatenate([np.asarray(x).ravel() for x in leaves], out=whole[: self._total(path)])
+        return jax.device_put(whole, _sharding(first))
+
+    def _parts(self, value: Any, members: list[int]) -> Iterable[Any]:
+        shape, first = getattr(value, "shape", None), self._paths[members[0]]
+        if len(members) == 1 or (_is_leaf(value) and not shape):
+            return [value] * len(members)
+        if shape != (self._length(first),):
+            raise ValueError(
+                f"what stands for {first} and others, {type(value).__name__} of shape {shape}, is"
+                " not a packed array: states in blocks of 8 bits stay packed."
+            )
+        shapes = [self._shapes[i] for i in members]
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return [jax.ShapeDtypeStruct(shape, value.dtype) for shape in shapes]
+        if isinstance(value, Tracer):
+            parts = jax.lax.split(value, (*sizes, value.size - sum(sizes)))
+            return [x.reshape(shape) for x, shape in zip(parts, shapes, strict=False)]
+        parts = np.split(np.asarray(value), np.cumsum(sizes))
+        parts = [x.reshape(shape) for x, shape in zip(parts, shapes, strict=False)]
+        return jax.device_put(parts, _sharding(value))
+
+    def _total(self, path: str) -> int:
+        return sum(int(np.prod(self._shapes[i])) for i in self._members[path])
+
+    def _length(self, path: str) -> int:
+        return self._total(path) + -self._total(path) % PAD
+
+
+def _replaced(tree: Tree, found: Callable[[Any], Any], new: Callable[[Any], Any]) -> Tree:
+    """The tree with every subtree for which ``found`` returns something replaced by ``new`` of it.
+
+    The outermost first; what is no container is left alone.
+    """
+    return jax.tree.map(
+        lambda x: x if (hit := found(x)) is None else new(hit),
+        tree,
+        is_leaf=lambda x: found(x) is not None,
+    )
+
+
+def _is_leaf(x: Any) -> bool:
+    """An array, a scalar, or what stands where there is none."""
+    return not jax.tree.leaves(x) or jax.tree.structure(x) == jax.tree.structure(0)
+
+
+def _is_split(x: Any) -> bool:
+    """Whether devices have different parts of an array."""
+    sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    return sharding is not None and not sharding.is_fully_replicated
+
+
+def _sharding(x: Any) -> Any:
+    """Where a replicated array is, for one of another rank."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, jax.NamedSharding):
+        return jax.NamedSharding(sharding.mesh, jax.P())
+    return sharding
+
+
+def _all(description: Any) -> Iterable[Any]:
+    yield description
+    for part in description.parts:
+        yield from _all(part)

@@ -1,0 +1,146 @@
+"""What many small leaves cost, packed and not: ``python -m benchmarks.packed``.
+
+The same optimizer on the same parameters: optax, this library, and this library with parameters
+that live packed. "update" is update and apply for given gradients; "training step" has a loss of
+the ordinary tree, half the squared distance of every leaf from 1, and its gradient. Times are
+medians of paired ratios of interleaved runs, as in ``benchmarks.step``. The parameters after the
+first ten steps are compared with those of this library without packing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adaptive_opt
+from adaptive_opt import Packing, train_step
+from benchmarks import cases
+from benchmarks.step import ENOUGH, ratio
+
+
+def loss(params: Any) -> jax.Array:
+    return sum(0.5 * jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params))
+
+
+class Run:
+    """A compiled step, its arguments, and what it took to compile."""
+
+    def __init__(self, step: Any, *arguments: Any) -> None:
+        start = time.perf_counter()
+        self.compiled = step.lower(*arguments).compile()
+        self.seconds_to_compile = time.perf_counter() - start
+        self.params, self.state, *self.rest = arguments
+        self.times: list[float] = []
+
+    def __call__(self, times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            self.params, self.state, *_ = self.compiled(self.params, self.state, *self.rest)
+        jax.block_until_ready(self.params)
+        return (time.perf_counter() - start) / times
+
+
+def contestants(kind: str, algorithm: str, shapes: cases.Shapes) -> dict[str, tuple[Run, Any]]:
+    """The runs, and for each how its parameters become an ordinary tree."""
+    gradients = jax.device_put(cases.arrays(shapes, 1, 1e-3))
+
+    def fresh() -> Any:
+        return jax.device_put(cases.arrays(shapes, 0, 1.0))
+
+    def run(optimizer: Any, params: Any, unpack: Any, gradients: Any) -> Run:
+        if kind == "training step":
+            step = train_step(lambda p: loss(unpack(p)), optimizer)
+            return Run(step, params, optimizer.init(params))
+
+        def update(params: Any, state: Any, gradients: Any) -> Any:
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.jit(update, donate_argnums=(0, 1))
+        return Run(step, params, optimizer.init(params), gradients)
+
+    def same(params: Any) -> Any:
+        return params
+
+    found = {}
+    ours = getattr(adaptive_opt, algorithm)(1e-3)
+    if hasattr(optax, algorithm):
+        of_optax = getattr(optax, algorithm)(1e-3)
+        found["optax"] = run(of_optax, fresh(), same, gradients), same
+    found["ours"] = run(ours, fresh(), same, gradients), same
+    packing = Packing(fresh())
+    packed = packing.pack(fresh()), packing.unpack, packing.pack(gradients)
+    found["ours, packed"] = run(packing.optimizer(ours), *packed), packing.unpack
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--leaves", type=int, default=2000)
+    parser.add_argument("--algorithm", default="adam")
+    parser.add_argument("--kinds", nargs="+", default=["update", "training step"])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
+    options = parser.parse_args(arguments)
+    shapes = cases.small(options.leaves)
+    results: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "jax": jax.__version__,
+        "leaves": options.leaves,
+        "algorithm": options.algorithm,
+    }
+    print(f"device: {results['device']}, {options.leaves} leaves, {options.algorithm}")
+    print("| | contestant | ms | of the first | trace and compile s | of the first | from ours |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in options.kinds:
+        runs = contestants(kind, options.algorithm, shapes)
+        first = next(iter(runs.values()))[0]
+        after, turns = {}, {}
+        for name, (run, unpack) in runs.items():
+            run(10)
+            after[name] = [np.asarray(leaf) for leaf in jax.tree.leaves(unpack(run.params))]
+            turns[name] = max(1, int(ENOUGH / run(1)))
+        order = list(runs)
+        for _ in range(options.rounds):
+            random.shuffle(order)
+            for name in order:
+                runs[name][0].times.append(runs[name][0](turns[name]))
+        results[kind] = {}
+        for name, (run, _) in runs.items():
+            pairs = zip(after[name], after["ours"], strict=True)
+            apart = max(float(np.abs(a - b).max()) for a, b in pairs)
+            median, low, high = ratio(run.times, first.times)
+            compiling = run.seconds_to_compile / first.seconds_to_compile
+            results[kind][name] = {
+                "seconds": run.times,
+                "seconds to compile": run.seconds_to_compile,
+                "largest difference of a parameter after ten steps": apart,
+            }
+            print(
+                f"| {kind} | {name} | {statistics.median(run.times) * 1e3:.2f}"
+                f" | {median:.3f} ({low:.3f}..{high:.3f}) | {run.seconds_to_compile:.1f}"
+                f" | {compiling:.3f} | {apart:.1e} |",
+                flush=True,
+            )
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1))
+    return results
+
+
+if __name__ == "__main__":
+    main()

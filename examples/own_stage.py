@@ -1,0 +1,94 @@
+"""Write a stage of your own in ten lines, and put it into an optimizer.
+
+    python examples/own_stage.py
+    python examples/own_stage.py --steps 500
+
+The stage is caution (Liang et al., arXiv:2411.16085): a weight moves only where the direction and
+the gradient of the step agree in sign, and those that move take steps that are larger in
+proportion. It remembers nothing. The problem is a noisy quadratic, so that the distance to the
+minimum is known; the median over 20 seeds is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adaptive_opt import (
+    adaptive,
+    debias,
+    describe,
+    first_moment,
+    per_weight_rate,
+    scale_by_learning_rate,
+    second_moment,
+    stage,
+)
+
+
+@stage(reads=("gradient", "direction"), replaces=("direction",))
+def cautious():
+    def agree(direction, gradient):
+        same = jnp.real(direction * jnp.conj(gradient)) > 0
+        return direction * same * (same.size / jnp.maximum(same.sum(), 1))
+
+    def line(step):
+        return step.replace(direction=step.map(agree, step.direction, step.gradient))
+
+    return line
+
+
+def adam(learning_rate: float, *own: optax.GradientTransformationExtraArgs):
+    """Adam, with stages of your own between its direction and its rate."""
+    return optax.chain(
+        adaptive(
+            first_moment(0.9),
+            second_moment(0.999),
+            debias(0.9, 0.999),
+            *own,
+            per_weight_rate(1e-8),
+        ),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def distance(optimizer: optax.GradientTransformation, steps: int, seed: jax.Array) -> jax.Array:
+    """How far from the minimum of a noisy quadratic of condition 1,000 it ends."""
+    curvature = jnp.logspace(-3, 0, 50)
+
+    def step(carry, key):
+        x, state = carry
+        gradient = curvature * x + 0.01 * jax.random.normal(key, x.shape)
+        updates, state = optimizer.update(gradient, state, x)
+        return (optax.apply_updates(x, updates), state), None
+
+    start, *keys = jax.random.split(jax.random.key(seed), steps + 1)
+    x = jax.random.normal(start, curvature.shape)
+    (x, _), _ = jax.lax.scan(step, (x, optimizer.init(x)), jnp.stack(keys))
+    return jnp.linalg.norm(x)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps per run (200)")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    optimizers = {"adam": adam(1e-2), "with caution": adam(1e-2, cautious())}
+    print(describe(optimizers["with caution"]), "\n")
+    medians = {}
+    for name, optimizer in optimizers.items():
+        run = jax.jit(jax.vmap(lambda seed, o=optimizer: distance(o, options.steps, seed)))
+        medians[name] = float(jnp.median(run(jnp.arange(20))))
+        print(f"{name:13} {medians[name]:.4f} from the minimum")
+    return medians
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The benchmarks run, and report what they measured."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from benchmarks import cases, low_memory, packed, step
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("benchmarks")
+    sizes = ["--elements", "4096", "--leaves", "3", "--rounds", "2", "--threads", "1"]
+    what = ["--cases", "leaf", "small", "--algorithms", "adamod", "--output", str(output)]
+    return step.main([*sizes, *what]), output
+
+
+def test_every_contestant_has_a_time_in_every_round_and_what_it_costs(small_run):
+    results, output = small_run
+    assert results == json.loads((output / "step.json").read_text())
+    assert results["device"]
+    assert results["cases"]["small"]["leaves"] == 3
+    for found in results["cases"].values():
+        contestants = found["algorithms"]["adamod"]
+        assert {"ours", "hand-fused", "single_pass(ours)", "floor"} <= set(contestants)
+        for facts in contestants.values():
+            assert len(facts["seconds"]) == 2
+            assert min(facts["seconds"]) > 0
+        assert contestants["ours"]["state bytes"] >= 12 * found["elements"]
+
+
+def test_the_floor_moves_what_the_algorithm_must_move(small_run):
+    contestants = small_run[0]["cases"]["leaf"]["algorithms"]["adamod"]
+    assert contestants["ours in bfloat16"]["state bytes"] == pytest.approx(6 * 4096, abs=8)
+    key = "bytes accessed per parameter"
+    assert contestants["floor"][key] == pytest.approx(36, abs=0.1)
+    assert contestants["single_pass(ours)"][key] == pytest.approx(36, abs=0.1)
+    assert contestants["ours"][key] <= contestants["hand-fused"][key] + 0.1
+
+
+def test_table_and_chart_show_every_contestant(small_run):
+    results, output = small_run
+    rows = (output / "step.md").read_text().splitlines()
+    assert len(rows) == 2 + sum(len(c["algorithms"]["adamod"]) for c in results["cases"].values())
+    assert plt.imread(output / "step.png").std() > 0.05
+
+
+def test_ratios_are_paired_by_round():
+    assert step.ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (2.0, 1.5, 2.5)
+
+
+def test_the_cases_have_as_many_leaves_as_they_say():
+    assert len(cases.transformer(8)) == 148
+    shapes = cases.small(2000)
+    assert len(shapes) == 2000
+    assert all(64 <= n <= 4096 for (n,) in shapes.values())
+
+
+def test_packed_and_unpacked_are_compared_by_their_numbers(tmp_path):
+    options = ["--leaves", "5", "--rounds", "2", "--kinds", "update"]
+    results = packed.main([*options, "--output", str(tmp_path / "packed.json")])
+    assert results == json.loads((tmp_path / "packed.json").read_text())
+    assert set(results["update"]) == {"optax", "ours", "ours, packed"}
+    key = "largest difference of a parameter after ten steps"
+    assert results["update"]["ours, packed"][key] <= 1e-6
+    assert results["update"]["optax"][key] <= 1e-5
+
+
+@pytest.mark.slow
+def test_losses_of_fewer_bits_are_paired_by_seed(tmp_path):
+    options = ["--tasks", "digits", "--optimizers", "adam", "--storages", "8-bit"]
+    size = ["--seeds", "2", "--steps", "20", "--output", str(tmp_path / "low_memory.json")]
+    (row,) = low_memory.main([*options, *size])
+    assert row == json.loads((tmp_path / "low_memory.json").read_text())[0]
+    assert row["float32"] < 2.3  # less than log 10, so it has learnt something
+    assert 0 < abs(row["difference"]) <= 0.01
+
+
+@pytest.mark.slow
+def test_fewer_bits_cost_less_than_a_hundredth_of_a_nat():
+    options = ["--seeds", "8", "--optimizers", "adam", "adamod", "diffgrad"]
+    rows = low_memory.main(options)
+    assert len(rows) == 12
+    assert all(abs(row["difference"]) <= 0.01 for row in rows)

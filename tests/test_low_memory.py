@@ -1,0 +1,245 @@
+"""States in 16 and 8 bits: the codes keep their bounds, and optimizers go on as they did."""
+
+from __future__ import annotations
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import RECIPES, assert_bit_equal
+
+import adaptive_opt
+from adaptive_opt import adam, adamod, codecs, low_memory
+
+STEPS = jnp.arange(200)
+
+
+def numbers(shape, seed=0):
+    """Numbers of sizes from 1e-12 to 1e3, some of them 0."""
+    rng = np.random.default_rng(seed)
+    size = 10 ** rng.uniform(-12, 3, shape)
+    return jnp.asarray(rng.standard_normal(shape) * size * (rng.random(shape) > 0.1), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def decoded():
+    """Each code's answers for the same numbers at 200 steps: last axis in blocks, or not."""
+
+    def answers(x):
+        def at(count):
+            bits = codecs.noise(x.shape, count, 7)
+            return {
+                "bfloat16": codecs.to_bfloat16(x, bits).astype(jnp.float32),
+                "int8": codecs.from_blocks(codecs.to_int8(x, bits)),
+                "sqrt8": codecs.from_blocks(codecs.to_sqrt8(jnp.abs(x), bits)),
+            }
+
+        return jax.lax.map(at, STEPS)
+
+    run = jax.jit(answers)
+    return {shape: (numbers(shape), run(numbers(shape))) for shape in ((3, 512), (7, 100))}
+
+
+def largest_in_block(x):
+    flat = jnp.abs(x) if x.shape[-1] % codecs.BLOCK == 0 else jnp.abs(x).reshape(-1)
+    blocks = jnp.pad(flat.reshape(-1), (0, -flat.size % codecs.BLOCK)).reshape(-1, codecs.BLOCK)
+    return jnp.repeat(blocks.max(-1), codecs.BLOCK)[: x.size].reshape(x.shape)
+
+
+@pytest.mark.parametrize("shape", [(3, 512), (7, 100)])
+def test_no_answer_is_further_off_than_one_step_of_the_code(decoded, shape):
+    x, found = decoded[shape]
+    top = largest_in_block(x)
+    rounding = 1 + 1e-5  # of the arithmetic in float32
+    assert (jnp.abs(found["bfloat16"] - x) <= jnp.abs(x) * 2.0**-7).all()
+    assert (jnp.abs(found["int8"] - x) <= top / 127 * rounding).all()
+    roots = jnp.abs(jnp.sqrt(found["sqrt8"]) - jnp.sqrt(jnp.abs(x)))
+    assert (roots <= jnp.sqrt(top) / 255 * rounding).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 512), (7, 100)])
+@pytest.mark.parametrize("code", ["bfloat16", "int8", "sqrt8"])
+def test_the_mean_over_steps_is_right(decoded, shape, code):
+    x, found = decoded[shape]
+    exact = jnp.abs(x) if code == "sqrt8" else x
+    top = largest_in_block(x)
+    lifted = (code == "sqrt8") & (exact < top / 255**2)  # to the smallest code, on purpose
+    error = jnp.where(lifted, 0, found[code].mean(0) - exact)
+    widest = {
+        "bfloat16": jnp.abs(x) * 2.0**-7,
+        "int8": top / 127,
+        "sqrt8": 2 * jnp.sqrt(exact * top) / 255 + top / 255**2,
+    }[code]
+    # The mean of 200 answers between two steps of the code: five standard errors.
+    assert (jnp.abs(error) <= 5 * widest * 0.5 / len(STEPS) ** 0.5 + 1e-5 * exact).all()
+    assert float(jnp.abs(error).max()) > 0
+
+
+def test_zero_is_exact_and_nothing_positive_becomes_zero(decoded):
+    for x, found in decoded.values():
+        for values in found.values():
+            assert (values[:, x == 0] == 0).all()
+        assert (found["sqrt8"][:, x != 0] > 0).all()
+
+
+def test_bfloat16_keeps_nan_infinity_and_the_largest_finite_number():
+    x = jnp.array([jnp.nan, jnp.inf, -jnp.inf, np.finfo(np.float32).max, 1.0, -0.0])
+    for count in range(4):
+        kept = codecs.to_bfloat16(x, codecs.noise(x.shape, jnp.array(count), 0))
+        assert jnp.isnan(kept[0])
+        assert (kept[1:3] == x[1:3].astype(jnp.bfloat16)).all()
+        assert jnp.isfinite(kept[3:]).all()
+        assert (kept[4:] == x[4:].astype(jnp.bfloat16)).all()
+
+
+def test_the_noise_is_uniform_and_differs_between_places_steps_and_buffers():
+    bits = jnp.stack([codecs.noise((64, 64), jnp.array(c), s) for c in (1, 2) for s in (0, 5)])
+    flat = np.asarray(bits).reshape(4, -1) / 2.0**32
+    assert np.abs(flat.mean(1) - 0.5).max() < 5 / np.sqrt(12 * 4096)
+    assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 5 / np.sqrt(4096)
+    assert np.abs(np.corrcoef(flat[0][:-1], flat[0][1:])[0, 1]) < 5 / np.sqrt(4096)
+
+
+# --- around optimizers ----------------------------------------------------------------------------
+
+SHAPE = (32, 256)
+FULL = {"slow", "mean_gradient"}
+
+
+def arrays_of(state):
+    return [x for x in jax.tree.leaves(state) if x.ndim]
+
+
+def nbytes(state):
+    return sum(x.nbytes for x in arrays_of(state))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bfloat16_halves_every_state_but_slow_weights_and_variances(name):
+    optimizer = RECIPES[name](1e-3)
+    params = jnp.ones(SHAPE)
+    whole, state = optimizer.init(params), low_memory(optimizer).init(params)
+    wide = sum(nbytes(optax.tree.get(whole, key, jnp.zeros(()))) for key in FULL)
+    assert nbytes(state) - wide == 0.5 * (nbytes(whole) - wide)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad", "diffgrad", "radam", "nadamw"])
+def test_8_bits_take_a_quarter_of_the_adam_family(name):
+    params = jnp.ones(SHAPE)
+    whole = nbytes(RECIPES[name](1e-3).init(params))
+    assert nbytes(low_memory(RECIPES[name](1e-3), "8-bit").init(params)) <= 0.26 * whole
+
+
+def test_small_leaves_and_chosen_buffers_keep_their_width():
+    params = {"kernel": jnp.ones(SHAPE), "bias": jnp.ones(256)}
+    state = low_memory(adamod(1e-3), "8-bit", buffers={"mu": "wide"}).init(params)
+    kept = state.inner_state[0].buffers
+    assert all(buffer["bias"].dtype == jnp.float32 for buffer in kept.values())
+    assert kept["mu"]["kernel"].dtype == jnp.float32
+    assert kept["nu"]["kernel"].codes.dtype == jnp.uint8
+    assert kept["rate_ema"]["kernel"].dtype == jnp.bfloat16
+
+
+def run(optimizer, steps=60, seed=0):
+    """Least squares in 8192 unknowns with noisy gradients; the last parameters and state."""
+    target = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE), jnp.float32)
+
+    def step(carry, key):
+        params, state = carry
+        gradient = params - target + 0.3 * jax.random.normal(key, SHAPE)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), jnp.mean((params - target) ** 2)
+
+    start = jnp.zeros(SHAPE)
+    keys = jax.random.split(jax.random.key(seed), steps)
+    go = jax.jit(lambda: jax.lax.scan(step, (start, optimizer.init(start)), keys))
+    (params, state), losses = go()
+    return params, state, losses
+
+
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [("adam", "bfloat16"), ("adam", "8-bit"), ("adamod", "8-bit"), ("diffmod", "bfloat16")],
+)
+def test_training_goes_where_it_goes_in_float32(name, storage):
+    optimizer = RECIPES[name](3e-2)
+    _, _, plain = run(optimizer)
+    _, _, losses = run(low_memory(optimizer, storage))
+    assert plain[0] - plain[-1] > 0.05
+    np.testing.assert_allclose(losses[0] - losses[-1], plain[0] - plain[-1], rtol=0.02)
+
+
+def test_an_average_moves_by_increments_smaller_than_a_step_of_the_code():
+    optimizer = low_memory(adam(1e-3, b2=0.999), buffers={"mu": "wide"})
+    params = jnp.zeros(SHAPE)
+    _, state = optimizer.update(jnp.ones(SHAPE), optimizer.init(params), params)
+
+    def step(state, _):
+        return optimizer.update(jnp.ones(SHAPE), state, params)[1], None
+
+    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, None, length=999))(state)
+    nu = optax.tree.get(state, "nu").astype(jnp.float32)
+    np.testing.assert_allclose(nu.mean(), 1 - 0.999**1000, rtol=0.005)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+def test_no_nan_where_a_second_moment_would_round_to_zero(storage):
+    optimizer = low_memory(adam(1e-3, eps=0.0), storage)
+    params = jnp.zeros(SHAPE)
+    gradient = jnp.where(jnp.arange(256) == 0, 1e3, 1e-9) * jnp.ones(SHAPE)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(gradient, state, params)
+        assert jnp.isfinite(updates).all()
+    assert jnp.abs(updates).max() <= 2e-3
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+def test_checkpoints_resume_bit_for_bit(storage):
+    optimizer = low_memory(adamod(1e-2), storage)
+    params, state, _ = run(optimizer, steps=3)
+    fresh = optimizer.init(params)
+    by_flax = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
+    data = adaptive_opt.to_bytes(optimizer, state)
+    by_us = adaptive_opt.from_bytes(optimizer, fresh, data)
+    for restored in (by_flax, by_us):
+        assert_bit_equal(jax.tree.map(jnp.asarray, restored), state)
+    with pytest.raises(adaptive_opt.CheckpointMismatch, match="storage"):
+        adaptive_opt.from_bytes(
+            low_memory(adamod(1e-2), "8-bit", buffers={"mu": "wide"}),
+            fresh,
+            adaptive_opt.to_bytes(low_memory(adamod(1e-2)), state),
+        )
+
+
+@pytest.mark.parametrize("axes", [("x",), (None, "x")])
+def test_a_sharded_state_stays_sharded_without_communication(axes):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P(*axes))
+    params = jax.device_put(jnp.ones((32, 512)), split)
+    optimizer = low_memory(adamod(1e-3), "8-bit")
+    state = optimizer.init(params)
+    compiled = jax.jit(optimizer.update).lower(params, state, params).compile()
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to"))
+    for where in (state, compiled(params, state, params)[1]):
+        for leaf in arrays_of(where):
+            assert leaf.addressable_shards[0].data.size == leaf.size // 2
+
+
+def test_encoded_zeros_compile_quickly_and_are_zeros():
+    state = jax.jit(low_memory(adamod(1e-3), "8-bit").init)(jnp.ones((2048, 2048)))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_of_another_optimizer_and_unknown_storages_are_refused():
+    params = jnp.ones(SHAPE)
+    with pytest.raises(ValueError, match="needs a LowMemoryState"):
+        low_memory(adam(1e-3)).update(params, adam(1e-3).init(params), params)
+    with pytest.raises(ValueError, match="storage must be one of 'bfloat16', '8-bit'"):
+        low_memory(adam(1e-3), "int4")
+    with pytest.raises(ValueError, match="storage of 'mu' must be one of"):
+        low_memory(adam(1e-3), buffers={"mu": "8-bit"})
+    with pytest.raises(ValueError, match="min_size must be"):
+        low_memory(adam(1e-3), min_size=0)

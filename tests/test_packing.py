@@ -1,0 +1,183 @@
+"""Packed parameters take the same steps, bit for bit, and come out as an ordinary tree."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import RECIPES, assert_bit_equal, gradient_trees, normal_tree
+from traffic import ulps_at_the_scale_of
+
+import adaptive_opt
+from adaptive_opt import Group, Packing, ParameterGroups, adamod, adamw, decay_mask, train_step
+
+SHAPES = {
+    "layer": [{"kernel": (17, 9), "bias": (9,)}, {"kernel": (9, 5), "bias": (5,)}],
+    "scale": (),
+    "table": (70, 1000),
+}
+FIRST = "layer/0/bias"
+
+
+@pytest.fixture(scope="module")
+def params():
+    return normal_tree(shapes=SHAPES)
+
+
+def steps(optimizer, params, gradients):
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"ranger", "rmsprop of the tree"}))
+def test_every_recipe_takes_the_same_steps_bit_for_bit(params, name):
+    packing = Packing(params)
+    optimizer = RECIPES[name](1e-2)
+    gradients = list(gradient_trees(3, shapes=SHAPES))
+    expected = steps(optimizer, params, gradients)
+    packed = map(packing.pack, gradients)
+    result = steps(packing.optimizer(optimizer), packing.pack(params), packed)
+    assert_bit_equal(packing.unpack(result), expected)
+    assert_bit_equal(packing.unpack(packing.pack(packing.unpack(result))), expected)
+
+
+def test_what_shares_a_buffer_is_small_of_one_dtype_and_not_split_over_devices():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("x"), jax.P(None, None)))
+    params = {
+        "a": jnp.ones(3),
+        "b": jnp.ones((2, 2)),
+        "half": jnp.ones(3, jnp.bfloat16),
+        "half2": jnp.ones(4, jnp.bfloat16),
+        "large": jnp.ones(2000),
+        "split": jax.device_put(jnp.ones(8), split),
+        "replicated": jax.device_put(jnp.ones((4, 4)), whole),
+        "replicated2": jax.device_put(jnp.ones((4, 4)), whole),
+    }
+    packing = Packing({k: v for k, v in params.items() if "replicated" not in k}, max_size=1999)
+    packed = packing.pack({k: v for k, v in params.items() if "replicated" not in k})
+    assert {path: x.shape for path, x in packed.items()} == {
+        "a": (1024,),
+        "half": (1024,),
+        "large": (2000,),
+        "split": (8,),
+    }
+    assert packed["half"].dtype == jnp.bfloat16
+    assert packed["split"].sharding == split
+    replicated = {k: v for k, v in params.items() if "replicated" in k}
+    packing = Packing(replicated)
+    assert packing.pack(replicated)["replicated"].sharding.is_fully_replicated
+    assert_bit_equal(packing.unpack(packing.pack(replicated)), replicated)
+
+
+def test_masks_survive(params):
+    packing = Packing(params, split_by=[decay_mask])
+    mask = packing.mask(decay_mask)
+    assert mask(None) == {FIRST: False, "layer/0/kernel": True, "table": True}
+    gradients = list(gradient_trees(2, shapes=SHAPES))
+    expected = steps(adamw(1e-2, weight_decay=0.5, mask=decay_mask), params, gradients)
+    optimizer = packing.optimizer(adamw(1e-2, weight_decay=0.5, mask=mask))
+    result = steps(optimizer, packing.pack(params), map(packing.pack, gradients))
+    assert_bit_equal(packing.unpack(result), expected)
+    plain = steps(adamw(1e-2, weight_decay=0.5), params, gradients)
+    assert (plain[0]["layer"][0]["bias"] != expected[0]["layer"][0]["bias"]).all()
+
+
+def test_groups_survive_in_parameters_and_checkpoints(params):
+    groups = ParameterGroups(
+        [Group("table", freeze=True), Group("bias$", weight_decay=0.0)], default=Group()
+    )
+    optimizer = groups.optimizer(adamw, learning_rate=1e-2, weight_decay=0.5)
+    packing = Packing(params, split_by=[groups.labels])
+    gradients = list(gradient_trees(2, shapes=SHAPES))
+    expected = steps(optimizer, params, gradients)
+    result = steps(packing.optimizer(optimizer), packing.pack(params), map(packing.pack, gradients))
+    # Not bit for bit: XLA divides by the bias correction, or multiplies by its inverse, as suits
+    # the number of arrays.
+    assert ulps_at_the_scale_of((params, expected[1]), packing.unpack(result), expected) <= 1
+    assert jax.tree.structure(packing.pack(expected)) == jax.tree.structure(result)
+
+
+def test_a_training_step_sees_the_ordinary_tree_and_works_in_place(params):
+    def loss(params, factor):
+        return sum(jnp.sum((factor * leaf - 1) ** 2) for leaf in jax.tree.leaves(params))
+
+    optimizer, packing = adamod(1e-2), Packing(params)
+    by_hand = jax.grad(loss)(params, 2.0)
+    packed = packing.pack(jax.tree.map(jnp.copy, params))
+    gradient = jax.jit(jax.grad(lambda p: loss(packing.unpack(p), 2.0)))(packed)
+    assert_bit_equal(packing.unpack(gradient), by_hand)
+    assert (gradient[FIRST][SIZE_OF_SMALL:] == 0).all()
+    step = train_step(
+        lambda p, factor: loss(packing.unpack(p), factor), packing.optimizer(optimizer)
+    )
+    compiled = step.lower(packed, optimizer.init(packed), 2.0).compile()
+    arrays = jax.tree.leaves((packed, optimizer.init(packed)))
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in arrays)
+    assert "scatter" not in compiled.as_text()
+
+
+SIZE_OF_SMALL = 17 * 9 + 9 + 9 * 5 + 5 + 1
+
+
+def test_checkpoints_are_those_of_an_ordinary_run(params):
+    optimizer, packing = adamod(1e-2), Packing(params)
+    gradients = list(gradient_trees(3, shapes=SHAPES))
+    ordinary = steps(optimizer, params, gradients)
+    packed = steps(optimizer, packing.pack(params), map(packing.pack, gradients))
+    data = adaptive_opt.to_bytes(optimizer, packing.unpack(packed))
+    assert data == adaptive_opt.to_bytes(optimizer, ordinary)
+    shapes = jax.eval_shape(lambda p: (p, optimizer.init(p)), packing.pack(params))
+    restored = adaptive_opt.from_bytes(optimizer, packing.unpack(shapes), data)
+    assert_bit_equal(packing.unpack(packing.pack(restored)), ordinary)
+
+
+def test_what_is_not_known_to_be_elementwise_needs_the_callers_word(params):
+    packing = Packing(params)
+    for optimizer in (adaptive_opt.ranger(1e-3), optax.lamb(1e-3), optax.adam(1e-3)):
+        with pytest.raises(ValueError, match=r"not known to treat every weight.*elementwise=True"):
+            packing.optimizer(optimizer)
+    gradients = list(gradient_trees(2, shapes=SHAPES))
+    trusted = packing.optimizer(optax.adam(1e-3), elementwise=True)
+    result = steps(trusted, packing.pack(params), map(packing.pack, gradients))
+    assert_bit_equal(packing.unpack(result), steps(optax.adam(1e-3), params, gradients))
+    tensor = adaptive_opt.rmsprop(1e-3, scope="tensor")
+    with pytest.raises(ValueError, match="second_moment is not known"):
+        packing.optimizer(tensor)
+
+
+def test_mistakes_are_named(params):
+    packing = Packing(params)
+    with pytest.raises(ValueError, match=r"has a mask for ordinary parameters.*packing\.mask"):
+        packing.optimizer(adamw(1e-3, mask=decay_mask))
+    with pytest.raises(
+        ValueError, match=r"share a buffer, but the mask says False and True.*split"
+    ):
+        packing.mask(decay_mask)
+    with pytest.raises(ValueError, match="this is not a tree like the parameters"):
+        packing.mask({"layer": True})
+    with pytest.raises(ValueError, match="a single array needs no packing"):
+        Packing(jnp.ones(3))
+    with pytest.raises(ValueError, match="some have an array and some have none"):
+        packing.pack(params | {"scale": None})
+    state = adaptive_opt.low_memory(adamw(1e-3), "8-bit", min_size=1).init(packing.pack(params))
+    with pytest.raises(ValueError, match="states in blocks of 8 bits stay packed"):
+        packing.unpack(state)
+
+
+def test_a_tree_with_the_norm_of_all_gradients_clipped_is_close(params):
+    packing = Packing(params)
+    chain = optax.chain(optax.clip_by_global_norm(1.0), adamod(1e-2))
+    gradients = list(gradient_trees(2, shapes=SHAPES))
+    result = steps(packing.optimizer(chain), packing.pack(params), map(packing.pack, gradients))
+    expected = steps(chain, params, gradients)[0]
+    for a, b in zip(
+        jax.tree.leaves(packing.unpack(result)[0]), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
