@@ -174,14 +174,16 @@ def measure(seeds: int, steps: int) -> dict:
 def draw(found: dict):
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), sharey=True)
     every = found["settings"]["every"]
-    colours = dict(zip(found["names"], COLOURS))
-    for i, name in enumerate(found["names"]):
+    labels = [name for name in found["names"] if not name.startswith("pre-LN")]
+    for name in found["names"]:
+        label = name.removeprefix("pre-LN, ")
+        colour, dash = COLOURS[labels.index(label)], DASHES[labels.index(label)]
         ax = axes[int(name.startswith("pre-LN"))]
         curves = np.array(found["curves"][f"{name}, lr {RATES[-1]:g}"], float)
         x = every * (np.arange(curves.shape[1]) + 0.5)
         mean, sd = curves.mean(0), curves.std(0)
-        ax.plot(x, mean, color=colours[name], linestyle=DASHES[i % 5], label=name.split("pre-LN, ")[-1])
-        ax.fill_between(x, mean - sd, mean + sd, color=colours[name], alpha=0.15, linewidth=0)
+        ax.plot(x, mean, color=colour, linestyle=dash, label=label)
+        ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
     axes[0].set(xlabel="step", ylabel="loss (nats per character)", title="post-LN, lr .01", ylim=(2, 5))
     axes[1].set(xlabel="step", title="pre-LN, lr .01")
     for ax in axes:
