@@ -75,7 +75,6 @@ def test_the_safe_defaults_take_a_step():
     exec(compile(code, "CHOOSING.md", "exec"), namespace)
     optimizer, params = namespace["optimizer"], {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     state = optimizer.init(params)
-    seen: dict = {}
     for _ in range(2):
         updates, state = optimizer.update(params, state, params)
     seen = adaptive_opt.read_telemetry(state)
@@ -91,6 +90,6 @@ def test_every_name_and_link_exists():
     for anchor in re.findall(r"gallery/README\.md#([\w-]+)", PAGE):
         assert anchor in anchors
     for name in re.findall(r"`([a-z_]+[a-z0-9_]*)(?:\(|`)", PAGE):
-        known = hasattr(adaptive_opt, name) or name in recipes.RECIPES
-        assert known or name in ("weight_decay", "learning_rate", "q99"), name
+        of_telemetry = ("learning_rate", "update_ratio", "limited", "q99")
+        assert hasattr(adaptive_opt, name) or name in ("weight_decay", *of_telemetry), name
     assert inspect.signature(adaptive_opt.adamod).parameters["b3"].default == 0.999

@@ -2,8 +2,8 @@
 
     python examples/gallery/amsgrad.py
 
-Reddi's online problem: the loss is 1010 x at every 101st step and -10 x at all others, x in [-1, 1].
-The best point is -1. Every learning rate and b2 at once, for 1.01 million steps, in float64.
+Reddi's online problem: the loss is 1010 x at every 101st step and -10 x at all others, for x from
+-1 to 1. The best point is -1. Every learning rate and b2 at once, for 1.01 million steps, in float64.
 Besides, a classifier of digits, trained by both from the same weights on the same batches.
 """
 
@@ -14,7 +14,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from shared import accuracy, cross_entropy, digits, plt, progress, row, run, train
 
 from adaptive_opt import adam, amsgrad

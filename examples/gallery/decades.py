@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from shared import (
-    COLOURS, DASHES, accuracy, cross_entropy, digits, plt, progress, row, run, train,
+    COLOURS,
+    DASHES,
+    accuracy,
+    cross_entropy,
+    digits,
+    plt,
+    progress,
+    row,
+    run,
+    train,
 )  # fmt: skip
 
 from adaptive_opt import adam, adamod, sgd
@@ -75,7 +84,13 @@ def measure(seeds: int, steps: int) -> dict:
         centre = int(np.argmin(error.mean(0)))
         low = max(0, centre - 2)  # two decades, five rates, around the best
         part = error[:, low : low + 5].mean(0)
-        rows.append(row(f"worst error over two decades around the best, {name}, {steps} steps", 100 * part.max(), "%"))
+        rows.append(
+            row(
+                f"worst over two decades around the best, {name}, {steps} steps",
+                100 * part.max(),
+                "%",
+            )
+        )
     return {
         "settings": {
             "model": "MLP 64-32-10, batch 64",
@@ -91,7 +106,7 @@ def draw(found: dict):
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3), sharey=True)
     lengths = [found["settings"]["steps"] * k for k in (1, LONGER)]
     for ax, length in zip(axes, lengths, strict=True):
-        for name, colour, dash, marker in zip(OPTIMIZERS, COLOURS, DASHES, "os^"):
+        for name, colour, dash, marker in zip(OPTIMIZERS, COLOURS, DASHES, "os^", strict=False):
             errors = 100 * np.array(found["errors"][f"{name}, {length} steps"])
             mean, sd = errors.mean(0), errors.std(0)
             ax.errorbar(

@@ -61,9 +61,7 @@ def fan(form, keys):
             updates, state = optimizer.update(gradient, state, weights)
             return (optax.apply_updates(weights, updates), state), weights.mean(1)
 
-        carry, path = jax.lax.scan(
-            step, (weights, optimizer.init(weights)), jnp.arange(FAN_STEPS)
-        )
+        carry, path = jax.lax.scan(step, (weights, optimizer.init(weights)), jnp.arange(FAN_STEPS))
         return carry[0].mean(1), path[:: FAN_STEPS // 60]
 
     return jax.vmap(one)(keys)
@@ -130,7 +128,7 @@ def measure(seeds: int, steps: int) -> dict:
     return {
         "settings": {
             "fan": f"lr {RATE:g}, wd {DECAY:g}, {FAN_STEPS} steps, {COPIES} weights of each size",
-            "map": f"{SHOWN} digits, {NOISE:.0%} of the labels drawn at random, MLP 64-32-10, batch 64",
+            "map": f"{SHOWN} digits, {NOISE:.0%} of the labels random, MLP 64-32-10, batch 64",
         },
         "rows": rows,
         "scales": SCALES,
@@ -144,8 +142,12 @@ def draw(found: dict):
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), width_ratios=(1.3, 1, 1, 1))
     scales = np.array(found["scales"])
     closed_form = found["rows"][0]["mean"]
-    axes[0].axhline(closed_form, color="0.4", linewidth=1, label=r"$(1-\mathrm{lr}\,\mathrm{wd})^t$")
-    for (name, left), colour, marker in zip(found["left"].items(), COLOURS[1::-1], "so"):
+    axes[0].axhline(
+        closed_form, color="0.4", linewidth=1, label=r"$(1-\mathrm{lr}\,\mathrm{wd})^t$"
+    )
+    for (name, left), colour, marker in zip(
+        found["left"].items(), COLOURS[1::-1], "so", strict=False
+    ):
         label = "Adam + L2" if name.startswith("L2") else "AdamW"
         mean, sd = np.mean(left, 0), np.std(left, 0)
         axes[0].errorbar(scales, mean, sd, color=colour, marker=marker, markersize=4, label=label)
@@ -163,9 +165,7 @@ def draw(found: dict):
         )  # fmt: skip
         ax.plot(m["rates"], m["best_decay"], "o-", color="white", mec="black", markersize=4)
         tilt = next(r["mean"] for r in found["rows"] if r["what"].endswith(f"best decay, {name}"))
-        ax.set(
-            xscale="log", yscale="log", xlabel="learning rate", title=f"{name}\ntilt {tilt:.2f}"
-        )
+        ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"{name}\ntilt {tilt:.2f}")
     axes[1].set_ylabel("weight decay")
     figure.colorbar(mesh, ax=axes[3], label="held-out loss (nats)", extend="both")
     return figure

@@ -114,21 +114,37 @@ def measure(seeds: int, steps: int) -> dict:
 
 def draw(found: dict):
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3))
-    styles = dict(zip((*SCOPES.values(), "gradient flow"), zip(COLOURS, DASHES, strict=True)))
+    styles = dict(
+        zip((*SCOPES.values(), "gradient flow"), zip(COLOURS, DASHES, strict=True), strict=False)
+    )
     styles["gradient flow"] = ("0.35", ":")
     for name, curve in found["curves"].items():
         label = next(label for label in styles if label in name)
         colour, dash = styles[label]
-        for ax, way in zip(axes, WAYS):
+        for ax, way in zip(axes, WAYS, strict=False):
             if way in name or label == "gradient flow":
-                ax.plot(np.array(found["shown"]) + 1, curve, color=colour, linestyle=dash, label=label)
+                ax.plot(
+                    np.array(found["shown"]) + 1, curve, color=colour, linestyle=dash, label=label
+                )
     for label, (lengths, losses) in found["paths"].items():
         colour, dash = styles[label]
         axes[2].plot(lengths, losses, color=colour, linestyle=dash, label=label)
-    axes[0].set(xscale="log", yscale="log", xlabel="step", ylabel="loss (1 at the start)", title="Axis-aligned, best lr")
+    axes[0].set(
+        xscale="log",
+        yscale="log",
+        xlabel="step",
+        ylabel="loss (1 at the start)",
+        title="Axis-aligned, best lr",
+    )
     axes[1].set(xscale="log", yscale="log", xlabel="step", title="Turned at random, best lr")
     axes[1].set_ylim(axes[0].get_ylim())
-    axes[2].set(yscale="log", xlabel="length of the path", title="Axis-aligned, small lr", xlim=(0, 9), ylim=(1e-7, 2))
+    axes[2].set(
+        yscale="log",
+        xlabel="length of the path",
+        title="Axis-aligned, small lr",
+        xlim=(0, 9),
+        ylim=(1e-7, 2),
+    )
     axes[0].legend(loc="lower left")
     return figure
 

@@ -65,7 +65,12 @@ def measure(seeds: int, steps: int) -> dict:
             ends[name] = np.asarray(by_rate[:, -1])
             bar.update()
         for name, end in ends.items():
-            rows.append(row(f"part of the learning rates .01 to 1 that end at x < 0, {name}", np.mean(end < 0)))
+            rows.append(
+                row(
+                    f"part of the learning rates .01 to 1 that end at x < 0, {name}",
+                    np.mean(end < 0),
+                )
+            )
     return {
         "settings": {"lr": RATE, "b1": B1, "b2": 0.999, "float64": True},
         "rows": rows,
@@ -77,7 +82,7 @@ def measure(seeds: int, steps: int) -> dict:
 
 def draw(found: dict):
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3))
-    for (name, xs), colour, dash in zip(found["paths"].items(), COLOURS[1:], DASHES):
+    for (name, xs), colour, dash in zip(found["paths"].items(), COLOURS[1:], DASHES, strict=False):
         left.plot(xs, color=colour, linestyle=dash, label=name)
     left.axhline(-0.3, color="0.6", linewidth=0.8, zorder=0)
     left.axhline(0.2, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
@@ -89,7 +94,7 @@ def draw(found: dict):
     names = [name.replace(", half the", ",\nhalf the") for name in found["ends"]]
     rates = np.array(found["rates"])
     edges = rates[0] * (rates[1] / rates[0]) ** (np.arange(len(rates) + 1) - 0.5)
-    for i, (line, colour) in enumerate(zip(lost, COLOURS[1:])):
+    for i, (line, colour) in enumerate(zip(lost, COLOURS[1:], strict=False)):
         right.axhspan(i - 0.3, i + 0.3, color="0.94", zorder=0)
         for low, high in zip(edges[:-1][line], edges[1:][line], strict=True):
             right.fill_between([low, high], i - 0.3, i + 0.3, color=colour, linewidth=0)

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from shared import (
-    COLOURS, DASHES, accuracy, cross_entropy, digits, mlp, plt, progress, row, run, train,
+    COLOURS,
+    DASHES,
+    accuracy,
+    cross_entropy,
+    digits,
+    mlp,
+    plt,
+    progress,
+    row,
+    run,
+    train,
 )  # fmt: skip
 
 from adaptive_opt import adamw, one_cycle
@@ -87,7 +97,9 @@ def measure(seeds: int, steps: int) -> dict:
                 bar.update()
             losses[name], rates[name] = np.array(best).T, at  # (seeds, budgets)
             rows.append(row(f"held-out loss after {budgets[-1]} steps, {name}", best[-1], "nats"))
-            rows.append(row(f"held-out error after {budgets[-1]} steps, {name}", 100 * error[:, i], "%"))
+            rows.append(
+                row(f"held-out error after {budgets[-1]} steps, {name}", 100 * error[:, i], "%")
+            )
     if len(budgets) > 1:
         target = losses["constant"][:, -1].mean()
         rows.append(row("target: the loss of constant at its largest budget", target, "nats"))
@@ -97,7 +109,9 @@ def measure(seeds: int, steps: int) -> dict:
             rows.append(row(f"fewer steps than constant, {name}", budgets[-1] / needed, "times"))
         for name in ("cosine", "1cycle, b1 constant"):
             difference = (losses["1cycle"] - losses[name])[:, -1]
-            rows.append(row(f"1cycle minus {name}, {budgets[-1]} steps, paired", difference, "nats"))
+            rows.append(
+                row(f"1cycle minus {name}, {budgets[-1]} steps, paired", difference, "nats")
+            )
     return {
         "settings": {
             "model": "MLP 64-64-10, batch 64, AdamW with its defaults",
@@ -114,12 +128,14 @@ def measure(seeds: int, steps: int) -> dict:
 def draw(found: dict):
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     x = np.array(found["budgets"])
-    for (name, losses), colour, dash in zip(found["losses"].items(), COLOURS, DASHES):
+    for (name, losses), colour, dash in zip(found["losses"].items(), COLOURS, DASHES, strict=False):
         losses = np.array(losses)
         mean, sd = losses.mean(0), losses.std(0)
         left.plot(x, mean, color=colour, linestyle=dash, marker="o", markersize=3, label=name)
         left.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-        right.plot(x, found["best_rates"][name], color=colour, linestyle=dash, marker="o", markersize=3)
+        right.plot(
+            x, found["best_rates"][name], color=colour, linestyle=dash, marker="o", markersize=3
+        )
     left.set(xscale="log", yscale="log", xlabel="steps in all", ylabel="held-out loss (nats)")
     right.set(xscale="log", yscale="log", xlabel="steps in all", ylabel="best learning rate")
     for ax in (left, right):

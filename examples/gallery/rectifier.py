@@ -76,9 +76,7 @@ def draw(found: dict):
         lines = np.array(found[name])
         ax.plot(found["shown"], lines.mean(0), color=colour, linestyle=dash, label=label)
         ax.fill_between(found["shown"], lines.min(0), lines.max(0), color=colour, alpha=0.25)
-    ax.set(
-        xscale="log", yscale="log", xlabel="step", ylabel="variance of the rate"
-    )
+    ax.set(xscale="log", yscale="log", xlabel="step", ylabel="variance of the rate")
     ax.legend()
     return figure
 

@@ -100,9 +100,7 @@ def run(
     name = pathlib.Path(script).stem
     parser = argparse.ArgumentParser(description=f"Makes {name}.json and {name}.png.")
     for option, (default, meaning) in options.items():
-        parser.add_argument(
-            f"--{option}", type=int, default=default, help=f"{meaning} ({default})"
-        )
+        parser.add_argument(f"--{option}", type=int, default=default, help=f"{meaning} ({default})")
     parser.add_argument(
         "--output", default=str(HERE), help="the folder to write to (that of the script)"
     )

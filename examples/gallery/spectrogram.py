@@ -63,7 +63,7 @@ def trained(recipe, seeds, steps, bar):
 
 def measure(seeds: int, steps: int) -> dict:
     rows, kept = [], {}
-    above = np.concatenate([[False], BIN_EDGES >= np.log10(LARGE)])
+    above = np.concatenate([[False], np.log10(LARGE) <= BIN_EDGES])
     with progress(len(RECIPES) * seeds, "spectrogram") as bar:
         for name, recipe in RECIPES.items():
             recorders = trained(recipe, seeds, steps, bar)

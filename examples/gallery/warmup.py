@@ -134,7 +134,9 @@ def measure(seeds: int, steps: int) -> dict:
     curves = {}
     with progress(len(programs), "warmup") as bar:
         for recipe, first, tables in programs:
-            factors = jnp.asarray([rate * table for (_, rate), table in tables.items()], jnp.float32)
+            factors = jnp.asarray(
+                [rate * table for (_, rate), table in tables.items()], jnp.float32
+            )
             losses = np.asarray(trained(recipe, first, keys, factors, source, steps), float)
             curves |= {key: losses[:, i] for i, key in enumerate(tables)}
             bar.update()
@@ -184,7 +186,9 @@ def draw(found: dict):
         mean, sd = curves.mean(0), curves.std(0)
         ax.plot(x, mean, color=colour, linestyle=dash, label=label)
         ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-    axes[0].set(xlabel="step", ylabel="loss (nats per character)", title="post-LN, lr .01", ylim=(2, 5))
+    axes[0].set(
+        xlabel="step", ylabel="loss (nats per character)", title="post-LN, lr .01", ylim=(2, 5)
+    )
     axes[1].set(xlabel="step", title="pre-LN, lr .01")
     for ax in axes:
         ax.legend()
