@@ -110,8 +110,8 @@ def draw(found: dict):
             errors = 100 * np.array(found["errors"][f"{name}, {length} steps"])
             mean, sd = errors.mean(0), errors.std(0)
             ax.errorbar(
-                found["rates"], mean, sd, color=colour, linestyle=dash, marker=marker, markersize=3.5,
-                label=name, elinewidth=0.8,
+                found["rates"], mean, sd, color=colour, linestyle=dash, label=name,
+                marker=marker, markersize=3.5, elinewidth=0.8,
             )  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"{length:,} steps")
         ax.set_yticks([2, 5, 10, 20, 50, 90], [2, 5, 10, 20, 50, 90])
