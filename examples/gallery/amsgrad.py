@@ -3,8 +3,7 @@
     python examples/gallery/amsgrad.py
 
 Reddi's online problem: the loss is 1010 x at every 101st step and -10 x at all others, for x from
--1 to 1, so that -1 is best.
-Every learning rate and b2 at once, for 1.01 million steps, in float64.
+-1 to 1, so that -1 is best. Every learning rate and b2 at once, for 1.01 million steps, in float64.
 Besides, a classifier of digits, trained by both from the same weights on the same batches.
 """
 
