@@ -8,6 +8,7 @@ dtype of every array, and is compared before anything is read back.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -124,7 +125,7 @@ def check_checkpoint(
 
 
 def to_bytes(optimizer: optax.GradientTransformation, tree: Tree) -> bytes:
-    """``flax.serialization.to_bytes`` with a header.
+    """``flax.serialization.to_bytes`` with a header, and a checksum of four bytes at the end.
 
     Args:
       optimizer: the optimizer that the state in ``tree`` belongs to.
@@ -138,12 +139,12 @@ def to_bytes(optimizer: optax.GradientTransformation, tree: Tree) -> bytes:
     >>> sorted(restored[0].buffers)
     ['mu', 'nu', 'rate_ema']
     """
-    return flax.serialization.msgpack_serialize(
-        {
-            "header": checkpoint_header(optimizer, tree),
-            "tree": flax.serialization.to_state_dict(jax.device_get(tree)),
-        }
-    )
+    content = {
+        "header": checkpoint_header(optimizer, tree),
+        "tree": flax.serialization.to_state_dict(jax.device_get(tree)),
+    }
+    data = flax.serialization.msgpack_serialize(content)
+    return data + _checksum(data)
 
 
 def from_bytes(
@@ -166,7 +167,7 @@ def from_bytes(
       ``target`` with the saved arrays, as NumPy arrays.
 
     Raises:
-      CheckpointMismatch: the bytes are cut short, have no header, or do not fit.
+      CheckpointMismatch: the bytes are cut short, damaged, have no header, or do not fit.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adam, from_bytes, to_bytes
@@ -175,21 +176,22 @@ def from_bytes(
     >>> print(from_bytes(optimizer, optimizer.init(x), to_bytes(optimizer, state))[0].mu)
     [0.1 0.1]
     """
-    try:
-        saved = flax.serialization.msgpack_restore(data)
-    except Exception as error:  # msgpack has no single base class for them
+    content, checksum = data[:-4], data[-4:]
+    if not content or checksum != _checksum(content):
         raise CheckpointMismatch(
-            f"the bytes are not a checkpoint, or not all of it ({type(error).__name__}: {error})."
-        ) from None
-    if not isinstance(saved, dict) or set(saved) != {"header", "tree"}:
-        raise CheckpointMismatch(
-            "the bytes have no header. Bytes of flax.serialization.to_bytes are read by"
+            "the bytes are not what to_bytes returned: they are cut short or damaged, or have no"
+            " header. Bytes of flax.serialization.to_bytes are read by"
             " flax.serialization.from_bytes, which checks neither the optimizer nor shapes; a"
             " state of optax then comes in through convert_state."
         )
+    saved: Any = flax.serialization.msgpack_restore(content)
     check_checkpoint(saved["header"], optimizer, target, allow=allow)
     restored: Any = flax.serialization.from_state_dict(target, saved["tree"])
     return restored
+
+
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "little")
 
 
 def _as_data(description: Description) -> dict[str, Any]:

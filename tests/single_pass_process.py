@@ -1,8 +1,9 @@
-"""What a process with XLA's option sees of ``single_pass``, as JSON; run by test_single_pass.py."""
+"""What a process with XLA's option sees of ``single_pass``, as JSON; its arguments are recipes."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import flax.linen as nn
 import jax
@@ -94,7 +95,7 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)
     adaptive_opt.enable_single_pass()
     adaptive_opt.enable_single_pass()  # a second time changes nothing
-    large = {name: of_a_large_leaf(RECIPES[name](1e-3)) for name in RECIPES}
+    large = {name: of_a_large_leaf(RECIPES[name](1e-3)) for name in sys.argv[1:]}
     large["optax.adam"] = of_a_large_leaf(optax.adam(1e-3))
     wrapped = {
         "masked": optax.masked(

@@ -35,7 +35,13 @@ def steps(optimizer, params, gradients):
     return params, state
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"ranger", "rmsprop of the tree"}))
+OFTEN = ("adamod", "diffmod", "radam", "nadamw")
+SELDOM = sorted(set(RECIPES) - {*OFTEN, "ranger", "rmsprop of the tree"})
+
+
+@pytest.mark.parametrize(
+    "name", [*OFTEN, *(pytest.param(n, marks=pytest.mark.slow) for n in SELDOM)]
+)
 def test_every_recipe_takes_the_same_steps_bit_for_bit(params, name):
     packing = Packing(params)
     optimizer = RECIPES[name](1e-2)

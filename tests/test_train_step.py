@@ -32,7 +32,13 @@ def lowered(step, optimizer, params, *args):
     return step.lower(params, jax.eval_shape(optimizer.init, params), *args).compile()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+OFTEN = ("adam", "diffmod", "nadamw", "rmsprop", "ranger")
+SELDOM = sorted(set(RECIPES) - set(OFTEN))
+
+
+@pytest.mark.parametrize(
+    "name", [*OFTEN, *(pytest.param(n, marks=pytest.mark.slow) for n in SELDOM)]
+)
 def test_every_array_is_written_where_it_was(name):
     optimizer, params = RECIPES[name](1e-3), normal_tree()
     compiled = lowered(train_step(quadratic, optimizer), optimizer, params, 1.0)

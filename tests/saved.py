@@ -1,0 +1,42 @@
+"""What the checkpoints in references/format_1.npz belong to."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+from common import EVERY_CONVENTION
+
+from adaptive_opt import Group, ParameterGroups, adamod, adamw, low_memory, skip_nonfinite
+
+FORMAT_1 = pathlib.Path(__file__).parent / "references" / "format_1.npz"
+
+GROUPS = ParameterGroups([Group("bias", weight_decay=0.0)], default=Group())
+WRAPPED = {
+    "skip_nonfinite": skip_nonfinite(adamw(1e-2)),
+    "groups": GROUPS.optimizer(adamod, learning_rate=1e-2, weight_decay=0.1),
+    "clipped and accumulated": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.MultiSteps(adamod(1e-2), 2).gradient_transformation(),
+    ),
+    "low_memory": low_memory(adamod(1e-2), min_size=1),
+}
+SAVED_BY_FORMAT_1 = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()} | WRAPPED
+
+
+def small_tree():
+    return {
+        "kernel": jnp.array([[0.5, -1.0], [2.0, 0.25], [-0.125, 1.5]], jnp.float32),
+        "bias": jnp.array([1.0, -0.5], jnp.float32),
+    }
+
+
+def a_few_steps(optimizer, params, state):
+    """Three steps down the sum of x^4, each on a gradient that depends on the parameters."""
+    for _ in range(3):
+        gradient = jax.tree.map(lambda x: jnp.asarray(x) ** 3, params)
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
