@@ -52,8 +52,12 @@ def section(name: str) -> str:
     return re.search(rf"<!-- {name}: begin -->(.*?)<!-- {name}: end -->", README, re.DOTALL)[1]
 
 
-def numbers(text: str) -> list[str]:
-    return re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.])", text)
+def test_every_claim_leads_to_its_section():
+    headings = re.findall(r"^## (.*)$", README, re.M)
+    anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+    linked = set(re.findall(r"\]\(#([\w-]+)\)", README))
+    assert linked <= anchors
+    assert anchors - linked == {"not-reproduced"}
 
 
 def test_every_script_has_a_picture_numbers_and_a_section():
