@@ -1,0 +1,125 @@
+"""What every recipe keeps for a weight and how long its step takes, beside ``optax.adam``.
+
+    python -m benchmarks.recipes
+    python -m benchmarks.recipes --page examples/CHOOSING.md
+
+State: bytes for each float32 parameter, from the shapes of the state. Time: of a jitted step with
+everything donated, on one large leaf; the recipes take turns in random order, and the ratio is the
+median over the rounds of two times of the same round. Prints a table; ``--page`` renews the one
+that is in there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+import adaptive_opt
+
+RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": adaptive_opt.sgd,
+    "sgd, momentum": functools.partial(adaptive_opt.sgd, momentum=0.9),
+    "adagrad": adaptive_opt.adagrad,
+    "rmsprop": adaptive_opt.rmsprop,
+    "adam": adaptive_opt.adam,
+    "adamw": adaptive_opt.adamw,
+    "nadam": adaptive_opt.nadam,
+    "radam": adaptive_opt.radam,
+    "adamax": adaptive_opt.adamax,
+    "adadelta": adaptive_opt.adadelta,
+    "adabound": adaptive_opt.adabound,
+    "amsgrad": adaptive_opt.amsgrad,
+    "amsbound": adaptive_opt.amsbound,
+    "adamod": adaptive_opt.adamod,
+    "diffgrad": adaptive_opt.diffgrad,
+    "ranger": adaptive_opt.ranger,
+    "diffmod": adaptive_opt.diffmod,
+}
+BEGIN, END = "<!-- recipes: begin -->", "<!-- recipes: end -->"
+
+
+def state_bytes(make: Callable[[float], optax.GradientTransformation]) -> float:
+    """Bytes of state for each float32 parameter; what does not grow with them is not counted."""
+
+    def size(n: int) -> int:
+        shapes = jax.eval_shape(make(1e-3).init, jax.ShapeDtypeStruct((n, 2), jnp.float32))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+    return (size(2048) - size(1024)) / 2048
+
+
+def seconds(elements: int, rounds: int) -> dict[str, list[float]]:
+    """The time of a step in every round."""
+    gradient = jax.random.normal(jax.random.key(0), (elements // 1024, 1024))
+    steps, carried = {}, {}
+    makers = RECIPES | {"optax.adam": optax.adam}
+    for name, make in tqdm(makers.items(), desc="compiling", unit="recipe"):
+        optimizer = make(1e-3)
+
+        def step(params, state, gradient, optimizer=optimizer):
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jnp.ones_like(gradient)
+        carried[name] = (params, optimizer.init(params))
+        steps[name] = jax.jit(step, donate_argnums=(0, 1)).lower(*carried[name], gradient).compile()
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    order = list(makers)
+    for done in tqdm(range(rounds + 1), desc="timing", unit="round"):
+        random.shuffle(order)
+        for name in order:
+            jax.block_until_ready(carried[name])
+            began = time.perf_counter()
+            for _ in range(3):
+                carried[name] = steps[name](*carried[name], gradient)
+            jax.block_until_ready(carried[name])
+            if done:  # the first round warms up
+                times[name].append((time.perf_counter() - began) / 3)
+    return times
+
+
+def table(times: dict[str, list[float]]) -> str:
+    lines = [
+        "| recipe | bytes of state for each float32 parameter | time of a step, `optax.adam` = 1 |",
+        "|---|---:|---:|",
+    ]
+    for name, make in RECIPES.items():
+        ratios = [a / b for a, b in zip(times[name], times["optax.adam"], strict=True)]
+        low, middle, high = (
+            statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        )
+        kept = f"{state_bytes(make):.0f}"
+        lines.append(f"| `{name}` | {kept} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--elements", type=int, default=1 << 22, help="of the leaf (4194304)")
+    parser.add_argument("--rounds", type=int, default=25, help="of all recipes (25)")
+    parser.add_argument("--page", type=pathlib.Path, help="the document to renew the table in")
+    options = parser.parse_args(arguments)
+    if options.elements < 1024 or options.rounds < 1:
+        parser.error("--elements must be at least 1024 and --rounds at least 1")
+    made = table(seconds(options.elements, options.rounds))
+    print(made)
+    if options.page:
+        text = options.page.read_text()
+        before, rest = text.split(BEGIN)
+        options.page.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
