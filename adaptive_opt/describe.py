@@ -21,11 +21,16 @@ _ATTRIBUTE = "_adaptive_opt_description"
 
 
 class Description(NamedTuple):
-    """A transformation's name, its settings, and the transformations it is made of."""
+    """A transformation's name, its settings, and the transformations it is made of.
+
+    ``labels`` is the mask of an ``optax.masked``, or the labels of an ``optax.partition``; it is
+    no setting, is not printed, and not in checkpoints.
+    """
 
     name: str
     settings: Mapping[str, Any]
     parts: tuple[Description, ...] = ()
+    labels: Any = None
 
     def stages(self) -> tuple[Description, ...]:
         """The innermost parts, in the order in which they act."""
@@ -81,7 +86,8 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     if name == "with_extra_args_support":
         return describe(held["tx"])
     numbers = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
-    return Description(name.removesuffix(".update"), numbers, _inner(transformation))
+    labels = held.get("mask", held.get("param_labels"))
+    return Description(name.removesuffix(".update"), numbers, _inner(transformation), labels)
 
 
 def describe_as(

@@ -18,8 +18,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adaptive_opt.describe import describe
-from adaptive_opt.groups import path_of
+from adaptive_opt.describe import Description, describe, shown
+from adaptive_opt.groups import ParameterGroups, path_of
 from adaptive_opt.policies import Tree, check_whole, dtype_of
 
 PAD = 1024
@@ -47,10 +47,11 @@ class Packing:
     value in every tree of ``split_by``; larger leaves, those split over devices, and those with no
     fellow stay as they are. A packed tree is a dict from paths to arrays; a buffer has the path of
     its first leaf, so that tables of path patterns (``ParameterGroups``) go on working, and is
-    padded with zeros to a multiple of 1024.
+    padded with zeros to a multiple of 1024. ``low_memory`` has no place in it: its blocks would
+    cross leaves, and which arrays it finds small, and how it rounds, would be another.
 
     Args:
-      params: the parameters, arrays or ``jax.ShapeDtypeStruct``; a tree of more than one leaf.
+      params: the parameters, arrays, numbers or ``jax.ShapeDtypeStruct``; no single array.
       split_by: masks and labels, as functions of the parameters or trees like them, by which leaves
         must be kept apart: the ``mask=`` of weight decay, ``groups.labels``.
       max_size: of a leaf that is packed, in elements; default 65,536.
@@ -89,15 +90,17 @@ class Packing:
         self._paths = [path_of(path) for path, _ in with_paths]
         if len(set(self._paths)) < len(self._paths):
             raise ValueError("two parameters have the same path: rename one of them.")
-        leaves = [leaf for _, leaf in with_paths]
-        self._params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype_of(p)), params)
-        self._shapes = [tuple(leaf.shape) for leaf in leaves]
+        self._params = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(np.shape(p), dtype_of(p)), params
+        )
+        leaves = jax.tree.leaves(self._params)
+        self._shapes = [leaf.shape for leaf in leaves]
         kinds = [self._leaves(tree(params) if callable(tree) else tree) for tree in split_by]
         shared: dict[Any, list[int]] = {}
-        for i, leaf in enumerate(leaves):
-            packed = leaf.size <= max_size and not _is_split(leaf)
+        for i, (leaf, (_, given)) in enumerate(zip(leaves, with_paths, strict=True)):
+            packed = leaf.size <= max_size and not _is_split(given)
             alone = () if packed else (i,)
-            key = (dtype_of(leaf), *(kind[i] for kind in kinds), *alone)
+            key = (leaf.dtype, *(kind[i] for kind in kinds), *alone)
             shared.setdefault(key, []).append(i)
         self._members = {self._paths[m[0]]: m for m in shared.values()}
 
@@ -108,11 +111,14 @@ class Packing:
 
         A scalar or a placeholder (``None``, ``optax.MaskedNode``) that stands for each leaf of a
         buffer is kept once. Leaves that are not packed are the same arrays: donate one tree or
-        the other. ValueError for a buffer of which some leaves are there and some are not.
+        the other. What has nothing but ``None`` or ``optax.EmptyState`` is left as it is.
+
+        ValueError for a buffer of which some leaves are there and some are not, or whose leaves
+        differ in dtype.
         """
 
         def pack(leaves: list[Any]) -> dict[str, Any]:
-            return {p: self._joined(p, [leaves[i] for i in m]) for p, m in self._members.items()}
+            return {path: self._joined(path, leaves) for path in self._members}
 
         return _replaced(tree, self._leaves_if_like_params, pack)
 
@@ -146,9 +152,10 @@ class Packing:
             packed[path] = values[members[0]]
             for i in members:
                 if values[i] != packed[path]:
+                    name = shown(mask) if callable(mask) else "the mask"
                     raise ValueError(
-                        f"{self._paths[members[0]]} and {self._paths[i]} share a buffer, but the"
-                        f" mask says {packed[path]!r} and {values[i]!r}: give it in"
+                        f"{path} and {self._paths[i]} share a buffer, but {name} says"
+                        f" {packed[path]!r} and {values[i]!r}: give it in"
                         " Packing(params, split_by=[...])."
                     )
 
@@ -170,10 +177,12 @@ class Packing:
           inner: an optimizer that treats every weight by itself, or the tree as a whole. Recipes
             and stages say so in their description.
           elementwise: your word for it, for all other transformations, and for masks that are right
-            for packed trees.
+            for packed trees. Nothing is checked then.
 
-        ValueError for what is not known to be elementwise, and for masks that ``mask`` has not
-        made.
+        ValueError for what is not known to be elementwise, for ``low_memory``, for conditions that
+        look at extra arguments, and for masks and labels (of weight decay, ``optax.masked``,
+        ``optax.partition``) that ``mask`` of this packing has not made; except those of
+        ``ParameterGroups``, if they are the same for all leaves of a buffer.
         """
         if not elementwise:
             description = describe(inner)
@@ -185,13 +194,36 @@ class Packing:
                         " norms of single tensors or paths, its parameters cannot be packed."
                     )
             for part in _all(description):
-                mask = part.settings.get("mask")
-                if mask is not None and getattr(mask, _MADE_BY, None) is not self:
-                    raise ValueError(
-                        f"{part.name} has a mask for ordinary parameters: give it"
-                        " mask=packing.mask(mask), and Packing(params, split_by=[mask])."
-                    )
+                self._check_part(part)
         return optax.with_extra_args_support(inner)
+
+    def _check_part(self, part: Description) -> None:
+        if part.name == "low_memory":
+            raise ValueError(
+                "low_memory goes by the size of arrays and cuts them into blocks, which in buffers"
+                " are not those of the parameters: use it or Packing, not both. If blocks may cross"
+                " parameters, and checkpoints differ from those of ordinary runs, say"
+                " packing.optimizer(inner, elementwise=True)."
+            )
+        if part.settings.get("forward_extra_args"):
+            raise ValueError(
+                f"{part.name} has a condition that looks at extra arguments, which may be packed."
+                " If it is right for them, say packing.optimizer(inner, elementwise=True)."
+            )
+        for labels in (part.settings.get("mask"), part.labels):
+            if labels is None or getattr(labels, _MADE_BY, None) is self:
+                continue
+            if not callable(labels) and jax.tree.structure(labels) == jax.tree.structure(0):
+                continue  # one for all
+            groups = getattr(labels, "__self__", None)
+            if not isinstance(groups, ParameterGroups):
+                raise ValueError(
+                    f"{part.name} has a mask for ordinary parameters, or labels: give it"
+                    " packing.mask(mask) in place of mask, and Packing(params, split_by=[mask])."
+                )
+            self.mask(
+                groups.labels
+            )  # with an error for parameters of no group, which packing hides
 
     # --- one tree -----------------------------------------------------------------------------
 
@@ -210,20 +242,39 @@ class Packing:
             return None
         like = zip(leaves, self._shapes, strict=True)
         fits = all(not hasattr(x, "shape") or x.shape in ((), shape) for x, shape in like)
-        return leaves if fits and all(_is_leaf(x) for x in leaves) else None
+        stand = all(x is None or _is_array(x) or isinstance(x, optax.MaskedNode) for x in leaves)
+        return leaves if fits and stand and any(x is not None for x in leaves) else None
 
     def _if_packed(self, tree: Tree) -> Mapping[str, Any] | None:
         return tree if isinstance(tree, dict) and tree.keys() == self._members.keys() else None
 
-    def _joined(self, path: str, leaves: list[Any]) -> Any:
-        first = leaves[0]
-        if len({hasattr(x, "shape") for x in leaves}) > 1:
+    def _joined(self, path: str, all_leaves: list[Any]) -> Any:
+        members = self._members[path]
+        leaves = [all_leaves[i] for i in members]
+        if len(leaves) == 1:
+            return leaves[0]
+        if len({_is_array(x) for x in leaves}) > 1:
             raise ValueError(
                 f"of the leaves that share a buffer with {path} some have an array and some have"
                 " none: keep them apart with Packing(params, split_by=[...])."
             )
-        one_for_all = not getattr(first, "shape", ()) and self._total(path) > len(leaves)
-        if len(leaves) == 1 or not hasattr(first, "shape") or one_for_all:
+        if not _is_array(leaves[0]):
+            return leaves[0]
+        leaves = [x if hasattr(x, "shape") else jnp.asarray(x) for x in leaves]
+        first, shapes = leaves[0], [self._shapes[i] for i in members]
+        for i, x in zip(members, leaves, strict=True):
+            if dtype_of(x) != dtype_of(first):
+                raise ValueError(
+                    f"{path} and {self._paths[i]} share a buffer, but are {dtype_of(first)} and"
+                    f" {dtype_of(x)} here: give them the same dtype, or keep them apart with"
+                    " Packing(params, split_by=[...])."
+                )
+        if any(x.shape != shape for x, shape in zip(leaves, shapes, strict=True)):
+            if any(x.shape for x in leaves):
+                raise ValueError(
+                    f"of the leaves that share a buffer with {path} some are scalars and some are"
+                    " whole: keep them apart with Packing(params, split_by=[...])."
+                )
             return first
         if isinstance(first, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct((self._length(path),), first.dtype)
@@ -279,6 +330,10 @@ def _is_leaf(x: Any) -> bool:
     return not jax.tree.leaves(x) or jax.tree.structure(x) == jax.tree.structure(0)
 
 
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") or isinstance(x, int | float | complex)
+
+
 def _is_split(x: Any) -> bool:
     """Whether devices have different parts of an array."""
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
@@ -293,7 +348,7 @@ def _sharding(x: Any) -> Any:
     return sharding
 
 
-def _all(description: Any) -> Iterable[Any]:
+def _all(description: Description) -> Iterable[Description]:
     yield description
     for part in description.parts:
         yield from _all(part)

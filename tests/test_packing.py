@@ -82,6 +82,41 @@ def test_what_shares_a_buffer_is_small_of_one_dtype_and_not_split_over_devices()
     assert_bit_equal(packing.unpack(packing.pack(replicated)), replicated)
 
 
+@pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jitted"])
+def test_a_buffer_that_begins_with_a_scalar_keeps_all_weights(through):
+    params = {"a": jnp.float32(1.0), "b": 2 * jnp.ones(3), "c": 3.0}
+    packing = Packing(params)
+    packed = through(packing.pack)(params)
+    assert packed["a"].tolist() == [1, 2, 2, 2, 3] + 1019 * [0]
+    assert_bit_equal(through(packing.unpack)(packed), jax.tree.map(jnp.float32, params))
+    one_each = {"a": jnp.int32(7), "b": jnp.int32(7), "c": jnp.int32(7)}
+    assert through(packing.pack)(one_each)["a"].tolist() == 7
+    two = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match="some are scalars and some are whole"):
+        through(Packing(two).pack)(two | {"a": jnp.float32(1.0)})
+
+
+@pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jitted"])
+def test_a_buffer_is_of_one_dtype(through):
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    packing = Packing(params)
+    with pytest.raises(ValueError, match="a and b share a buffer, but are float32 and bfloat16"):
+        through(packing.pack)(params | {"b": params["b"].astype(jnp.bfloat16)})
+
+
+def test_parts_of_a_state_that_are_no_copies_of_the_parameters_are_left_alone():
+    params = (jnp.ones(3), jnp.ones(2))
+    packing = Packing(params)
+    optimizer = optax.chain(optax.chain(optax.clip(1.0), optax.scale(0.5)), adamod(1e-2))
+    state, packed = optimizer.init(params), optimizer.init(packing.pack(params))
+    assert packing.pack(state)[0] == (optax.EmptyState(), optax.EmptyState())
+    assert_bit_equal(packing.pack(packing.unpack(packed)), packed)
+    assert packing.pack((None, None)) == (None, None)
+    nodes = (optax.MaskedNode(), optax.MaskedNode())
+    assert packing.pack(nodes) == {"0": optax.MaskedNode()}
+    assert packing.unpack(packing.pack(nodes)) == nodes
+
+
 def test_masks_survive(params):
     packing = Packing(params, split_by=[decay_mask])
     mask = packing.mask(decay_mask)
@@ -93,6 +128,81 @@ def test_masks_survive(params):
     assert_bit_equal(packing.unpack(result), expected)
     plain = steps(adamw(1e-2, weight_decay=0.5), params, gradients)
     assert (plain[0]["layer"][0]["bias"] != expected[0]["layer"][0]["bias"]).all()
+
+
+def test_masks_and_labels_of_optax_survive_where_the_packing_made_them(params):
+    def labels(params):
+        return jax.tree.map(lambda decays: "slow" if decays else "fast", decay_mask(params))
+
+    packing = Packing(params, split_by=[labels])
+    gradients = list(gradient_trees(2, shapes=SHAPES))
+
+    def optimizer(mask, labels):
+        decay = optax.masked(adaptive_opt.decoupled_weight_decay(0.5), mask)
+        scales = {"fast": optax.scale(-1.0), "slow": optax.scale(-0.5)}
+        return optax.chain(adaptive_opt.scale_by_adam(), decay, optax.partition(scales, labels))
+
+    expected = steps(optimizer(decay_mask, labels), params, gradients)
+    made = optimizer(packing.mask(decay_mask), packing.mask(labels))
+    result = steps(packing.optimizer(made), packing.pack(params), map(packing.pack, gradients))
+    assert_bit_equal(packing.unpack(result), expected)
+    assert packing.optimizer(optimizer(True, "slow")).init(packing.pack(params))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.masked(tx, decay_mask),
+        lambda tx: optax.masked(tx, {FIRST: False}),
+        lambda tx: optax.partition({False: tx, True: tx}, decay_mask),
+        lambda tx: optax.chain(adamod(1e-3), optax.masked(optax.clip(1.0), decay_mask)),
+        lambda tx: optax.apply_if_finite(optax.masked(tx, decay_mask), 3),
+        lambda tx: adaptive_opt.lookahead(optax.masked(tx, decay_mask)),
+        lambda tx: optax.inject_hyperparams(adamw, static_args=("mask",))(1e-3, mask=decay_mask),
+        lambda tx: optax.masked(tx, Packing({"a": jnp.ones(3)}).mask({"a": True})),
+    ],
+    ids=["masked", "tree", "partition", "chain", "if finite", "lookahead", "injected", "other"],
+)
+def test_masks_of_the_ordinary_tree_are_found_wherever_they_are(params, wrap):
+    optimizer = wrap(adamod(1e-3))
+    with pytest.raises(ValueError, match=r"has a mask for ordinary parameters.*packing\.mask"):
+        Packing(params).optimizer(optimizer)
+    assert Packing(params).optimizer(optimizer, elementwise=True)
+
+
+def test_a_condition_may_look_at_the_step_and_not_at_extra_arguments(params):
+    def late(step, **_):
+        return step >= 2
+
+    for wrap in (optax.conditionally_mask, optax.conditionally_transform):
+        assert Packing(params).optimizer(wrap(adamod(1e-3), late))
+        with pytest.raises(ValueError, match=r"conditionally_.* looks at extra arguments"):
+            Packing(params).optimizer(wrap(adamod(1e-3), late, forward_extra_args=True))
+
+
+def test_groups_are_refused_where_packing_would_hide_one(params):
+    def optimizer(*groups, default=None):
+        return ParameterGroups(groups, default).optimizer(adamw, learning_rate=1e-2)
+
+    packing = Packing(params)
+    with pytest.raises(ValueError, match=r"layer/0/bias and .* share a buffer, but .*labels says"):
+        packing.optimizer(optimizer(Group("bias$", weight_decay=0.0), default=Group()))
+    with pytest.raises(ValueError, match="1 of 6 parameters match no group: table"):
+        packing.optimizer(optimizer(Group("layer|scale")))
+    with pytest.raises(ValueError, match="the pattern 'bais' matches no parameter"):
+        packing.optimizer(optimizer(Group("bais"), default=Group()))
+    assert packing.optimizer(optimizer(Group("table", freeze=3), default=Group()))
+
+
+def test_low_memory_is_refused_inside(params):
+    packing = Packing(params)
+    for storage in ("bfloat16", "8-bit"):
+        optimizer = adaptive_opt.low_memory(adamod(1e-3), storage)
+        with pytest.raises(
+            ValueError, match=r"low_memory goes by the size of arrays.*Packing, not"
+        ):
+            packing.optimizer(optax.chain(optax.clip(1.0), optimizer))
+    assert packing.optimizer(optimizer, elementwise=True) is not None
 
 
 def test_groups_survive_in_parameters_and_checkpoints(params):
@@ -163,7 +273,7 @@ def test_mistakes_are_named(params):
     with pytest.raises(ValueError, match=r"has a mask for ordinary parameters.*packing\.mask"):
         packing.optimizer(adamw(1e-3, mask=decay_mask))
     with pytest.raises(
-        ValueError, match=r"share a buffer, but the mask says False and True.*split"
+        ValueError, match=r"share a buffer, but decay_mask says False and True.*split"
     ):
         packing.mask(decay_mask)
     with pytest.raises(ValueError, match="this is not a tree like the parameters"):
