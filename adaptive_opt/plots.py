@@ -52,18 +52,25 @@ class Recorder:
         self.histograms: list[dict[str, np.ndarray]] = []
 
     def record(self, state: Any) -> None:
-        """Keep what the telemetry in a state saw last, if that is new."""
+        """Keep what the telemetry in a state saw last, if that is new.
+
+        Where a run goes on from an earlier step, or another one starts, what came later is
+        forgotten.
+        """
         row = read_telemetry(state)
-        step = next((int(v) for k, v in row.items() if k.split("/")[-1] == "step"), None)
-        if step is not None and (not self.steps or step > self.steps[-1]):
+        step = _step_of(row)
+        while step is not None and self.steps and self.steps[-1] > step:
+            for kept in (self.steps, self.rows, self.histograms):
+                kept.pop()
+        if step is not None and step not in self.steps[-1:]:
             self.steps.append(step)
             self.rows.append(row)
             self.histograms.append(rate_histograms(state))
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """The steps, and the number with this key at each of them."""
+        """The steps, and the number with this key at each of them; NaN where there was none."""
         self._check(key, self.rows)
-        return np.asarray(self.steps), np.asarray([row[key] for row in self.rows])
+        return np.asarray(self.steps), np.asarray([row.get(key, np.nan) for row in self.rows])
 
     def spectrogram(self, group: str = "all") -> np.ndarray:
         """A row for each recorded step, a column for each bin of the histogram."""
@@ -73,8 +80,20 @@ class Recorder:
     def _check(self, key: str, kept: Sequence[Mapping[str, Any]]) -> None:
         if not kept:
             raise ValueError("nothing has been recorded yet: call record(state) while training.")
-        if key not in kept[0]:
-            raise ValueError(f"{key!r} was not recorded; there is {', '.join(sorted(kept[0]))}.")
+        keys = {name for row in kept for name in row}
+        if key not in keys:
+            raise ValueError(f"{key!r} was not recorded; there is {', '.join(sorted(keys))}.")
+
+
+def _step_of(row: Mapping[str, float]) -> int | None:
+    """When telemetry looked, or, without telemetry, another observer."""
+    steps = {k.removesuffix("step"): int(v) for k, v in row.items() if k.split("/")[-1] == "step"}
+    of_telemetry = [v for k, v in steps.items() if f"{k}learning_rate" in row or _rates(k, row)]
+    return next(iter([*of_telemetry, *steps.values()]), None)
+
+
+def _rates(prefix: str, row: Mapping[str, float]) -> bool:
+    return any(key.startswith(f"{prefix}rate/") for key in row)
 
 
 def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -> Any:
@@ -155,7 +174,9 @@ def limited_fractions(
     curves = {}
     for name, recorder in recorders.items():
         keys = [
-            k for k in recorder.rows[0] if "limited" in k.split("/") and k.endswith(f"/{group}")
+            k
+            for k in dict.fromkeys(k for row in recorder.rows for k in row)
+            if "limited" in k.split("/") and k.endswith(f"/{group}")
         ]
         for key in keys:
             label = name if len(keys) == 1 else f"{name}: {key.split('/')[-2]}"

@@ -60,6 +60,14 @@ def axes_split(x: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis not in same_everywhere)
 
 
+def downhill(gradients: Tree) -> Tree:
+    """What ``jax.grad`` returned as optimizers take it: conjugated where it is complex.
+
+    The derivative by a complex parameter is the conjugate of the direction of steepest ascent.
+    """
+    return map_none(lambda g: g.conj() if jnp.iscomplexobj(g) else g, gradients)
+
+
 def dtype_of(x: Any) -> np.dtype:
     """The dtype of an array, a ShapeDtypeStruct or a Python scalar."""
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)

@@ -92,6 +92,8 @@ def init_sharded(optimizer: optax.GradientTransformation, params: Tree) -> Any:
     >>> state[0].mu["kernel"].sharding == kernel.sharding
     True
     """
+    if not jax.tree.leaves(params):
+        return optimizer.init(params)
     return jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params))(params)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_opt.policies import Tree, check_whole
+from adaptive_opt.policies import Tree, check_whole, downhill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,17 @@ def sweep(
     [(0.01, 0.06), (0.1, 0.0)]
     """
     check_whole(1, steps=steps, chunks=chunks)
+    if batch_size is not None:
+        check_whole(1, batch_size=batch_size)
+    grid = {name: tuple(values) for name, values in grid.items()}
+    tried = [value for values in grid.values() for value in values]
+    if not all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in tried):
+        raise TypeError(
+            f"the values of the grid must be numbers, got {grid}: fix settings of other kinds with"
+            " functools.partial(recipe, ...)."
+        )
+    if isinstance(seeds, int) or not all(isinstance(s, numbers.Integral) for s in seeds):
+        raise TypeError(f"seeds must be a sequence of whole numbers, such as (0, 1), got {seeds}.")
     if not grid or not all(len(values) for values in grid.values()) or not len(seeds):
         raise ValueError(
             f"the grid must have a hyperparameter, and a value or more for each, and one seed or"
@@ -164,7 +176,7 @@ def sweep(
             chosen = jax.random.randint(jax.random.fold_in(key, t), (batch_size,), 0, size)
             batch = jax.tree.map(lambda x: x[chosen], data)
         value, gradient = jax.value_and_grad(loss)(params, batch)
-        updates, state = recipe(**values).update(gradient, state, params)
+        updates, state = recipe(**values).update(downhill(gradient), state, params)
         params = optax.apply_updates(params, updates)
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(params):
@@ -194,6 +206,8 @@ def sweep(
         results = losses[:, -max(1, steps // 10) :].mean(axis=1)
     else:
         results = np.asarray(jax.jit(jax.vmap(evaluate))(params), losses.dtype)
+        if results.shape != (len(members),):
+            raise ValueError(f"evaluate must return a scalar, got shape {results.shape[1:]}.")
     diverged_at = np.asarray(diverged_at)
     results = np.where((diverged_at > 0) | ~np.isfinite(results), np.nan, results)
     return Sweep((*names, "seed"), members, losses, diverged_at, params, results)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from adaptive_opt.policies import downhill
+
 
 def train_step(
     loss_fn: Callable[..., Any],
@@ -22,8 +24,10 @@ def train_step(
     of the same shape *by order*, so a step that returns ``(state, params)`` writes every array
     somewhere else first: nearly twice the memory traffic, several times the time. Here the order is
     right. The old ``params`` and ``state`` must not be used again; keep a copy
-    (``jax.tree.map(jnp.copy, params)``) of what you want to keep. A state that holds one array
-    twice (that of ``optax.lbfgs`` at the start) cannot be donated: copy it once in the same way.
+    (``jax.tree.map(jnp.copy, params)``) of what you want to keep. An array that is there twice
+    (parameters that are tied, a state that starts as the parameters, as that of ``optax.lbfgs``)
+    cannot be donated, and JAX says so: copy the state once in the same way. Gradients of complex
+    parameters are conjugated, for ``jax.grad`` gives the conjugate of the direction uphill.
 
     Args:
       loss_fn: ``loss_fn(params, *args)``, a scalar; with ``has_aux`` a pair of a scalar and
@@ -64,6 +68,7 @@ def train_step(
 
         differentiated = jax.value_and_grad(loss_fn, has_aux=has_aux)
         value, gradients = differentiated(params, *args, **kwargs)
+        gradients = downhill(gradients)
         loss, *aux = value if has_aux else (value,)
         updates, state = optimizer.update(
             gradients, state, params, value=loss, grad=gradients, value_fn=value_fn

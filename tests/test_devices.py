@@ -287,6 +287,10 @@ def test_parameters_on_a_single_device_get_their_state_there():
         assert leaf.sharding == SingleDeviceSharding(third)
 
 
+def test_a_tree_without_parameters_has_a_state_too():
+    assert init_sharded(adam(1e-3), {})[0].mu == {}
+
+
 def test_parameters_without_a_common_mesh_are_refused():
     one, two = (jax.device_put(jnp.ones(3), d) for d in jax.devices()[:2])
     with pytest.raises(ValueError, match=r"'a'.*'b'.* are on different devices.*on one mesh"):

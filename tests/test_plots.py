@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import pytest
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 
-from adaptive_opt import plots, read_telemetry, telemetry
+from adaptive_opt import observer, plots, read_telemetry, telemetry
 from adaptive_opt.plots import (
     Recorder,
     limited_fractions,
@@ -159,3 +160,27 @@ def test_the_examples_in_the_docstrings_run():
     result = doctest.testmod(plots)
     assert result.attempted > 20
     assert result.failed == 0
+
+
+def test_a_recorder_takes_the_steps_of_telemetry_and_starts_again_with_the_run():
+    norm = observer(lambda s: {"n": optax.tree.norm(s.gradient)}, {"n": ()}, every=1, name="mine")
+    optimizer = adam(lambda t: 1e-2 * (t + 1), observers=[norm, telemetry(every=4)])
+    update, x, recorder = jax.jit(optimizer.update), jnp.ones(2), Recorder()
+    for _ in range(2):
+        state = optimizer.init(x)
+        for _ in range(6):
+            _, state = update(x, state, x)
+            recorder.record(state)
+        assert recorder.steps == [1, 5]
+        np.testing.assert_allclose(recorder.curve("learning_rate")[1], [0.01, 0.05], rtol=1e-6)
+
+
+def test_a_number_that_is_not_always_there_is_nan_where_it_is_not():
+    optimizer, x, recorder = adam(1e-2, observers=telemetry(every=1)), jnp.zeros(2), Recorder()
+    state = optimizer.init(x)
+    for params in (x, x + 1):  # of zeros there is no ratio
+        _, state = optimizer.update(jnp.ones(2), state, params)
+        recorder.record(state)
+    first, second = recorder.curve("update_ratio/all")[1]
+    assert np.isnan(first)
+    assert second == pytest.approx(0.01, rel=1e-3)

@@ -128,3 +128,20 @@ def test_a_name_that_was_not_varied_is_refused():
         found.sensitivity("b1")
     with pytest.raises(ValueError, match="no member of the grid has"):
         found.sensitivity(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be whole and at least 1, got 0"),
+        ({"seeds": 3}, TypeError, "seeds must be a sequence of whole numbers"),
+        ({"seeds": [0.5]}, TypeError, "seeds must be a sequence of whole numbers"),
+        ({"grid": {"convention": ["torch"]}}, TypeError, "the values of the grid must be numbers"),
+        ({"grid": {"nesterov": [True]}}, TypeError, "the values of the grid must be numbers"),
+        ({"evaluate": lambda p: p["w"]}, ValueError, r"must return a scalar, got shape \(5,\)"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(wrong, error, message):
+    settings = {"grid": {"learning_rate": [0.1]}, "steps": 1} | wrong
+    with pytest.raises(error, match=message):
+        sweep(adamw, settings.pop("grid"), loss=loss, init=init, data=DATA, **settings)

@@ -8,6 +8,7 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from common import RECIPES, assert_bit_equal, normal_tree
@@ -114,3 +115,15 @@ def test_arguments_in_the_wrong_order_are_named():
         adaptive_opt.train_step(quadratic, quadratic)
     with pytest.raises(TypeError, match="takes a loss function"):
         adaptive_opt.train_step(adamw(1e-3), quadratic)
+
+
+def test_complex_parameters_go_downhill():
+    def distance(z):
+        return jnp.abs(z - (1 + 2j)) ** 2
+
+    optimizer, z = adaptive_opt.sgd(0.1), jnp.zeros((), complex)
+    step, state = train_step(distance, optimizer), optimizer.init(z)
+    for _ in range(3):
+        z, state, loss = step(z, state)
+    np.testing.assert_allclose(z, (1 - 0.8**3) * (1 + 2j), rtol=1e-6)  # 2 lr of the way each
+    assert loss == pytest.approx(5 * 0.8**4, rel=1e-5)
