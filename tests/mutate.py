@@ -20,7 +20,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = (  # the quick ones first
-    "stages", "guard", "laws", "exactness", "lookahead", "family", "policies", "contract",
+    "stages", "exactness", "laws", "guard", "lookahead", "family", "policies", "contract",
     "misuse", "structure", "groups", "optax_parity", "checkpoint", "moving", "combinations",
 )  # fmt: skip
 
@@ -146,7 +146,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             copy = pathlib.Path(folder)
-            for name in ("adaptive_opt", "tests", "examples"):
+            for name in ("adaptive_opt", "benchmarks", "examples", "tests"):
                 shutil.copytree(ROOT / name, copy / name)
             for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
                 shutil.copy(ROOT / name, copy / name)
