@@ -91,7 +91,9 @@ def low_memory(
 
     8 bits under ``shard_map`` or ``vmap``: the last dimension of every part must be a multiple of
     256 (and the state's specs those of ``state_shardings``); else ValueError, or the complaint of
-    JAX that the scales cannot be split. "bfloat16" goes anywhere.
+    JAX that the scales cannot be split. "bfloat16" goes anywhere. Under ``jit`` any split does, but
+    where it is not between blocks XLA splits the scales as it likes: a second step may be compiled
+    again.
 
     TypeError for an ``inner`` that is no transformation. ValueError for an unknown storage, for a
     name in ``buffers`` that the state does not have (at ``init``), for a uint16 array in it.
@@ -190,12 +192,9 @@ def _name(path: Any) -> Any:
 
     Keys below it are those of parameters, which may be called anything.
     """
-    for key, below in itertools.pairwise([*path, None]):
-        field = key.name if isinstance(key, jax.tree_util.GetAttrKey) else "state"
-        if field == "buffers":
-            return getattr(below, "key", None)
-        if "state" not in field:
-            return field
+    for key, below in itertools.zip_longest(path, path[1:]):
+        if isinstance(key, jax.tree_util.GetAttrKey) and "state" not in key.name:
+            return getattr(below, "key", None) if key.name == "buffers" else key.name
     return None
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from common import RECIPES, assert_bit_equal
 
@@ -324,6 +325,31 @@ def test_bfloat16_arrays_of_the_optimizer_inside_are_left_alone(inner, storage):
         expected, plain = jax.jit(inner.update)(OWN, plain, OWN)
         assert_bit_equal(updates, expected)
     assert_bit_equal(codecs.decoded(ours.inner_state), plain)
+
+
+def test_a_state_with_arrays_of_its_own_is_saved_mapped_and_donated(tmp_path):
+    optimizer = low_memory(optax.sgd(1e-2, momentum=0.9))
+    params = {"half": OWN, "whole": jnp.ones(SHAPE)}
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    trace = state.inner_state[0].trace
+    assert (trace["half"].dtype, trace["whole"].dtype) == (jnp.uint16, jnp.bfloat16)
+
+    fresh = optimizer.init(params)
+    by_flax = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
+    by_us = adaptive_opt.from_bytes(optimizer, fresh, adaptive_opt.to_bytes(optimizer, state))
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", state)
+        saver.wait_until_finished()
+        by_orbax = saver.restore(tmp_path / "state", fresh)
+    for restored in (by_flax, by_us, by_orbax):
+        assert_bit_equal(jax.tree.map(jnp.asarray, restored), state)
+
+    shapes = {"half": "a spec", "whole": "another"}
+    mapped = optax.tree_map_params(optimizer, lambda _, spec: spec, state, shapes)
+    assert mapped.inner_state[0].trace == shapes
+    step = jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile()
+    assert step.memory_analysis().alias_size_in_bytes >= nbytes(state)
+    step(params, by_orbax, params)
 
 
 def test_low_memory_around_low_memory_goes_on_as_one():
