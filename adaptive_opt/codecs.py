@@ -7,7 +7,7 @@ right in the mean. Its noise is a hash of position and step: reproducible, no ke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ class Blocks(NamedTuple):
     """An array in 8 bits: codes of its shape, and a float32 scale for each block of 256.
 
     int8 codes are ``value / scale`` in steps of 1/127; uint8 codes are ``sqrt(value) / scale`` in
-    steps of 1/255. Blocks lie along the last axis if they divide it, else in the flattened array.
+    steps of 1/255. Blocks lie along the last axis if they divide it, which the scales then have
+    divided by 256; else in the flattened array, and the scales are of the shape (blocks, 1).
     """
 
     codes: jax.Array
@@ -66,7 +67,7 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
 def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
     """Signed values in blocks: at most one step, 1/127 of the largest in the block, off."""
     scales = jnp.max(jnp.abs(_in_blocks(x)), axis=-1)
-    code = 127 * x / _spread(jnp.where(scales == 0, 1, scales), x.shape)
+    code = 127 * (x / _spread(jnp.where(scales == 0, 1, scales), x.shape))
     code = jnp.floor(code + (0.5 if bits is None else _uniform(bits)))
     return Blocks(jnp.clip(code, -127, 127).astype(jnp.int8), scales)
 
@@ -91,12 +92,55 @@ def to_sqrt8(x: jax.Array, bits: jax.Array | None) -> Blocks:
 
 
 def from_blocks(blocks: Blocks) -> jax.Array:
-    """float32 values of what ``to_int8`` or ``to_sqrt8`` made."""
+    """float32 values of what ``to_int8`` or ``to_sqrt8`` made.
+
+    ValueError for scales that are not those of the codes, as in a part of an array whose split does
+    not go between blocks.
+    """
     codes = blocks.codes.astype(jnp.float32)
+    expected = jax.eval_shape(_in_blocks, codes).shape[:-1]
+    if jnp.shape(blocks.scales) != expected:
+        raise ValueError(
+            f"codes of shape {codes.shape} need scales of shape {expected}, got"
+            f" {jnp.shape(blocks.scales)}. Under shard_map and vmap an array can be in 8 bits only"
+            f" where the last dimension of every part is a multiple of {BLOCK}, and the scales are"
+            " split as the codes are (state_shardings): keep it in bfloat16, or use jit."
+        )
     scales = _spread(blocks.scales, codes.shape)
     if blocks.codes.dtype == jnp.int8:
         return codes * (scales / 127)
     return jnp.square(codes * (scales / 255))
+
+
+def own_bits(x: jax.Array) -> jax.Array:
+    """The bits of a bfloat16 array, uint16: what was no float32 array is not taken for one."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def decoded(state: Any) -> Any:
+    """The inner state of ``low_memory`` as the optimizer inside knows it.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adam, codecs, low_memory
+    >>> state = low_memory(adam(1e-3)).init(jnp.ones(10_000))
+    >>> print(state.inner_state[0].mu.dtype, codecs.decoded(state.inner_state)[0].mu.dtype)
+    bfloat16 float32
+    """
+
+    def decode(x: Any) -> Any:
+        if isinstance(x, Blocks):
+            return from_blocks(x)
+        dtype = getattr(x, "dtype", None)
+        if dtype == jnp.uint16:
+            return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+        return x.astype(jnp.float32) if dtype == jnp.bfloat16 else x
+
+    return jax.tree.map(decode, state, is_leaf=is_blocks)
+
+
+def is_blocks(x: Any) -> bool:
+    """For ``is_leaf``."""
+    return isinstance(x, Blocks)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
@@ -111,7 +155,7 @@ def _along_last_axis(shape: tuple[int, ...]) -> bool:
 def _in_blocks(x: jax.Array) -> jax.Array:
     if _along_last_axis(x.shape):  # so that an array split over devices stays where it is
         return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-    return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+    return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, 1, BLOCK)
 
 
 def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:

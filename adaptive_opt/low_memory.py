@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -74,16 +76,29 @@ def low_memory(
         ``nu``, ``nu_max``, ``sum_of_squares``, the rest as with "bfloat16". AdaMod's ``rate_ema``
         does not bear 8 bits: its mean is dominated by a few first rates.
       buffers: for single buffers another storage, by name: ``{"rate_ema": "wide", "nu": "int8"}``;
-        the name is the first one on the path to the array, in the state, that is listed.
+        the name is a key of ``AdaptiveState.buffers``, or a field of another state (``mu`` of
+        optax's ``ScaleByAdamState``). Names of parameters do not count.
       min_size: smaller arrays are kept wide; a whole number of at least 1. A tree with many small
-        leaves saves less than the figures above.
+        leaves saves less than the figures above. It is ``init`` that looks at sizes and names;
+        ``update`` stores every array as it finds it, also where it sees a part only (``shard_map``,
+        ``vmap``).
 
     State: ``LowMemoryState(count, inner_state)``, where encoded arrays are bfloat16 of the same
-      shape, or ``Blocks(codes, scales)`` with codes of the same shape. Arrays that are not float32
-      are left alone. A NaN in a block of 8 bits makes the block NaN: put ``skip_nonfinite`` around.
+      shape, or ``Blocks(codes, scales)`` with codes of the same shape. bfloat16 arrays of ``inner``
+      itself are kept exactly, as their bits (uint16); other arrays that are not float32 are left
+      alone. ``codecs.decoded(state.inner_state)`` is the state as ``inner`` knows it. A NaN in a
+      block of 8 bits makes the block NaN: put ``skip_nonfinite`` around.
 
-    ValueError for an unknown storage. Centered RMSprop is a difference of two averages, which the
-    rounding of ``nu`` alone can make 0: keep its ``nu`` "wide".
+    8 bits under ``shard_map`` or ``vmap``: the last dimension of every part must be a multiple of
+    256 (and the state's specs those of ``state_shardings``); else ValueError, or the complaint of
+    JAX that the scales cannot be split. "bfloat16" goes anywhere. Under ``jit`` any split does, but
+    where it is not between blocks XLA splits the scales as it likes: a second step may be compiled
+    again.
+
+    TypeError for an ``inner`` that is no transformation. ValueError for an unknown storage, for a
+    name in ``buffers`` that the state does not have (at ``init``), for a uint16 array in it.
+    Centered RMSprop is a difference of two averages, which the rounding of ``nu`` alone can make 0:
+    keep its ``nu`` "wide".
 
     >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import adam, low_memory
@@ -94,6 +109,10 @@ def low_memory(
     bfloat16 4.0008
     8-bit 2.0328
     """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"low_memory takes an optimizer, such as low_memory(adam(1e-3)), got {inner!r}."
+        )
     if storage not in _DEFAULTS:
         raise ValueError(
             f"storage must be one of {', '.join(map(repr, _DEFAULTS))}, got {storage!r}."
@@ -106,41 +125,43 @@ def low_memory(
     check_whole(1, min_size=min_size)
     inner = optax.with_extra_args_support(inner)
 
-    def chosen(path: Any, size: int) -> str:
-        if size < min_size:
-            return _WIDE
-        return next((named[key] for key in _names(path) if key in named), "bfloat16")
+    def encoded(path: Any, x: Any) -> Any:
+        """An array of a new state, by its name and size."""
+        dtype = getattr(x, "dtype", None)
+        if isinstance(x, (Blocks, jax.ShapeDtypeStruct)):  # of a low_memory inside; of no array
+            return x
+        if dtype == jnp.uint16:
+            raise ValueError(
+                f"the state has a uint16 array at {jax.tree_util.keystr(path)}, but uint16 is what"
+                " low_memory keeps the bits of bfloat16 arrays in: let the optimizer use another."
+            )
+        if dtype == jnp.bfloat16:
+            return codecs.own_bits(x)
+        storage = named.get(_name(path), "bfloat16")
+        if dtype != jnp.float32 or x.size < min_size or storage == _WIDE:
+            return x
+        # A constant that XLA sees it calculates itself, slowly.
+        return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
 
-    def encoded(state: Any, count: jax.Array | None) -> Any:
-        def encode(path: Any, x: Any) -> Any:
-            if getattr(x, "dtype", None) != jnp.float32:
-                return x
-            storage = chosen(path, x.size)
-            if storage == _WIDE or isinstance(x, jax.ShapeDtypeStruct):
-                return x
-            if count is None:  # a constant that XLA sees it calculates itself, slowly
-                return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
-            if any(name in _NEAREST for name in _names(path)):
-                return _ENCODERS[storage](x, None)
-            salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-            return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
-
-        return jax.tree_util.tree_map_with_path(encode, state)
-
-    def decoded(state: Any) -> Any:
-        def decode(path: Any, x: Any) -> Any:
-            if isinstance(x, Blocks):
-                return codecs.from_blocks(x)
-            if getattr(x, "dtype", None) != jnp.bfloat16 or chosen(path, x.size) != "bfloat16":
-                return x
-            return x.astype(jnp.float32)
-
-        return jax.tree_util.tree_map_with_path(
-            decode, state, is_leaf=lambda x: isinstance(x, Blocks)
-        )
+    def encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
+        """The same array after a step, as it was stored: here it may be a part of what it was."""
+        dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
+        if dtype == jnp.bfloat16:
+            return codecs.own_bits(x)
+        if dtype != jnp.float32 or storage == _WIDE:
+            return x
+        if _name(path) in _NEAREST:
+            return _ENCODERS[storage](x, None)
+        salt = zlib.crc32(jax.tree_util.keystr(path).encode())
+        return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
 
     def init(params: Tree) -> LowMemoryState:
-        return LowMemoryState(jnp.zeros([], jnp.int32), encoded(inner.init(params), None))
+        state = inner.init(params)
+        _check_names(buffers or {}, state, params)
+        return LowMemoryState(
+            jnp.zeros([], jnp.int32),
+            jax.tree_util.tree_map_with_path(encoded, state, is_leaf=codecs.is_blocks),
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if not isinstance(state, LowMemoryState):
@@ -149,11 +170,40 @@ def low_memory(
                 " belongs to the optimizer that initialised it."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        updates, new = inner.update(updates, decoded(state.inner_state), params, **extra)
-        return updates, LowMemoryState(count, encoded(new, count))
+        stored = state.inner_state
+        updates, new = inner.update(updates, codecs.decoded(stored), params, **extra)
+        encode = functools.partial(encoded_again, count)
+        return updates, LowMemoryState(
+            count,
+            jax.tree_util.tree_map_with_path(encode, stored, new, is_leaf=codecs.is_blocks),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _names(path: Any) -> list[Any]:
-    return [getattr(key, "name", getattr(key, "key", None)) for key in path]
+def _storage_of(stored: Any) -> str:
+    if isinstance(stored, Blocks):
+        return "int8" if stored.codes.dtype == jnp.int8 else "sqrt8"
+    return "bfloat16" if getattr(stored, "dtype", None) == jnp.bfloat16 else _WIDE
+
+
+def _name(path: Any) -> Any:
+    """The buffer that an array is of: the outermost field that holds no state or buffers.
+
+    Keys below it are those of parameters, which may be called anything.
+    """
+    for key, below in itertools.zip_longest(path, path[1:]):
+        if isinstance(key, jax.tree_util.GetAttrKey) and "state" not in key.name:
+            return getattr(below, "key", None) if key.name == "buffers" else key.name
+    return None
+
+
+def _check_names(buffers: Mapping[str, str], state: Any, params: Tree) -> None:
+    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=codecs.is_blocks)[0]
+    there = {str(_name(path)) for path, _ in leaves}
+    unknown = set(buffers) - there
+    if unknown and jax.tree.leaves(params):  # a group may be empty
+        raise ValueError(
+            f"buffers names {', '.join(map(repr, sorted(unknown)))}, but the state has"
+            f" {', '.join(sorted(there))}."
+        )

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adaptive_opt import codecs
 from adaptive_opt.describe import describe
+from adaptive_opt.low_memory import LowMemoryState
 from adaptive_opt.observe import Observation
 from adaptive_opt.policies import Tree, dtype_of
 
@@ -58,6 +60,8 @@ def convert_state(
       weight, as if it had been that for ever, and at 0 where no gradient has been seen;
     * the gradient before (``previous_gradient``) of diffGrad and DiffMod is the first moment.
 
+    A state of ``low_memory`` is decoded first. ``target`` cannot be one.
+
     Args:
       state: a state of ``source``.
       source: the optimizer that made it. Of its hyperparameters nothing is taken over.
@@ -85,7 +89,7 @@ def convert_state(
             f"the state is not one of the source, {describe(source).name}, for these parameters:"
             f" its structure is {jax.tree.structure(state)}, that of the source is {expected}."
         )
-    found, counts = _take_apart(state)
+    found, counts = _take_apart(codecs.decoded(state))
     if count is None:
         if not counts:
             raise ValueError(
@@ -213,6 +217,11 @@ def _put_together(
     fresh = target.init(params)
     wanted, _ = _take_apart(fresh)
     name = describe(target).name
+    if any(map(_is_encoded, jax.tree.leaves(fresh, is_leaf=_is_encoded))):
+        raise ValueError(
+            f"no state can be put into {name}: that of low_memory is encoded. Take the optimizer"
+            " inside of it as the target."
+        )
     lost, missing = set(found) - set(wanted), set(wanted) - set(found) - {"slow"}
     if lost:
         raise ValueError(
@@ -380,6 +389,10 @@ def _visit(state: Any, function: Callable[[str, Any], Any]) -> Any:
     if isinstance(state, dict):
         return {name: function(name, value) for name, value in state.items()}
     return state
+
+
+def _is_encoded(x: Any) -> bool:
+    return isinstance(x, LowMemoryState)
 
 
 def _list(names: Any) -> str:

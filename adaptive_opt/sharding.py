@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from adaptive_opt.codecs import BLOCK, Blocks, is_blocks
 from adaptive_opt.policies import Tree
 
 
@@ -22,7 +24,8 @@ def state_shardings(
 
     For any optax transformation. A leaf of the state that belongs to a parameter and has its shape
     takes its sharding. Where dimensions are missing or of size 1 (factored second moments) the
-    others keep theirs, and further leading dimensions are not split. Everything else is replicated:
+    others keep theirs, and further leading dimensions are not split. The scales of ``low_memory``
+    are split with the codes where the split goes between blocks. Everything else is replicated:
     counts, numbers for a whole tensor or tree, and shapes that fit a parameter in two ways. The
     state of ``zero1`` is split as ``zero1`` says.
 
@@ -53,7 +56,13 @@ def state_shardings(
     whole = _replicated(shardings)
 
     def of_parameter(param: Any, sharding: Any, buffers: Any) -> Any:
-        return jax.tree.map(lambda x: _derived(x.shape, param.shape, sharding, whole), buffers)
+        def derived(x: Any) -> Any:
+            if not isinstance(x, Blocks):
+                return _derived(x.shape, param.shape, sharding, whole)
+            codes = _derived(x.codes.shape, param.shape, sharding, whole)
+            return Blocks(codes, _of_scales(x, codes, whole))
+
+        return jax.tree.map(derived, buffers, is_leaf=is_blocks)
 
     def of_parameters(state: Any, mark: Any = None) -> Any:
         if isinstance(mark, SplitOverAxis):
@@ -104,8 +113,12 @@ class SplitOverAxis:
         self.mesh, self.axis = mesh, axis
 
     def sharding(self, leaf: Any, like: Any = None) -> Any:
-        """The last dimension is split, and scalars are whole; a spec if ``like`` is one."""
-        spec = PartitionSpec(*[*[None] * (leaf.ndim - 1), self.axis][: leaf.ndim])
+        """The last dimension is split if it can be, scalars are whole; a spec if ``like`` is one.
+
+        Of ``zero1`` every array can be; of ``low_memory`` inside it, not all scales.
+        """
+        splits = leaf.ndim and leaf.shape[-1] % _parts(self.mesh, self.axis) == 0
+        spec = PartitionSpec(*[None] * (leaf.ndim - 1), self.axis) if splits else PartitionSpec()
         return spec if isinstance(like, PartitionSpec) else NamedSharding(self.mesh, spec)
 
 
@@ -221,3 +234,25 @@ def _derived(
         return replicated
     spec = PartitionSpec(*kept.pop())
     return spec if as_spec else NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _of_scales(blocks: Blocks, of_codes: Any, replicated: Any) -> Any:
+    """The sharding of the scales of an array in 8 bits, from that of its codes."""
+    if not isinstance(of_codes, (NamedSharding, PartitionSpec)):
+        return of_codes
+    *_, last = shape = blocks.scales.shape
+    if (*shape[:-1], last * BLOCK) != blocks.codes.shape:  # blocks of the flattened array
+        return replicated
+    if isinstance(of_codes, PartitionSpec):
+        return of_codes
+    *axes, along_last = [*of_codes.spec, *[None] * (len(shape) - len(of_codes.spec))]
+    if last % _parts(of_codes.mesh, along_last) == 0:
+        return of_codes
+    spec = PartitionSpec(*axes, None)
+    return NamedSharding(of_codes.mesh, spec, memory_kind=of_codes.memory_kind)
+
+
+def _parts(mesh: Any, axis: str | tuple[str, ...] | None) -> int:
+    """Into how many parts a dimension is split."""
+    axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    return math.prod(mesh.shape[name] for name in axes)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from common import RECIPES, assert_bit_equal
 
 import adaptive_opt
-from adaptive_opt import adam, adamod, codecs, low_memory
+from adaptive_opt import (
+    adam,
+    adamod,
+    adamw,
+    codecs,
+    convert_state,
+    init_sharded,
+    low_memory,
+    state_shardings,
+    train_step,
+    zero1,
+)
 
 STEPS = jnp.arange(200)
 
@@ -100,6 +114,14 @@ def test_the_noise_is_uniform_and_differs_between_places_steps_and_buffers():
     assert np.abs(flat.mean(1) - 0.5).max() < 5 / np.sqrt(12 * 4096)
     assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 5 / np.sqrt(4096)
     assert np.abs(np.corrcoef(flat[0][:-1], flat[0][1:])[0, 1]) < 5 / np.sqrt(4096)
+
+
+def test_the_largest_floats_have_codes():
+    x = jnp.array([3e38, -1.5e38, 0.0, 1e37] * 64)
+    values = codecs.from_blocks(codecs.to_int8(x, None))
+    np.testing.assert_allclose(values, x, atol=3e38 / 127)
+    roots = jnp.sqrt(codecs.from_blocks(codecs.to_sqrt8(jnp.abs(x), None)))
+    np.testing.assert_allclose(roots, jnp.sqrt(jnp.abs(x)), atol=3e38**0.5 / 255)
 
 
 # --- around optimizers ----------------------------------------------------------------------------
@@ -243,3 +265,229 @@ def test_a_state_of_another_optimizer_and_unknown_storages_are_refused():
         low_memory(adam(1e-3), buffers={"mu": "8-bit"})
     with pytest.raises(ValueError, match="min_size must be"):
         low_memory(adam(1e-3), min_size=0)
+    for buffers in ({"typo": "wide"}, {"kernel": "wide"}):
+        with pytest.raises(ValueError, match=r"buffers names '(typo|kernel)', .* count, mu, nu\."):
+            low_memory(adam(1e-3), buffers=buffers).init({"kernel": params})
+    with pytest.raises(TypeError, match="low_memory takes an optimizer"):
+        low_memory(None)
+    own = optax.trace(0.9, accumulator_dtype=jnp.uint16)
+    with pytest.raises(ValueError, match="has a uint16 array"):
+        low_memory(own).init(params)
+
+
+# --- names, sizes, and dtypes of its own ----------------------------------------------------------
+
+
+class Named(NamedTuple):
+    """Parameters with the names of buffers, as attributes."""
+
+    mu: jax.Array
+    slow: jax.Array
+
+
+@pytest.mark.parametrize("params", [Named(*jnp.ones((2, *SHAPE))), {"mu": jnp.ones(SHAPE)}])
+def test_names_of_parameters_are_not_names_of_buffers(params):
+    state = low_memory(adamod(1e-3), "8-bit").init(params).inner_state[0].buffers
+    assert {x.dtype for x in jax.tree.leaves(state["rate_ema"])} == {jnp.dtype(jnp.bfloat16)}
+    trace = low_memory(optax.trace(0.9)).init(params).inner_state.trace
+    assert {x.dtype for x in jax.tree.leaves(trace)} == {jnp.dtype(jnp.bfloat16)}
+    accumulated = optax.MultiSteps(optax.sgd(1e-3), 2).gradient_transformation()
+    sums = low_memory(accumulated, "8-bit").init(params).inner_state.acc_grads
+    assert {x.dtype for x in jax.tree.leaves(sums)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_names_are_found_inside_of_wrappers():
+    by_group = optax.partition({"a": adamod(1e-3), "b": optax.adam(1e-3)}, {"x": "a", "y": "b"})
+    optimizer = low_memory(optax.chain(optax.clip(1.0), by_group), "8-bit", buffers={"nu": "wide"})
+    groups = optimizer.init(dict.fromkeys("xy", jnp.ones(SHAPE))).inner_state[1].inner_states
+    ours, theirs = (groups[name].inner_state[0] for name in "ab")
+    assert ours.buffers["mu"]["x"].codes.dtype == theirs.mu["y"].codes.dtype == jnp.int8
+    assert ours.buffers["nu"]["x"].dtype == theirs.nu["y"].dtype == jnp.float32
+
+
+OWN = jnp.asarray(np.random.default_rng(3).standard_normal(5000), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.sgd(1e-2, momentum=0.9),
+        optax.apply_if_finite(optax.sgd(1e-2, momentum=0.9), 2),
+    ],
+    ids=["sgd", "apply_if_finite"],
+)
+@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+def test_bfloat16_arrays_of_the_optimizer_inside_are_left_alone(inner, storage):
+    optimizer = low_memory(inner, storage)
+    ours, plain = optimizer.init(OWN), inner.init(OWN)
+    for _ in range(3):
+        updates, ours = jax.jit(optimizer.update)(OWN, ours, OWN)
+        expected, plain = jax.jit(inner.update)(OWN, plain, OWN)
+        assert_bit_equal(updates, expected)
+    assert_bit_equal(codecs.decoded(ours.inner_state), plain)
+
+
+def test_a_state_with_arrays_of_its_own_is_saved_mapped_and_donated(tmp_path):
+    optimizer = low_memory(optax.sgd(1e-2, momentum=0.9))
+    params = {"half": OWN, "whole": jnp.ones(SHAPE)}
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    trace = state.inner_state[0].trace
+    assert (trace["half"].dtype, trace["whole"].dtype) == (jnp.uint16, jnp.bfloat16)
+
+    fresh = optimizer.init(params)
+    by_flax = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
+    by_us = adaptive_opt.from_bytes(optimizer, fresh, adaptive_opt.to_bytes(optimizer, state))
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", state)
+        saver.wait_until_finished()
+        by_orbax = saver.restore(tmp_path / "state", fresh)
+    for restored in (by_flax, by_us, by_orbax):
+        assert_bit_equal(jax.tree.map(jnp.asarray, restored), state)
+
+    shapes = {"half": "a spec", "whole": "another"}
+    mapped = optax.tree_map_params(optimizer, lambda _, spec: spec, state, shapes)
+    assert mapped.inner_state[0].trace == shapes
+    step = jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile()
+    assert step.memory_analysis().alias_size_in_bytes >= nbytes(state)
+    step(params, by_orbax, params)
+
+
+def test_low_memory_around_low_memory_goes_on_as_one():
+    params = jnp.ones(SHAPE)
+    optimizer = low_memory(low_memory(adam(1e-2), "8-bit"), min_size=1)
+    state = optimizer.init(params)
+    assert nbytes(state) == nbytes(low_memory(adam(1e-2), "8-bit").init(params))
+    structure = jax.tree.structure(state)
+    for _ in range(2):
+        updates, state = jax.jit(optimizer.update)(params, state, params)
+    assert jax.tree.structure(state) == structure
+    np.testing.assert_allclose(updates, -1e-2, rtol=0.05)
+
+
+def types_of(state):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+def test_a_stack_of_states_keeps_its_storage_under_vmap(storage):
+    params = jnp.ones((8, 1024))
+    optimizer = low_memory(adam(1e-2), storage)
+    state = optimizer.init(params)
+    axes = jax.tree.map(lambda x: 0 if x.ndim else None, state)
+    update = jax.jit(jax.vmap(optimizer.update, in_axes=(0, axes, 0), out_axes=(0, axes)))
+    updates, new = update(params, state, params)
+    assert types_of(new) == types_of(state)
+    np.testing.assert_allclose(updates, -1e-2, rtol=0.02)
+
+
+# --- over devices ---------------------------------------------------------------------------------
+
+WIDE_SHAPE = (8, 2048)
+
+
+def mesh_of(n):
+    return jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def by_hand(optimizer, mesh, spec):
+    """``update`` under shard_map, for gradients and parameters of one spec."""
+    specs = state_shardings(optimizer, jnp.ones(WIDE_SHAPE), spec)
+    return jax.jit(
+        jax.shard_map(
+            optimizer.update,
+            mesh=mesh,
+            in_specs=(spec, specs, spec),
+            out_specs=(spec, specs),
+            check_vma=False,
+        )
+    )
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+@pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, "data")])
+def test_the_storage_stays_under_shard_map_where_a_part_is_small(storage, spec):
+    params = jnp.linspace(-1.0, 1.0, 8 * 2048).reshape(WIDE_SHAPE)
+    optimizer = low_memory(adam(1e-2), storage)
+    state = optimizer.init(params)
+    update = by_hand(optimizer, mesh_of(8), spec)
+    _, new = update(params, state, params)
+    assert types_of(new) == types_of(state)
+    _, expected = optimizer.update(params, state, params)
+    found, expected = (codecs.decoded(x.inner_state)[0] for x in (new, expected))
+    # But for the noise, the same scales for the same weights: each at most a step of the code off.
+    np.testing.assert_allclose(found.mu, expected.mu, atol=0.1 * 2 / 127)
+    roots = jnp.sqrt(found.nu), jnp.sqrt(expected.nu)
+    np.testing.assert_allclose(*roots, atol=0.001**0.5 * 2 / 255)
+    assert update(params, new, params)[1].count == 2
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+def test_zero1_under_shard_map_keeps_the_storage(storage):
+    mesh = mesh_of(8)
+    params = jax.device_put(jnp.ones(WIDE_SHAPE), jax.NamedSharding(mesh, jax.P()))
+    optimizer = zero1(low_memory(adam(1e-2), storage), mesh)
+    state = optimizer.init(params)
+    updates, new = by_hand(optimizer, mesh, jax.P())(params, state, params)
+    assert types_of(new) == types_of(state)
+    assert nbytes(state) <= {"bfloat16": 0.5, "8-bit": 0.26}[storage] * 2 * params.nbytes
+    np.testing.assert_allclose(updates, -1e-2, rtol=0.02)
+
+
+def test_parts_that_are_no_whole_blocks_are_refused_by_name():
+    params = jnp.ones((16, 300))
+    optimizer = low_memory(adam(1e-2), "8-bit")
+    specs = state_shardings(optimizer, params, jax.P("data"))
+    update = jax.shard_map(
+        optimizer.update,
+        mesh=mesh_of(8),
+        in_specs=(jax.P("data"), specs, jax.P("data")),
+        out_specs=(jax.P("data"), specs),
+    )
+    with pytest.raises(ValueError, match="last dimension of every part is a multiple of 256"):
+        update(params, optimizer.init(params), params)
+
+
+def test_scales_are_split_with_their_codes_where_blocks_are_whole():
+    params = {"aligned": jnp.ones(WIDE_SHAPE), "short": jnp.ones((32, 250)), "flat": jnp.ones(8192)}
+    mesh = mesh_of(8)
+
+    def specs(spec, mesh=None):
+        at = jax.NamedSharding(mesh, spec) if mesh else spec
+        scales = state_shardings(low_memory(adam(1e-3), "8-bit"), params, at)
+        scales = scales.inner_state[0].nu
+        return {k: tuple(getattr(x.scales, "spec", x.scales)) for k, x in scales.items()}
+
+    rows = {"aligned": ("data",), "short": (), "flat": ("data",)}
+    assert specs(jax.P("data")) == specs(jax.P("data"), mesh) == rows
+    params = {"aligned": jnp.ones(WIDE_SHAPE), "split": jnp.ones((32, 512))}
+    columns = specs(jax.P(None, "data"), mesh)
+    assert columns == {"aligned": (None, "data"), "split": (None, None)}
+
+
+def test_a_fully_sharded_training_step_is_compiled_once():
+    split = jax.NamedSharding(mesh_of(8), jax.P("data"))
+    params = {"kernel": jnp.ones((16, 1024)), "bias": jnp.ones(16)}
+    params = jax.device_put(params, split)
+    optimizer = low_memory(adamw(1e-3), "8-bit")
+    state = init_sharded(optimizer, params)
+    step = train_step(lambda p, x: jnp.sum((p["kernel"] @ x + p["bias"]) ** 2), optimizer)
+    for _ in range(3):
+        params, state, _ = step(params, state, jnp.ones(1024))
+    assert step._cache_size() == 1
+    scales = state.inner_state[0].nu["kernel"].scales
+    assert scales.addressable_shards[0].data.size == scales.size // 8
+
+
+# --- moving ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+def test_a_state_is_decoded_to_be_converted_and_none_is_converted_into_one(storage):
+    params = jnp.ones(SHAPE)
+    source = low_memory(adam(1e-3), storage)
+    _, state = source.update(params, source.init(params), params)
+    moved = convert_state(state, source, adamod(1e-3), params)[0].buffers
+    inside = codecs.decoded(state.inner_state)[0]
+    assert_bit_equal((moved["mu"], moved["nu"]), (inside.mu, inside.nu))
+    with pytest.raises(ValueError, match="no state can be put into low_memory"):
+        convert_state(state, source, low_memory(adamod(1e-3), storage), params)
