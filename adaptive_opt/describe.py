@@ -151,7 +151,9 @@ def _inner(transformation: optax.GradientTransformation) -> tuple[Description, .
     """What a transformation holds on to that is a transformation itself."""
     held = {**_held(transformation.init), **_held(inspect.unwrap(transformation.update))}
     if "update_fns" in held:  # optax.chain
-        pairs = zip(held["init_fns"], held["update_fns"], strict=True)
+        updates = held["update_fns"]  # with an init of its own, if somebody has replaced that
+        inits = held.get("init_fns", (None,) * len(updates))
+        pairs = zip(inits, updates, strict=True)
         return tuple(describe(optax.GradientTransformation(*pair)) for pair in pairs)
     if "inner_factory" in held:  # optax.inject_hyperparams
         schedules = {k: getattr(v, "schedule_fn", v) for k, v in held["sched_hps"].items()}

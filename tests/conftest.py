@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import sys
 
@@ -10,6 +11,16 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in a few processes, where pytest-xdist is installed; a part in one."""
+    whole = config.args == config.getini("testpaths") and not config.option.collectonly
+    free = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
+    if free and whole and config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = min(os.cpu_count() or 1, 4)
+        config.option.dist = "loadfile"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from common import ADAMS, RECIPES
 
 from adaptive_opt import (
+    adam,
     adamod,
     adamw,
     adaptive,
@@ -137,3 +138,9 @@ def test_a_description_is_a_copy():
 def test_other_things_are_refused():
     with pytest.raises(TypeError, match="describe takes an optax transformation"):
         describe(RECIPES["adam"])
+
+
+def test_a_chain_with_an_init_of_its_own_is_still_described():
+    chain = optax.chain(optax.clip(1.0), adam(1e-3))
+    changed = optax.GradientTransformationExtraArgs(lambda params: (), chain.update)
+    assert [part.name for part in describe(changed).parts] == ["clip", "adam"]
