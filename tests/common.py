@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import adaptive_opt
 
@@ -59,6 +60,12 @@ EVERY_CONVENTION = RECIPES | {
     for convention in conventions[1:]
 }
 """Every recipe in every convention, as a function of the learning rate."""
+
+EACH_OFTEN_ONCE = [
+    name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow)
+    for name in EVERY_CONVENTION
+]
+"""Every recipe often, its further conventions among the slow tests; for ``parametrize``."""
 
 NEED_PARAMS = ("adamw", "nadamw", "sgdw", "ranger")
 
