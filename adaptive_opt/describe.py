@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -37,6 +37,12 @@ class Description(NamedTuple):
         if not self.parts:
             return (self,)
         return tuple(stage for part in self.parts for stage in part.stages())
+
+    def walk(self) -> Iterator[Description]:
+        """It and all its parts, those of the parts included."""
+        yield self
+        for part in self.parts:
+            yield from part.walk()
 
     def __str__(self) -> str:
         settings = [f"{k}={shown(v)}" for k, v in self.settings.items() if v is not None]

@@ -16,6 +16,7 @@ from adaptive_opt.policies import (
     Tree,
     buffer_dtype,
     check_fraction,
+    check_optimizer,
     check_whole,
     dtype_of,
     keep_dtype,
@@ -79,10 +80,7 @@ def lookahead(
     >>> print(x, state.slow)
     [1.] [1.]
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"lookahead takes an optimizer, such as lookahead(adam(1e-3)), got {inner!r}."
-        )
+    check_optimizer("lookahead", inner)
     check_whole(1, sync_period=sync_period)
     check_fraction(slow_step_size=slow_step_size)
     inner = optax.with_extra_args_support(inner)

@@ -15,7 +15,7 @@ import optax
 from adaptive_opt import codecs
 from adaptive_opt.codecs import Blocks
 from adaptive_opt.describe import described_around
-from adaptive_opt.policies import Tree, check_whole
+from adaptive_opt.policies import Tree, check_optimizer, check_whole, choose
 
 _ENCODERS: dict[str, Callable[..., Any]] = {
     "bfloat16": codecs.to_bfloat16,
@@ -109,19 +109,10 @@ def low_memory(
     bfloat16 4.0008
     8-bit 2.0328
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"low_memory takes an optimizer, such as low_memory(adam(1e-3)), got {inner!r}."
-        )
-    if storage not in _DEFAULTS:
-        raise ValueError(
-            f"storage must be one of {', '.join(map(repr, _DEFAULTS))}, got {storage!r}."
-        )
-    named = {**_DEFAULTS[storage], **(buffers or {})}
+    check_optimizer("low_memory", inner)
+    named = {**choose("storage", storage, _DEFAULTS), **(buffers or {})}
     for name, asked in named.items():
-        if asked not in (*_ENCODERS, _WIDE):
-            allowed = ", ".join(map(repr, (*_ENCODERS, _WIDE)))
-            raise ValueError(f"the storage of {name!r} must be one of {allowed}, got {asked!r}.")
+        choose(f"the storage of {name!r}", asked, {**_ENCODERS, _WIDE: None})
     check_whole(1, min_size=min_size)
     inner = optax.with_extra_args_support(inner)
 

@@ -13,6 +13,7 @@ from adaptive_opt.policies import (
     Hyperparameter,
     Scope,
     Tree,
+    axes_of,
     axes_split,
     check_decay,
     check_nonnegative,
@@ -156,7 +157,7 @@ def _over(leaves: list[jax.Array], reduction: Any, axis_name: Any) -> jax.Array:
             " device has the whole gradient."
         )
     widest = max((x.dtype for x in leaves), key=lambda d: d.itemsize, default=jnp.float32)
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    axes = axes_of(axis_name)
     alike: dict[tuple[str, ...], list[jax.Array]] = {}
     for x in leaves:
         alike.setdefault(axes_split(x, axes), []).append(x)

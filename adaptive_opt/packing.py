@@ -193,7 +193,7 @@ class Packing:
                         " say packing.optimizer(inner, elementwise=True); if it looks at shapes,"
                         " norms of single tensors or paths, its parameters cannot be packed."
                     )
-            for part in _all(description):
+            for part in description.walk():
                 self._check_part(part)
         return optax.with_extra_args_support(inner)
 
@@ -221,9 +221,7 @@ class Packing:
                     f"{part.name} has a mask for ordinary parameters, or labels: give it"
                     " packing.mask(mask) in place of mask, and Packing(params, split_by=[mask])."
                 )
-            self.mask(
-                groups.labels
-            )  # with an error for parameters of no group, which packing hides
+            self.mask(groups.labels)  # an error for parameters of no group, which packing hides
 
     # --- one tree -----------------------------------------------------------------------------
 
@@ -346,9 +344,3 @@ def _sharding(x: Any) -> Any:
     if isinstance(sharding, jax.NamedSharding):
         return jax.NamedSharding(sharding.mesh, jax.P())
     return sharding
-
-
-def _all(description: Description) -> Iterable[Description]:
-    yield description
-    for part in description.parts:
-        yield from _all(part)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_opt.telemetry import BIN_EDGES, rate_histograms, read_telemetry
+from adaptive_opt.telemetry import BIN_EDGES, rate_histograms, read_telemetry, seen_at
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LEAST_PERCENT = 0.01
@@ -57,14 +57,13 @@ class Recorder:
         Where a run goes on from an earlier step, or another one starts, what came later is
         forgotten.
         """
-        row = read_telemetry(state)
-        step = _step_of(row)
+        step = seen_at(state)
         while step is not None and self.steps and self.steps[-1] > step:
             for kept in (self.steps, self.rows, self.histograms):
                 kept.pop()
         if step is not None and step not in self.steps[-1:]:
             self.steps.append(step)
-            self.rows.append(row)
+            self.rows.append(read_telemetry(state))
             self.histograms.append(rate_histograms(state))
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -83,17 +82,6 @@ class Recorder:
         keys = {name for row in kept for name in row}
         if key not in keys:
             raise ValueError(f"{key!r} was not recorded; there is {', '.join(sorted(keys))}.")
-
-
-def _step_of(row: Mapping[str, float]) -> int | None:
-    """When telemetry looked, or, without telemetry, another observer."""
-    steps = {k.removesuffix("step"): int(v) for k, v in row.items() if k.split("/")[-1] == "step"}
-    of_telemetry = [v for k, v in steps.items() if f"{k}learning_rate" in row or _rates(k, row)]
-    return next(iter([*of_telemetry, *steps.values()]), None)
-
-
-def _rates(prefix: str, row: Mapping[str, float]) -> bool:
-    return any(key.startswith(f"{prefix}rate/") for key in row)
 
 
 def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -> Any:

@@ -42,6 +42,11 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
+def axes_of(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes as a tuple, however they were given."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
 def axes_split(x: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the mesh axes over which ``x`` is split, so that each device has a part of it.
 
@@ -343,6 +348,14 @@ def check_constant(**values: Any) -> None:
     for name, value in values.items():
         if callable(value):
             raise TypeError(f"{name} must be a number and not a schedule, got {value!r}.")
+
+
+def check_optimizer(wrapper: str, inner: Any) -> None:
+    """What a wrapper is given is an optimizer, and not, say, the function that makes one."""
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"{wrapper} takes an optimizer, such as {wrapper}(adam(1e-3)), got {inner!r}."
+        )
 
 
 def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) -> None:

@@ -282,8 +282,8 @@ def stage(
         name = called or factory.__name__
         needed = {"name", "dtype"} if keeps else set()
         missing = (needed | {*biases.values(), *debiases.values()}) - set(signature.parameters)
-        fields = {*reads, *replaces, *raw, *consumes, *biases, *debiases, keeps or "rate"}
-        fields |= {limits or "rate"}
+        fields = {*reads, *replaces, *raw, *consumes, *biases, *debiases}
+        fields |= {keeps or "rate", limits or "rate"}
         unknown = fields - set(FIELDS)
         if missing or unknown:
             raise TypeError(
@@ -338,8 +338,11 @@ def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature)
     """The settings, less what describes the buffer where nobody chose it."""
     about = ("name", "dtype", "scope", "reduce", "axis_name", "initial")
     default = {k: signature.parameters[k].default for k in about if k in settings}
-    chosen = lambda v, usual: isinstance(v, jax.Array) or v != usual  # noqa: E731
-    return {k: v for k, v in settings.items() if k not in default or chosen(v, default[k])}
+    return {
+        k: v
+        for k, v in settings.items()
+        if k not in default or isinstance(v, jax.Array) or v != default[k]  # it may be traced
+    }
 
 
 def compose(name: str, settings: Mapping[str, Any], *stages: Stage) -> Stage:

@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptive_opt.groups import path_of
 from adaptive_opt.observe import HYPERPARAMETERS, Observation, watching
-from adaptive_opt.policies import Hyperparameter, axes_split, is_none
+from adaptive_opt.policies import Hyperparameter, axes_of, axes_split, is_none
 from adaptive_opt.stage import Stage
 from adaptive_opt.step import AdaptiveStep
 
@@ -178,6 +178,12 @@ def rate_histograms(state: Any) -> dict[str, np.ndarray]:
     }
 
 
+def seen_at(state: Any) -> int | None:
+    """The last step at which telemetry looked, or, without it, another observer; None before."""
+    seen = [seen for _, seen in _observations(state) if seen.step]
+    return next((int(x.step) for x in sorted(seen, key=lambda x: not _is_telemetry(x))), None)
+
+
 # --- what is seen ---------------------------------------------------------------------------------
 
 
@@ -212,7 +218,7 @@ def _groups_at(step: AdaptiveStep, patterns: Mapping[str, Any], axis_name: Any) 
 
 def _numbers(leaves: Mapping[str, list[Any]], limits: tuple[str, ...], axis_name: Any) -> Any:
     """The numbers of one group, of the leaves of several trees."""
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axes = axes_of(axis_name)
 
     def everywhere(part: Any, leaf: jax.Array) -> Any:
         """The sum over the devices among which the leaf is split."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_opt.describe import Description, describe, describe_as
-from adaptive_opt.policies import Tree, axes_split, choose, map_none
+from adaptive_opt.policies import Tree, axes_of, axes_split, choose, map_none
 from adaptive_opt.sharding import SplitOverAxis, is_placeholder
 
 NOT_ELEMENTWISE = (
@@ -86,7 +85,7 @@ def zero1(
     >>> print(update[0].round(4))
     [-0.5 -0.5]
     """
-    axes = axis if isinstance(axis, tuple) else (axis,)
+    axes = axes_of(axis)
     missing = [name for name in axes if name not in mesh.axis_names]
     if missing or not axes:
         raise ValueError(
@@ -205,7 +204,7 @@ def _check_replicated(path: Any, param: Any) -> None:
 
 
 def _check_elementwise(description: Description) -> None:
-    for part in _all_parts(description):
+    for part in description.walk():
         if part.name in OBSERVERS:
             raise ValueError(
                 f"zero1 pads the parameters, and {part.name} would count the padding too: leave"
@@ -219,9 +218,3 @@ def _check_elementwise(description: Description) -> None:
                 " see each other, of which a device has a part only. Put it around or in front:"
                 " optax.chain(optax.clip_by_global_norm(1.0), zero1(adam(1e-3), mesh))."
             )
-
-
-def _all_parts(description: Description) -> Iterator[Description]:
-    yield description
-    for part in description.parts:
-        yield from _all_parts(part)
