@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,13 +75,13 @@ def _jax(name: str, algorithm: str, shapes: Shapes) -> Ready:
 
     import adaptive_opt
     from benchmarks import hand_fused
+    from benchmarks.timing import Run, update_and_apply
 
     def of_optimizer(optimizer: Any) -> Any:
-        def step(params: Any, state: Any, gradients: Any) -> Any:
-            updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
+        return optimizer.init, update_and_apply(optimizer)
 
-        return optimizer.init, step
+    def jitted(step: Any) -> Any:
+        return jax.jit(step, donate_argnums=(0, 1))
 
     def floor() -> Any:
         buffers = len(hand_fused.RULES[algorithm][1])
@@ -94,11 +93,11 @@ def _jax(name: str, algorithm: str, shapes: Shapes) -> Ready:
             added = jax.tree.map(lambda g, kept: [b + g for b in kept], gradients, state)
             return jax.tree.map(jnp.add, params, gradients), added
 
-        return init, step
+        return init, jitted(step)
 
     def by_hand() -> Any:
         init = functools.partial(hand_fused.init, algorithm)
-        return init, functools.partial(hand_fused.step, algorithm)
+        return init, jitted(functools.partial(hand_fused.step, algorithm))
 
     ours, of_optax = (getattr(m, algorithm, None) for m in (adaptive_opt, optax))
     init, step = {
@@ -112,33 +111,15 @@ def _jax(name: str, algorithm: str, shapes: Shapes) -> Ready:
         "floor": floor,
     }[name]()
 
-    gradients = _jax_gradients(tuple(shapes.items()))
-    arguments = jax.device_put(cases.arrays(shapes, 0, 1.0))
-    arguments = (arguments, init(arguments))
-    t0 = time.perf_counter()
-    traced = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments, gradients)
-    t1 = time.perf_counter()
-    lowered = traced.lower()
-    t2 = time.perf_counter()
-    compiled = lowered.compile()
-    t3 = time.perf_counter()
+    params = jax.device_put(cases.arrays(shapes, 0, 1.0))
+    run = Run(step, params, init(params), _jax_gradients(tuple(shapes.items())))
     elements = cases.elements(shapes)
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    facts = {
-        "trace s": t1 - t0,
-        "lower s": t2 - t1,
-        "compile s": t3 - t2,
-        "state bytes": sum(x.nbytes for x in jax.tree.leaves(arguments[1])),
+    cost, memory = run.compiled.cost_analysis() or {}, run.compiled.memory_analysis()
+    facts = run.seconds | {
+        "state bytes": sum(x.nbytes for x in jax.tree.leaves(run.state)),
         "bytes accessed per parameter": cost.get("bytes accessed", float("nan")) / elements,
         "temporary bytes per parameter": memory.temp_size_in_bytes / elements,
     }
-
-    def run(times: int) -> None:
-        nonlocal arguments
-        for _ in range(times):
-            arguments = compiled(*arguments, gradients)
-        jax.block_until_ready(arguments)
-
     return Ready(run, facts)
 
 

@@ -10,12 +10,11 @@ first ten steps are compared with those of this library without packing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
-import random
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,29 +26,11 @@ import optax
 import adaptive_opt
 from adaptive_opt import Packing, train_step
 from benchmarks import cases
-from benchmarks.step import ENOUGH, ratio
+from benchmarks.timing import Run, in_turns, ratio, seconds, update_and_apply
 
 
 def loss(params: Any) -> jax.Array:
     return sum(0.5 * jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params))
-
-
-class Run:
-    """A compiled step, its arguments, and what it took to compile."""
-
-    def __init__(self, step: Any, *arguments: Any) -> None:
-        start = time.perf_counter()
-        self.compiled = step.lower(*arguments).compile()
-        self.seconds_to_compile = time.perf_counter() - start
-        self.params, self.state, *self.rest = arguments
-        self.times: list[float] = []
-
-    def __call__(self, times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            self.params, self.state, *_ = self.compiled(self.params, self.state, *self.rest)
-        jax.block_until_ready(self.params)
-        return (time.perf_counter() - start) / times
 
 
 def contestants(kind: str, algorithm: str, shapes: cases.Shapes) -> dict[str, tuple[Run, Any]]:
@@ -63,13 +44,7 @@ def contestants(kind: str, algorithm: str, shapes: cases.Shapes) -> dict[str, tu
         if kind == "training step":
             step = train_step(lambda p: loss(unpack(p)), optimizer)
             return Run(step, params, optimizer.init(params))
-
-        def update(params: Any, state: Any, gradients: Any) -> Any:
-            updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        step = jax.jit(update, donate_argnums=(0, 1))
-        return Run(step, params, optimizer.init(params), gradients)
+        return Run(update_and_apply(optimizer), params, optimizer.init(params), gradients)
 
     def same(params: Any) -> Any:
         return params
@@ -109,32 +84,28 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print("|---|---|---|---|---|---|---|")
     for kind in options.kinds:
         runs = contestants(kind, options.algorithm, shapes)
-        first = next(iter(runs.values()))[0]
-        after, turns = {}, {}
+        after = {}
         for name, (run, unpack) in runs.items():
             run(10)
             after[name] = [np.asarray(leaf) for leaf in jax.tree.leaves(unpack(run.params))]
-            turns[name] = max(1, int(ENOUGH / run(1)))
-        order = list(runs)
-        for _ in range(options.rounds):
-            random.shuffle(order)
-            for name in order:
-                runs[name][0].times.append(runs[name][0](turns[name]))
+        timers = {name: functools.partial(seconds, run) for name, (run, _) in runs.items()}
+        times = in_turns(timers, options.rounds)
+        first = next(iter(runs))
+        to_compile = {name: sum(run.seconds.values()) for name, (run, _) in runs.items()}
         results[kind] = {}
-        for name, (run, _) in runs.items():
+        for name in runs:
             pairs = zip(after[name], after["ours"], strict=True)
             apart = max(float(np.abs(a - b).max()) for a, b in pairs)
-            median, low, high = ratio(run.times, first.times)
-            compiling = run.seconds_to_compile / first.seconds_to_compile
+            median, low, high = ratio(times[name], times[first])
             results[kind][name] = {
-                "seconds": run.times,
-                "seconds to compile": run.seconds_to_compile,
+                "seconds": times[name],
+                "seconds to compile": to_compile[name],
                 "largest difference of a parameter after ten steps": apart,
             }
             print(
-                f"| {kind} | {name} | {statistics.median(run.times) * 1e3:.2f}"
-                f" | {median:.3f} ({low:.3f}..{high:.3f}) | {run.seconds_to_compile:.1f}"
-                f" | {compiling:.3f} | {apart:.1e} |",
+                f"| {kind} | {name} | {statistics.median(times[name]) * 1e3:.2f}"
+                f" | {median:.3f} ({low:.3f}..{high:.3f}) | {to_compile[name]:.1f}"
+                f" | {to_compile[name] / to_compile[first]:.3f} | {apart:.1e} |",
                 flush=True,
             )
     if options.output:

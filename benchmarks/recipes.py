@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
-import random
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
-from tqdm import tqdm
 
 import adaptive_opt
+from benchmarks.pages import renew
+from benchmarks.timing import Run, in_turns, ratio, seconds, update_and_apply
 
 RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "sgd": adaptive_opt.sgd,
@@ -58,34 +56,16 @@ def state_bytes(make: Callable[[float], optax.GradientTransformation]) -> float:
     return (size(2048) - size(1024)) / 2048
 
 
-def seconds(elements: int, rounds: int) -> dict[str, list[float]]:
-    """The time of a step in every round."""
+def measured(elements: int, rounds: int) -> dict[str, list[float]]:
+    """The seconds of a step in every round."""
     gradient = jax.random.normal(jax.random.key(0), (elements // 1024, 1024))
-    steps, carried = {}, {}
+    timers = {}
     makers = RECIPES | {"optax.adam": optax.adam}
-    for name, make in tqdm(makers.items(), desc="compiling", unit="recipe"):
-        optimizer = make(1e-3)
-
-        def step(params, state, gradient, optimizer=optimizer):
-            updates, state = optimizer.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state
-
-        params = jnp.ones_like(gradient)
-        carried[name] = (params, optimizer.init(params))
-        steps[name] = jax.jit(step, donate_argnums=(0, 1)).lower(*carried[name], gradient).compile()
-    times: dict[str, list[float]] = {name: [] for name in makers}
-    order = list(makers)
-    for done in tqdm(range(rounds + 1), desc="timing", unit="round"):
-        random.shuffle(order)
-        for name in order:
-            jax.block_until_ready(carried[name])
-            began = time.perf_counter()
-            for _ in range(3):
-                carried[name] = steps[name](*carried[name], gradient)
-            jax.block_until_ready(carried[name])
-            if done:  # the first round warms up
-                times[name].append((time.perf_counter() - began) / 3)
-    return times
+    for name, make in makers.items():
+        optimizer, params = make(1e-3), jnp.ones_like(gradient)
+        run = Run(update_and_apply(optimizer), params, optimizer.init(params), gradient)
+        timers[name] = functools.partial(seconds, run)
+    return in_turns(timers, rounds)
 
 
 def table(times: dict[str, list[float]]) -> str:
@@ -94,10 +74,7 @@ def table(times: dict[str, list[float]]) -> str:
         "|---|---:|---:|",
     ]
     for name, make in RECIPES.items():
-        ratios = [a / b for a, b in zip(times[name], times["optax.adam"], strict=True)]
-        low, middle, high = (
-            statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        )
+        middle, low, high = ratio(times[name], times["optax.adam"])
         kept = f"{state_bytes(make):.0f}"
         lines.append(f"| `{name}` | {kept} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
     return "\n".join(lines)
@@ -113,12 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.elements < 1024 or options.rounds < 1:
         parser.error("--elements must be at least 1024 and --rounds at least 1")
-    made = table(seconds(options.elements, options.rounds))
+    made = table(measured(options.elements, options.rounds))
     print(made)
     if options.page:
-        text = options.page.read_text()
-        before, rest = text.split(BEGIN)
-        options.page.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}")
+        renew(options.page, BEGIN, made, END)
 
 
 if __name__ == "__main__":

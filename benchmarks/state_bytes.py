@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adaptive_opt import adamod, adamw, diffmod, sgd, state_shardings, zero1
+from benchmarks.pages import renew
 
 DEVICES = (1, 2, 4, 8)
 RECIPES = {
@@ -120,9 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = table()
     print(found)
     if options.readme:
-        text = options.readme.read_text()
-        before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-        options.readme.write_text(f"{before}{BEGIN}\n{found}\n{after}")
+        renew(options.readme, BEGIN, found, END)
 
 
 if __name__ == "__main__":

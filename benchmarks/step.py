@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
-import random
 import statistics
 import subprocess
 import sys
@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks import cases
 from benchmarks.contestants import ALGORITHMS, workers
+from benchmarks.timing import in_turns, ratio
 
-ENOUGH = 0.05  # seconds: a turn takes as many steps as fit in
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -84,29 +84,18 @@ def measured(
     """For every contestant what is known of it, and the seconds of a step in every round."""
     homes = workers(algorithm, option="jax-option" in running)
     homes = {name: home for name, home in homes.items() if only is None or name in only}
-    facts, times, turns = {}, {name: [] for name in homes}, {}
-    for name, home in homes.items():
-        ask = running[home]
-        facts[name] = ask(do="prepare", name=name, algorithm=algorithm, shapes=shapes)
-        ask(do="run", name=name, times=1)
-        turns[name] = max(1, min(200, int(ENOUGH / ask(do="run", name=name, times=1))))
-    order = list(homes)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            times[name].append(running[homes[name]](do="run", name=name, times=turns[name]))
+    facts = {
+        name: running[home](do="prepare", name=name, algorithm=algorithm, shapes=shapes)
+        for name, home in homes.items()
+    }
+
+    def seconds(name: str, times: int) -> float:
+        return running[homes[name]](do="run", name=name, times=times)
+
+    times = in_turns({name: functools.partial(seconds, name) for name in homes}, rounds)
     for ask in running.values():
         ask(do="clear")
     return {name: facts[name] | {"seconds": times[name]} for name in homes}
-
-
-def ratio(of: Sequence[float], to: Sequence[float]) -> tuple[float, float, float]:
-    """The median of the paired ratios, and their quartiles."""
-    ratios = sorted(a / b for a, b in zip(of, to, strict=True))
-    if len(ratios) == 1:
-        return (ratios[0],) * 3
-    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-    return median, lower, upper
 
 
 def table(results: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import time
 import warnings
 
 
@@ -42,6 +41,7 @@ def main() -> None:
             "platform": jax.default_backend(),
         }
     from benchmarks.contestants import prepare
+    from benchmarks.timing import seconds
 
     print(json.dumps(about), file=answers, flush=True)
     ready = {}
@@ -51,9 +51,7 @@ def main() -> None:
             ready[order["name"]] = prepare(order["name"], order["algorithm"], order["shapes"])
             answer = ready[order["name"]].facts
         elif order["do"] == "run":
-            start = time.perf_counter()
-            ready[order["name"]].run(order["times"])
-            answer = (time.perf_counter() - start) / order["times"]
+            answer = seconds(ready[order["name"]].run, order["times"])
         else:
             ready.clear()
             answer = None

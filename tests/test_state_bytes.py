@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 
 import jax
@@ -13,36 +12,28 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adaptive_opt import adamod, init_sharded, zero1
+from benchmarks import state_bytes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    path = ROOT / "benchmarks" / "state_bytes.py"
-    spec = importlib.util.spec_from_file_location("state_bytes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_in_the_readme_is_what_the_command_prints(benchmark, tmp_path, capsys):
+def test_the_table_in_the_readme_is_what_the_command_prints(tmp_path, capsys):
     text = (ROOT / "README.md").read_text()
     copy = tmp_path / "README.md"
     copy.write_text(text)
-    benchmark.main(["--readme", str(copy)])
+    state_bytes.main(["--readme", str(copy)])
     assert capsys.readouterr().out.strip() in text
     assert copy.read_text() == text
 
 
 @pytest.mark.parametrize("layout", ["replicated", "zero1", "fsdp"])
-def test_the_bytes_are_those_of_real_arrays(benchmark, layout):
+def test_the_bytes_are_those_of_real_arrays(layout):
     mesh = mesh_of((4,))
-    shapes = benchmark.parameters(vocabulary=30, width=16, layers=1, context=8)
+    shapes = state_bytes.parameters(vocabulary=30, width=16, layers=1, context=8)
     where = NamedSharding(mesh, P())
     optimizer = adamod(1e-3)
     if layout == "fsdp":
-        where = benchmark.fully_sharded(shapes, mesh)
+        where = state_bytes.fully_sharded(shapes, mesh)
     if layout == "zero1":
         optimizer = zero1(optimizer, mesh)
     params = jax.device_put(jax.tree.map(lambda p: jnp.ones(p.shape), shapes), where)
@@ -53,4 +44,4 @@ def test_the_bytes_are_those_of_real_arrays(benchmark, layout):
         for shard in leaf.addressable_shards
         if shard.device == last
     )
-    assert benchmark.bytes_per_device(optimizer, shapes, where) == held
+    assert state_bytes.bytes_per_device(optimizer, shapes, where) == held

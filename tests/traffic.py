@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+
+from benchmarks.timing import update_and_apply
 
 SIZE = 1 << 16
 
@@ -39,20 +40,10 @@ def loops(compiled, shape=(SIZE,)) -> int:
     return sum(bool(re.search(made, line)) for line in entry.splitlines())
 
 
-def donated_step(optimizer):
-    """Update and apply in one program that may reuse parameters and state."""
-
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1))
-
-
 def compiled_step(optimizer, shape=(SIZE,)):
     params = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(optimizer.init, params)
-    return donated_step(optimizer).lower(params, state, params).compile()
+    return update_and_apply(optimizer).lower(params, state, params).compile()
 
 
 def ulps_at_the_scale_of(old, actual, expected) -> float:
