@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.policies import choose
+from adaptive_opt.policies import choose, copied
 from adaptive_opt.stage import stage
 
 FRICTIONS = {
@@ -65,6 +65,6 @@ def diffgrad_friction(
         xi = step.map(friction_of, step.direction, step.gradient, before)
         direction = step.map(jnp.multiply, step.direction, xi)
         damped = step.replace(direction=direction).noting(friction=xi)
-        return damped, step.map(jnp.copy, step.gradient)
+        return damped, step.map(copied, step.gradient, before)
 
     return line

@@ -141,6 +141,26 @@ def full_like(
     return jax.tree_util.tree_map_with_path(full, params)
 
 
+def copied(x: jax.Array, before: jax.Array) -> jax.Array:
+    """``x``, bit for bit, for a buffer that had ``before`` in it.
+
+    A plain copy on the CPU, where every output has a loop of its own. On accelerators one loop
+    writes all outputs, but XLA would leave a plain copy apart, and read ``x`` once more; that
+    ``before`` takes part shows it that the new value may take the old one's place.
+    """
+    return jax.lax.platform_dependent(x, before, cpu=_copy, default=calculated)
+
+
+def _copy(x: jax.Array, before: jax.Array) -> jax.Array:
+    del before
+    return jnp.copy(x)
+
+
+def calculated(x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x``, bit for bit, in a form that XLA does not take for a copy: it may not be a number."""
+    return jnp.where(x == x, x, x + other)
+
+
 def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalars: Any) -> Tree:
     """``function(*leaves, **scalars)`` for every leaf of ``where`` that is not None.
 

@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from adaptive_opt.describe import described_around
-from adaptive_opt.policies import Tree
+from adaptive_opt.policies import Tree, calculated
 
 OPTION = "xla_cpu_use_multi_output_fusion"
 _FLAG = "--xla_backend_extra_options="
@@ -218,18 +218,29 @@ _ELEMENTWISE = frozenset(
 """The primitives of JAX that work on each element by itself: cheaper repeated than stored."""
 
 _CONTAINERS = frozenset(("jit", "pjit", "custom_jvp_call", "custom_vjp_call"))
-_COPIES = frozenset(("copy", "copy_p"))
 
 
 def _is_elementwise(equation: Any) -> bool:
+    settings = equation.params
+    if settings.get("branches_platforms"):  # of which the compiler sees one
+        return all(_all_elementwise(branch) for branch in settings["branches"])
     if equation.primitive.name not in _CONTAINERS:
         return equation.primitive.name in _ELEMENTWISE
-    settings = equation.params
     placed = (*settings.get("in_shardings", ()), *settings.get("out_shardings", ()))
     if any(type(sharding).__name__ != "UnspecifiedValue" for sharding in placed):
         return False
     inside = settings.get("jaxpr") or settings.get("call_jaxpr")
-    return isinstance(inside, ClosedJaxpr) and all(map(_is_elementwise, inside.jaxpr.eqns))
+    return isinstance(inside, ClosedJaxpr) and _all_elementwise(inside)
+
+
+def _is_copy(equation: Any) -> bool:
+    if equation.params.get("branches_platforms"):
+        return any(all(map(_is_copy, branch.jaxpr.eqns)) for branch in equation.params["branches"])
+    return equation.primitive.name in ("copy", "copy_p")
+
+
+def _all_elementwise(program: ClosedJaxpr) -> bool:
+    return all(map(_is_elementwise, program.jaxpr.eqns))
 
 
 def _from_separate_copies(
@@ -254,14 +265,17 @@ def _from_separate_copies(
     fresh = set(jaxpr.invars[of_state:])
 
     def alone(part: Jaxpr) -> jax.Array:
-        is_copy = all(equation.primitive.name in _COPIES for equation in part.eqns)
-        if not is_copy or fresh.intersection(part.invars):
+        is_copy = all(map(_is_copy, part.eqns))
+        is_fresh = bool(fresh.intersection(part.invars))
+        if is_fresh or not is_copy:
             again = [source for source in part.invars if source in used]
             copies = jax.lax.optimization_barrier([latest[source] for source in again])
             latest.update(zip(again, copies, strict=True))
             used.update(source for source in part.invars if _can_be_copied(source.aval))
         (result,) = _values(part, [latest[source] for source in part.invars])
-        return _in_the_loop(result) if is_copy and fresh.intersection(part.invars) else result
+        if is_copy and is_fresh and jnp.issubdtype(result.dtype, jnp.inexact):
+            return calculated(result, result)  # a plain copy would be written apart
+        return result
 
     return [alone(part) for part in parts]
 
@@ -293,12 +307,3 @@ def _values(jaxpr: Jaxpr, arrays: Sequence[Any], consts: Sequence[Any] = ()) -> 
 def _can_be_copied(aval: Any) -> bool:
     """Not scalars, which cost nothing, nor random keys."""
     return bool(aval.shape) and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
-
-
-def _in_the_loop(x: jax.Array) -> jax.Array:
-    """``x``, bit for bit, as something that the compiler has to calculate.
-
-    It writes plain copies apart from the loop that has ``x`` at hand. That a number can be unequal
-    to itself, where it is not one, keeps it from seeing a copy.
-    """
-    return jnp.where(x == x, x, x + x) if jnp.issubdtype(x.dtype, jnp.inexact) else x

@@ -1,0 +1,201 @@
+"""What the compilers for GPUs and TPUs make of a step: ``python -m benchmarks.accelerators``.
+
+No device is needed, only its compiler: ``pip install libtpu`` for TPUs; for NVIDIA's GPUs the
+package ``jax-cuda12-plugin`` of jax's own version, ``jax-cuda12-pjrt`` and
+``nvidia-cuda-nvcc-cu12``. Update and apply, with parameters and state donated, are compiled for one
+large matrix, and the compiled program is read: which operations touch whole arrays, and how many
+bytes they read and write for each float32 parameter. The least there is: parameter and state read
+and written once, the gradient read once. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no compiler shall look for its device
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor ask the network which TPU this is
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+import adaptive_opt
+from benchmarks.recipes import RECIPES
+from benchmarks.timing import update_and_apply
+
+SHAPE = (1 << 16, 1 << 10)
+"""So large that no array fits into a cache, or into the memory on a TPU's chip."""
+
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 l2_cache_size: 52428800
+  device_memory_size: 84942979072 memory_bandwidth: 3352320000000
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""The limits of the GPU that is compiled for, as XLA wants them."""
+
+TARGETS: dict[str, Callable[[], Any]] = {
+    "NVIDIA H100": functools.partial(
+        topologies.get_topology_desc, "", "cuda", target_config=H100, topology="1x1x1"
+    ),
+    "TPU v5e": functools.partial(topologies.get_topology_desc, "v5e:2x2", "tpu"),
+}
+LOW_MEMORY = ("adam", "amsgrad", "adamod", "diffgrad", "diffmod")
+CASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "optax.adam": optax.adam,
+    **RECIPES,
+    **{
+        f"{name}, {storage}": lambda rate, name=name, storage=storage: adaptive_opt.low_memory(
+            RECIPES[name](rate), storage
+        )
+        for name in LOW_MEMORY
+        for storage in ("bfloat16", "8-bit")
+    },
+}
+
+
+class Traffic(NamedTuple):
+    """Of a compiled program, per parameter: bytes moved by each operation, and temporaries."""
+
+    operations: tuple[tuple[str, float], ...]
+    temporary: float
+
+    @property
+    def bytes(self) -> float:
+        return sum(moved for _, moved in self.operations)
+
+
+def compiled_for(device: Any, optimizer: optax.GradientTransformation, shape=SHAPE) -> Any:
+    """Update and apply of one float32 matrix, compiled for a device."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    params = placed(jax.ShapeDtypeStruct(shape, jnp.float32))
+    state = placed(jax.eval_shape(optimizer.init, params))
+    return update_and_apply(optimizer).lower(params, state, params).compile()
+
+
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(?:,|$)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]")
+_NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
+
+
+def traffic(compiled: Any, shape=SHAPE) -> Traffic:
+    """What the operations of a compiled program read and write: their operands and results.
+
+    An asynchronous copy reads and writes what its end returns. What is not of the size of the
+    parameters, down to a thousandth, is left out.
+    """
+    elements = math.prod(shape)
+    sizes: dict[str, float] = {}
+    operations = []
+    for line in compiled.as_text().partition("\nENTRY ")[2].splitlines():
+        found = _OPERATION.match(line)
+        if not found:
+            continue
+        name, result, operation, operands = found.groups()
+        sizes[name] = _bytes(result) / elements
+        if operation in _NO_TRAFFIC or operation.endswith("-start"):
+            continue
+        read = sum(sizes.get(operand, 0.0) for operand in re.findall(r"%([\w.-]+)", operands))
+        if operation.endswith("-done"):
+            read = sizes[name]
+        if read + sizes[name] > 1e-3:
+            operations.append((operation, round(read + sizes[name], 3)))
+    return Traffic(
+        tuple(operations), round(compiled.memory_analysis().temp_size_in_bytes / elements, 3)
+    )
+
+
+def _bytes(result: str) -> float:
+    """Of all arrays in the type of a result."""
+    return sum(
+        math.prod(map(int, filter(None, shape.split(",")))) * int(bits or 8) / 8
+        for _, bits, shape in _ARRAY.findall(result)
+    )
+
+
+def least_bytes(name: str) -> float:
+    """Parameters and state are read and written, the gradient is read."""
+    state = jax.eval_shape(CASES[name](1e-3).init, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return 8 + 4 + 2 * kept / math.prod(SHAPE)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: for every case and target what is moved, by which operations."""
+    heads = ["", "least", *results]
+    lines = [f"| {' | '.join(heads)} |", f"|---|---:|{'---|' * len(results)}"]
+    for name in next(iter(results.values()))["cases"]:
+        cells = [f"`{name}`", f"{least_bytes(name):.1f}"]
+        for found in results.values():
+            facts = found["cases"][name]
+            large = [(operation, moved) for operation, moved in facts["operations"] if moved > 0.5]
+            shown = " + ".join(f"{operation} {moved:.1f}" for operation, moved in large[:4])
+            if len(large) > 4:
+                shown = f"{len(large)} operations"
+            temporary = (
+                f", temporaries {facts['temporary']:.1f}" if facts["temporary"] > 0.5 else ""
+            )
+            cells.append(f"**{facts['bytes']:.1f}**: {shown}{temporary}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--output", type=pathlib.Path, help="where JSON and table are saved")
+    options = parser.parse_args(arguments)
+    results: dict[str, Any] = {}
+    for target in options.targets:
+        try:
+            device = TARGETS[target]().devices[0]
+        except Exception as reason:
+            print(f"no compiler for {target}: {str(reason).splitlines()[0]}", file=sys.stderr)
+            continue
+        cases = {}
+        for name in options.cases:
+            found = traffic(compiled_for(device, CASES[name](1e-3)))
+            cases[name] = found._asdict() | {"bytes": found.bytes}
+            print(f"{target}, {name}: {found.bytes:.1f} bytes", file=sys.stderr)
+        results[target] = {"device": device.device_kind, "jax": jax.__version__, "cases": cases}
+    if not results:
+        parser.error("there is no compiler for any of them; --help says which packages have one")
+    print(table(results))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "accelerators.json").write_text(json.dumps(results, indent=1) + "\n")
+        (options.output / "accelerators.md").write_text(table(results) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()

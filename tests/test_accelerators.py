@@ -1,0 +1,86 @@
+"""What the compilers for GPUs and TPUs make of the recipes; where these compilers are installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from adaptive_opt import adam, amsgrad, low_memory
+from adaptive_opt.policies import calculated, copied
+from benchmarks import accelerators
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "accelerators"
+ONE_LOOP = [name for name in accelerators.CASES if not re.search(r"ranger|8-bit", name)]
+TWO_ON_TPUS = {"adadelta", *(name for name in ONE_LOOP if "bfloat16" in name)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    output = tmp_path_factory.mktemp("accelerators")
+    cases = ("adam", "adamod", "diffmod", "diffmod, bfloat16")
+    command = [sys.executable, "-m", "benchmarks.accelerators", "--cases", *cases]
+    finished = subprocess.run(
+        [*command, "--output", str(output)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if "there is no compiler" in finished.stderr:
+        pytest.skip("the compilers for accelerators are not installed")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return json.loads((output / "accelerators.json").read_text())
+
+
+def loops(facts):
+    return sum(moved > 0.5 for _, moved in facts["operations"])
+
+
+def test_one_loop_on_every_accelerator(found):
+    for target, results in found.items():
+        for name, facts in results["cases"].items():
+            if target.startswith("TPU") and name in TWO_ON_TPUS:
+                continue
+            assert loops(facts) == 1, (target, name)
+            assert facts["bytes"] == pytest.approx(accelerators.least_bytes(name), abs=0.01)
+            assert facts["temporary"] < 0.1
+
+
+def test_what_is_kept_says_the_same_of_all_recipes():
+    kept = json.loads((RESULTS / "accelerators.json").read_text())
+    assert list(kept) == list(accelerators.TARGETS)
+    for target, results in kept.items():
+        assert list(results["cases"]) == list(accelerators.CASES)
+        for name in ONE_LOOP:
+            if not (target.startswith("TPU") and name in TWO_ON_TPUS):
+                assert loops(results["cases"][name]) == 1, (target, name)
+    assert accelerators.table(kept) + "\n" == (RESULTS / "accelerators.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [adam(1e-3), amsgrad(1e-3), low_memory(adam(1e-3))], ids=["adam", "amsgrad", "low"]
+)
+def test_what_is_counted_is_what_xla_counts(optimizer):
+    shape = (512, 256)
+    compiled = accelerators.compiled_for(jax.devices("cpu")[0], optimizer, shape)
+    counted = accelerators.traffic(compiled, shape)
+    by_xla = compiled.cost_analysis()["bytes accessed"] / (512 * 256)
+    assert counted.bytes == pytest.approx(by_xla, abs=0.02)
+    assert len(counted.operations) >= 2  # the CPU has a loop for every output
+
+
+def test_a_copy_on_an_accelerator_is_one_bit_for_bit():
+    """The form that only accelerators compile, as XLA:CPU calculates it."""
+    x = jnp.array([0.0, -0.0, jnp.nan, jnp.inf, -jnp.inf, 1e-45, 3e38, 1.0])
+    for calculate in (copied, calculated):
+        for before in (jnp.zeros(8), jnp.full(8, jnp.nan), jnp.full(8, jnp.inf)):
+            assert jax.jit(calculate)(x, before).tobytes() == x.tobytes()
