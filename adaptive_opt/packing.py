@@ -45,7 +45,8 @@ class Packing:
 
     Leaves share a buffer if they have the same dtype, at most ``max_size`` elements, and the same
     value in every tree of ``split_by``; larger leaves, those split over devices, and those with no
-    fellow stay as they are. A packed tree is a dict from paths to arrays; a buffer has the path of
+    fellow stay as they are. There are two arrays at least, so that numbers come out as without
+    packing, bit for bit. A packed tree is a dict from paths to arrays; a buffer has the path of
     its first leaf, so that tables of path patterns (``ParameterGroups``) go on working, and is
     padded with zeros to a multiple of 1024. ``low_memory`` has no place in it: its blocks would
     cross leaves, and which arrays it finds small, and how it rounds, would be another.
@@ -102,7 +103,11 @@ class Packing:
             alone = () if packed else (i,)
             key = (leaf.dtype, *(kind[i] for kind in kinds), *alone)
             shared.setdefault(key, []).append(i)
-        self._members = {self._paths[m[0]]: m for m in shared.values()}
+        buffers = list(shared.values())
+        if len(buffers) == 1:  # XLA rounds a quotient otherwise where it is of a single array
+            (all_,) = buffers
+            buffers = [part for part in (all_[: len(all_) // 2], all_[len(all_) // 2 :]) if part]
+        self._members = {self._paths[members[0]]: members for members in buffers}
 
     # --- trees --------------------------------------------------------------------------------
 

@@ -148,6 +148,8 @@ def copied(x: jax.Array, before: jax.Array) -> jax.Array:
     writes all outputs, but XLA would leave a plain copy apart, and read ``x`` once more; that
     ``before`` takes part shows it that the new value may take the old one's place.
     """
+    if x.dtype != before.dtype:  # real gradients of complex parameters
+        return jnp.copy(x)
     return jax.lax.platform_dependent(x, before, cpu=_copy, default=calculated)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.moments import absolute_square, bias_correction, divided, moving_average
+from adaptive_opt.moments import absolute_square, bias_correction, moving_average
 from adaptive_opt.policies import (
     Hyperparameter,
     Scope,
@@ -182,7 +182,9 @@ def _debias_rate_of_direction(b1: Hyperparameter) -> Any:
     check_decay(b1=b1)
 
     def line(step):
-        return step.replace(rate=step.map(divided, step.rate, by=bias_correction(b1, step)))
+        # A product, which XLA does not write in another way: the next line may use it twice.
+        inverse = 1 / bias_correction(b1, step)
+        return step.replace(rate=step.map(_times, step.rate, factor=inverse))
 
     return line
 

@@ -53,6 +53,17 @@ def test_every_recipe_takes_the_same_steps_bit_for_bit(params, name):
     assert_bit_equal(packing.unpack(packing.pack(packing.unpack(result))), expected)
 
 
+def test_leaves_that_could_all_share_a_buffer_get_two_and_the_same_numbers():
+    shapes = {str(i): (5 + i,) for i in range(7)}
+    params = normal_tree(shapes=shapes)
+    packing = Packing(params)
+    assert list(packing.pack(params)) == ["0", "3"]
+    gradients = list(gradient_trees(3, shapes=shapes))
+    expected = steps(adamw(1e-2), params, gradients)
+    result = steps(adamw(1e-2), packing.pack(params), map(packing.pack, gradients))
+    assert_bit_equal(packing.unpack(result), expected)
+
+
 def test_what_shares_a_buffer_is_small_of_one_dtype_and_not_split_over_devices():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("x"), jax.P(None, None)))
@@ -84,36 +95,36 @@ def test_what_shares_a_buffer_is_small_of_one_dtype_and_not_split_over_devices()
 
 @pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jitted"])
 def test_a_buffer_that_begins_with_a_scalar_keeps_all_weights(through):
-    params = {"a": jnp.float32(1.0), "b": 2 * jnp.ones(3), "c": 3.0}
-    packing = Packing(params)
+    params = {"a": jnp.float32(1.0), "b": 2 * jnp.ones(3), "c": 3.0, "large": jnp.ones(9)}
+    packing = Packing(params, max_size=8)
     packed = through(packing.pack)(params)
     assert packed["a"].tolist() == [1, 2, 2, 2, 3] + 1019 * [0]
     assert_bit_equal(through(packing.unpack)(packed), jax.tree.map(jnp.float32, params))
-    one_each = {"a": jnp.int32(7), "b": jnp.int32(7), "c": jnp.int32(7)}
+    one_each = dict.fromkeys(params, jnp.int32(7))
     assert through(packing.pack)(one_each)["a"].tolist() == 7
-    two = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    three = {"a": jnp.ones(2), "b": jnp.ones(3), "large": jnp.ones(9)}
     with pytest.raises(ValueError, match="some are scalars and some are whole"):
-        through(Packing(two).pack)(two | {"a": jnp.float32(1.0)})
+        through(Packing(three, max_size=8).pack)(three | {"a": jnp.float32(1.0)})
 
 
 @pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jitted"])
 def test_a_buffer_is_of_one_dtype(through):
-    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    packing = Packing(params)
+    params = {"a": jnp.ones(2), "b": jnp.ones(3), "large": jnp.ones(9)}
+    packing = Packing(params, max_size=8)
     with pytest.raises(ValueError, match="a and b share a buffer, but are float32 and bfloat16"):
         through(packing.pack)(params | {"b": params["b"].astype(jnp.bfloat16)})
 
 
 def test_parts_of_a_state_that_are_no_copies_of_the_parameters_are_left_alone():
-    params = (jnp.ones(3), jnp.ones(2))
-    packing = Packing(params)
+    params = (jnp.ones(3), jnp.ones(2), jnp.ones(9))
+    packing = Packing(params, max_size=8)
     optimizer = optax.chain(optax.chain(optax.clip(1.0), optax.scale(0.5)), adamod(1e-2))
     state, packed = optimizer.init(params), optimizer.init(packing.pack(params))
     assert packing.pack(state)[0] == (optax.EmptyState(), optax.EmptyState())
     assert_bit_equal(packing.pack(packing.unpack(packed)), packed)
-    assert packing.pack((None, None)) == (None, None)
-    nodes = (optax.MaskedNode(), optax.MaskedNode())
-    assert packing.pack(nodes) == {"0": optax.MaskedNode()}
+    assert packing.pack((None, None, None)) == (None, None, None)
+    nodes = 3 * (optax.MaskedNode(),)
+    assert packing.pack(nodes) == dict.fromkeys("02", optax.MaskedNode())
     assert packing.unpack(packing.pack(nodes)) == nodes
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from common import RECIPES, assert_bit_equal, normal_tree
+from traffic import without_the_option
 
 import adaptive_opt
 from adaptive_opt import adamod, adamw, train_step
@@ -50,6 +51,7 @@ def test_every_array_is_written_where_it_was(name):
     )
 
 
+@without_the_option
 def test_the_other_order_is_what_it_saves_from():
     optimizer, params = adamw(1e-3), jnp.ones(1 << 14)
 

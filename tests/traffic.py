@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks.timing import update_and_apply
 
 SIZE = 1 << 16
+OPTION = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
+without_the_option = pytest.mark.skipif(
+    OPTION in os.environ.get("XLA_FLAGS", ""), reason="this process has the option"
+)
 
 
 class Traffic(NamedTuple):
