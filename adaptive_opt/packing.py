@@ -105,8 +105,8 @@ class Packing:
             shared.setdefault(key, []).append(i)
         buffers = list(shared.values())
         if len(buffers) == 1:  # XLA rounds a quotient otherwise where it is of a single array
-            (all_,) = buffers
-            buffers = [part for part in (all_[: len(all_) // 2], all_[len(all_) // 2 :]) if part]
+            half = len(buffers[0]) // 2
+            buffers = [part for part in (buffers[0][:half], buffers[0][half:]) if part]
         self._members = {self._paths[members[0]]: members for members in buffers}
 
     # --- trees --------------------------------------------------------------------------------
@@ -303,6 +303,8 @@ class Packing:
         if isinstance(value, jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(shape, value.dtype) for shape in shapes]
         if isinstance(value, Tracer):
+            # Its derivative is one too: the packed gradient is made once, not in every loop.
+            value = jax.lax.optimization_barrier(value)
             parts = jax.lax.split(value, (*sizes, value.size - sum(sizes)))
             return [x.reshape(shape) for x, shape in zip(parts, shapes, strict=False)]
         parts = np.split(np.asarray(value), np.cumsum(sizes))

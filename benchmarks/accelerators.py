@@ -1,11 +1,11 @@
 """What the compilers for GPUs and TPUs make of a step: ``python -m benchmarks.accelerators``.
 
-No device is needed, only its compiler: ``pip install libtpu`` for TPUs; for NVIDIA's GPUs the
-package ``jax-cuda12-plugin`` of jax's own version, ``jax-cuda12-pjrt`` and
-``nvidia-cuda-nvcc-cu12``. Update and apply, with parameters and state donated, are compiled for one
-large matrix, and the compiled program is read: which operations touch whole arrays, and how many
-bytes they read and write for each float32 parameter. The least there is: parameter and state read
-and written once, the gradient read once. Nothing is timed.
+No device is needed, only its compiler: ``pip install "jax[tpu]"`` for TPUs, and for NVIDIA's GPUs
+``pip install jax-cuda12-plugin nvidia-cuda-nvcc-cu12``, the plugin in jax's own version. Update and
+apply, with parameters and state donated, are compiled for one large matrix, and the compiled
+program is read: which operations touch whole arrays, and how many bytes they read and write for
+each float32 parameter. The least there is: parameter and state read and written once, the gradient
+read once. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no compiler shall look for its device
@@ -30,11 +30,15 @@ import optax
 from jax.experimental import topologies
 
 import adaptive_opt
+from benchmarks import cases
+from benchmarks.cases import Shapes
 from benchmarks.recipes import RECIPES
 from benchmarks.timing import update_and_apply
 
-SHAPE = (1 << 16, 1 << 10)
+LEAF = {"weight": (1 << 16, 1 << 10)}
 """So large that no array fits into a cache, or into the memory on a TPU's chip."""
+
+TREE = cases.transformer(384)
 
 H100 = """
 gpu_device_info {
@@ -74,6 +78,9 @@ CASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
+IN_TREE = ("adam", "diffmod")
+
+
 class Traffic(NamedTuple):
     """Of a compiled program, per parameter: bytes moved by each operation, and temporaries."""
 
@@ -85,8 +92,8 @@ class Traffic(NamedTuple):
         return sum(moved for _, moved in self.operations)
 
 
-def compiled_for(device: Any, optimizer: optax.GradientTransformation, shape=SHAPE) -> Any:
-    """Update and apply of one float32 matrix, compiled for a device."""
+def compiled_for(device: Any, optimizer: optax.GradientTransformation, shapes: Shapes) -> Any:
+    """Update and apply of float32 parameters, compiled for a device."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:
@@ -94,7 +101,7 @@ def compiled_for(device: Any, optimizer: optax.GradientTransformation, shape=SHA
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    params = placed(jax.ShapeDtypeStruct(shape, jnp.float32))
+    params = placed({k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
     state = placed(jax.eval_shape(optimizer.init, params))
     return update_and_apply(optimizer).lower(params, state, params).compile()
 
@@ -104,20 +111,16 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]")
 _NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
 
 
-def traffic(compiled: Any, shape=SHAPE) -> Traffic:
+def traffic(compiled: Any, shapes: Shapes) -> Traffic:
     """What the operations of a compiled program read and write: their operands and results.
 
     An asynchronous copy reads and writes what its end returns. What is not of the size of the
     parameters, down to a thousandth, is left out.
     """
-    elements = math.prod(shape)
+    elements = cases.elements(shapes)
     sizes: dict[str, float] = {}
     operations = []
-    for line in compiled.as_text().partition("\nENTRY ")[2].splitlines():
-        found = _OPERATION.match(line)
-        if not found:
-            continue
-        name, result, operation, operands = found.groups()
+    for name, result, operation, operands in _operations(compiled):
         sizes[name] = _bytes(result) / elements
         if operation in _NO_TRAFFIC or operation.endswith("-start"):
             continue
@@ -131,6 +134,22 @@ def traffic(compiled: Any, shape=SHAPE) -> Traffic:
     )
 
 
+def fusions(compiled: Any) -> int:
+    """How many kernels there are that make arrays."""
+    return sum(
+        operation == "fusion" and _bytes(result) > 64
+        for _, result, operation, _ in _operations(compiled)
+    )
+
+
+def _operations(compiled: Any) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type of the result, kind and operands of each in the main program."""
+    for line in compiled.as_text().partition("\nENTRY ")[2].splitlines():
+        found = _OPERATION.match(line)
+        if found:
+            yield found.groups()
+
+
 def _bytes(result: str) -> float:
     """Of all arrays in the type of a result."""
     return sum(
@@ -141,9 +160,10 @@ def _bytes(result: str) -> float:
 
 def least_bytes(name: str) -> float:
     """Parameters and state are read and written, the gradient is read."""
-    state = jax.eval_shape(CASES[name](1e-3).init, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+    (shape,) = LEAF.values()
+    state = jax.eval_shape(CASES[name](1e-3).init, jax.ShapeDtypeStruct(shape, jnp.float32))
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return 8 + 4 + 2 * kept / math.prod(SHAPE)
+    return 8 + 4 + 2 * kept / math.prod(shape)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -163,6 +183,10 @@ def table(results: dict[str, Any]) -> str:
             )
             cells.append(f"**{facts['bytes']:.1f}**: {shown}{temporary}")
         lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for target, found in results.items():
+        counted = ", ".join(f"{name} {n}" for name, n in found["fusions"].items())
+        lines.append(f"Fusions, {found['leaves']} leaves of a Transformer, {target}: {counted}.")
     return "\n".join(lines)
 
 
@@ -181,12 +205,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         except Exception as reason:
             print(f"no compiler for {target}: {str(reason).splitlines()[0]}", file=sys.stderr)
             continue
-        cases = {}
+        of_leaf = {}
         for name in options.cases:
-            found = traffic(compiled_for(device, CASES[name](1e-3)))
-            cases[name] = found._asdict() | {"bytes": found.bytes}
+            found = traffic(compiled_for(device, CASES[name](1e-3), LEAF), LEAF)
+            of_leaf[name] = found._asdict() | {"bytes": found.bytes}
             print(f"{target}, {name}: {found.bytes:.1f} bytes", file=sys.stderr)
-        results[target] = {"device": device.device_kind, "jax": jax.__version__, "cases": cases}
+        of_tree = {name: fusions(compiled_for(device, CASES[name](1e-3), TREE)) for name in IN_TREE}
+        results[target] = {
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            "cases": of_leaf,
+            "leaves": len(TREE),
+            "fusions": of_tree,
+        }
     if not results:
         parser.error("there is no compiler for any of them; --help says which packages have one")
     print(table(results))

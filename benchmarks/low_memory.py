@@ -83,7 +83,11 @@ def loss(task: Task, params: Any, inputs: jax.Array, labels: jax.Array) -> jax.A
 
 
 def held_out_losses(
-    task: Task, optimizer: optax.GradientTransformation, seeds: int, steps: int, batch: int = 64
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    seeds: Sequence[int],
+    steps: int,
+    batch: int = 64,
 ) -> np.ndarray:
     """The test loss after training, for every seed."""
     inputs, labels = map(jnp.asarray, task.train)
@@ -104,7 +108,7 @@ def held_out_losses(
         (params, _), _ = jax.lax.scan(step, carry, jax.random.split(second, steps))
         return loss(task, params, *tests)
 
-    return np.asarray(jax.jit(jax.vmap(run))(jnp.arange(seeds)))
+    return np.asarray(jax.jit(jax.vmap(run))(jnp.asarray(seeds)))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -114,10 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--optimizers", nargs="+", default=list(RATES), choices=RATES)
     parser.add_argument("--storages", nargs="+", default=["bfloat16", "8-bit"])
-    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=16, help="how many (16)")
+    parser.add_argument("--first-seed", type=int, default=0, help="0")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
     options = parser.parse_args(arguments)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     rows = []
     print("| task | optimizer | storage | test loss, float32 | difference | standard errors |")
     print("|---|---|---|---|---|---|")
@@ -125,11 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         task = TASKS[name]()
         for chosen in options.optimizers:
             optimizer = getattr(adaptive_opt, chosen)(RATES[chosen])
-            plain = held_out_losses(task, optimizer, options.seeds, options.steps)
+            plain = held_out_losses(task, optimizer, seeds, options.steps)
             for storage in options.storages:
                 low = adaptive_opt.low_memory(optimizer, storage)
-                losses = held_out_losses(task, low, options.seeds, options.steps)
-                error = (losses - plain).std(ddof=1) / options.seeds**0.5
+                losses = held_out_losses(task, low, seeds, options.steps)
+                error = (losses - plain).std(ddof=1) / len(seeds) ** 0.5
                 row = {
                     "task": name,
                     "optimizer": chosen,

@@ -61,6 +61,43 @@ def contestants(kind: str, algorithm: str, shapes: cases.Shapes) -> dict[str, tu
     return found
 
 
+def measured(kind: str, algorithm: str, shapes: cases.Shapes, rounds: int) -> dict[str, Any]:
+    """What is known of every contestant; their programs are gone when it returns.
+
+    Compiled programs of thousands of leaves take most of the memory maps that Linux allows.
+    """
+    runs = contestants(kind, algorithm, shapes)
+    after = {}
+    for name, (run, unpack) in runs.items():
+        run(10)
+        after[name] = [np.asarray(leaf) for leaf in jax.tree.leaves(unpack(run.params))]
+    timers = {name: functools.partial(seconds, run) for name, (run, _) in runs.items()}
+    times = in_turns(timers, rounds)
+    return {
+        name: {
+            "seconds": times[name],
+            "seconds to compile": sum(run.seconds.values()),
+            "largest difference of a parameter after ten steps": max(
+                float(np.abs(a - b).max()) for a, b in zip(after[name], after["ours"], strict=True)
+            ),
+        }
+        for name, (run, _) in runs.items()
+    }
+
+
+def row(kind: str, name: str, found: dict[str, Any]) -> str:
+    """Of the table, in Markdown."""
+    facts, first = found[name], next(iter(found.values()))
+    median, low, high = ratio(facts["seconds"], first["seconds"])
+    compiling = facts["seconds to compile"]
+    apart = facts["largest difference of a parameter after ten steps"]
+    return (
+        f"| {kind} | {name} | {statistics.median(facts['seconds']) * 1e3:.2f}"
+        f" | {median:.3f} ({low:.3f}..{high:.3f}) | {compiling:.1f}"
+        f" | {compiling / first['seconds to compile']:.3f} | {apart:.1e} |"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,31 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print("| | contestant | ms | of the first | trace and compile s | of the first | from ours |")
     print("|---|---|---|---|---|---|---|")
     for kind in options.kinds:
-        runs = contestants(kind, options.algorithm, shapes)
-        after = {}
-        for name, (run, unpack) in runs.items():
-            run(10)
-            after[name] = [np.asarray(leaf) for leaf in jax.tree.leaves(unpack(run.params))]
-        timers = {name: functools.partial(seconds, run) for name, (run, _) in runs.items()}
-        times = in_turns(timers, options.rounds)
-        first = next(iter(runs))
-        to_compile = {name: sum(run.seconds.values()) for name, (run, _) in runs.items()}
-        results[kind] = {}
-        for name in runs:
-            pairs = zip(after[name], after["ours"], strict=True)
-            apart = max(float(np.abs(a - b).max()) for a, b in pairs)
-            median, low, high = ratio(times[name], times[first])
-            results[kind][name] = {
-                "seconds": times[name],
-                "seconds to compile": to_compile[name],
-                "largest difference of a parameter after ten steps": apart,
-            }
-            print(
-                f"| {kind} | {name} | {statistics.median(times[name]) * 1e3:.2f}"
-                f" | {median:.3f} ({low:.3f}..{high:.3f}) | {to_compile[name]:.1f}"
-                f" | {to_compile[name] / to_compile[first]:.3f} | {apart:.1e} |",
-                flush=True,
-            )
+        results[kind] = measured(kind, options.algorithm, shapes, options.rounds)
+        for name in results[kind]:
+            print(row(kind, name, results[kind]), flush=True)
     if options.output:
         options.output.write_text(json.dumps(results, indent=1))
     return results

@@ -55,6 +55,11 @@ def test_one_loop_on_every_accelerator(found):
             assert facts["temporary"] < 0.1
 
 
+def test_a_tree_has_a_loop_for_every_leaf(found):
+    for results in found.values():
+        assert set(results["fusions"].values()) == {results["leaves"]}
+
+
 def test_what_is_kept_says_the_same_of_all_recipes():
     kept = json.loads((RESULTS / "accelerators.json").read_text())
     assert list(kept) == list(accelerators.TARGETS)
@@ -70,9 +75,9 @@ def test_what_is_kept_says_the_same_of_all_recipes():
     "optimizer", [adam(1e-3), amsgrad(1e-3), low_memory(adam(1e-3))], ids=["adam", "amsgrad", "low"]
 )
 def test_what_is_counted_is_what_xla_counts(optimizer):
-    shape = (512, 256)
-    compiled = accelerators.compiled_for(jax.devices("cpu")[0], optimizer, shape)
-    counted = accelerators.traffic(compiled, shape)
+    shapes = {"weight": (512, 256)}
+    compiled = accelerators.compiled_for(jax.devices("cpu")[0], optimizer, shapes)
+    counted = accelerators.traffic(compiled, shapes)
     by_xla = compiled.cost_analysis()["bytes accessed"] / (512 * 256)
     assert counted.bytes == pytest.approx(by_xla, abs=0.02)
     assert len(counted.operations) >= 2  # the CPU has a loop for every output
