@@ -60,9 +60,9 @@ def low_memory(
 
     A step decodes, calls ``inner`` in float32, and encodes with stochastic rounding, so that
     averages whose increments are smaller than a step of the code still move, in the mean rightly.
-    It saves memory; on the CPU it costs time. As compiled for a GPU, a step of Adam moves 20 bytes a
-    parameter in bfloat16 and 22 in 8 bits, in place of 28; for a TPU 28 and 136: use bfloat16 there.
-    Parameters and gradients are not touched.
+    It saves memory; on the CPU it costs time. Compiled for a GPU, a step of Adam moves 20 bytes a
+    parameter in bfloat16 and 22 in 8 bits, in place of 28; for a TPU 28 and 136, so use bfloat16
+    there. Parameters and gradients are not touched.
 
     * "bfloat16": 2 bytes a number, 8 bits of precision. 0.5 of the state.
     * "int8": 1 byte and 1/64 for scales: blocks of 256, steps of 1/127 of the largest in the block.

@@ -8,6 +8,7 @@ gradients arrive packed. Packing in every step would cost what it saves.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -45,11 +46,12 @@ class Packing:
 
     Leaves share a buffer if they have the same dtype, at most ``max_size`` elements, and the same
     value in every tree of ``split_by``; larger leaves, those split over devices, and those with no
-    fellow stay as they are. There are two arrays at least, so that numbers come out as without
-    packing, bit for bit. A packed tree is a dict from paths to arrays; a buffer has the path of
-    its first leaf, so that tables of path patterns (``ParameterGroups``) go on working, and is
-    padded with zeros to a multiple of 1024. ``low_memory`` has no place in it: its blocks would
-    cross leaves, and which arrays it finds small, and how it rounds, would be another.
+    fellow stay as they are. Leaves of the same values in ``split_by`` get two arrays at least, so
+    that an update is the same as without packing, bit for bit. A packed tree is a dict from paths
+    to arrays; a buffer has the path of its first leaf, so that tables of path patterns
+    (``ParameterGroups``) go on working, and is padded with zeros to a multiple of 1024.
+    ``low_memory`` has no place in it: its blocks would cross leaves, and which arrays it finds
+    small, and how it rounds, would be another.
 
     Args:
       params: the parameters, arrays, numbers or ``jax.ShapeDtypeStruct``; no single array.
@@ -100,13 +102,14 @@ class Packing:
         shared: dict[Any, list[int]] = {}
         for i, (leaf, (_, given)) in enumerate(zip(leaves, with_paths, strict=True)):
             packed = leaf.size <= max_size and not _is_split(given)
-            alone = () if packed else (i,)
-            key = (leaf.dtype, *(kind[i] for kind in kinds), *alone)
+            key = leaf.dtype, tuple(kind[i] for kind in kinds), None if packed else i
             shared.setdefault(key, []).append(i)
-        buffers = list(shared.values())
-        if len(buffers) == 1:  # XLA rounds a quotient otherwise where it is of a single array
-            half = len(buffers[0]) // 2
-            buffers = [part for part in (buffers[0][:half], buffers[0][half:]) if part]
+        of_kind = collections.Counter(kind for _, kind, _ in shared)
+        buffers = []
+        for (_, kind, _), members in shared.items():
+            # Two, because XLA calculates m / c as m (1 / c) where c divides a single array only.
+            cut = len(members) // 2 if of_kind[kind] == 1 else 0
+            buffers += [part for part in (members[:cut], members[cut:]) if part]
         self._members = {self._paths[members[0]]: members for members in buffers}
 
     # --- trees --------------------------------------------------------------------------------

@@ -142,13 +142,13 @@ def full_like(
 
 
 def copied(x: jax.Array, before: jax.Array) -> jax.Array:
-    """``x``, bit for bit, for a buffer that had ``before`` in it.
+    """``x``, bit for bit (but for the bits of a NaN), for a buffer that had ``before`` in it.
 
     A plain copy on the CPU, where every output has a loop of its own. On accelerators one loop
     writes all outputs, but XLA would leave a plain copy apart, and read ``x`` once more; that
     ``before`` takes part shows it that the new value may take the old one's place.
     """
-    if x.dtype != before.dtype:  # real gradients of complex parameters
+    if jax.typeof(x) != jax.typeof(before):  # it could not: another dtype, or split otherwise
         return jnp.copy(x)
     return jax.lax.platform_dependent(x, before, cpu=_copy, default=calculated)
 
@@ -159,7 +159,7 @@ def _copy(x: jax.Array, before: jax.Array) -> jax.Array:
 
 
 def calculated(x: jax.Array, other: jax.Array) -> jax.Array:
-    """``x``, bit for bit, in a form that XLA does not take for a copy: it may not be a number."""
+    """``x`` in a form that XLA does not take for a copy, because it may not be a number."""
     return jnp.where(x == x, x, x + other)
 
 

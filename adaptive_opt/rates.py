@@ -182,7 +182,7 @@ def _debias_rate_of_direction(b1: Hyperparameter) -> Any:
     check_decay(b1=b1)
 
     def line(step):
-        # A product, which XLA does not write in another way: the next line may use it twice.
+        # Not rate / c1: XLA writes (x / y) / c1 as x / (y c1), or not, as it likes.
         inverse = 1 / bias_correction(b1, step)
         return step.replace(rate=step.map(_times, step.rate, factor=inverse))
 

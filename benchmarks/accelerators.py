@@ -21,9 +21,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no compiler shall look for its device
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor ask the network which TPU this is
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -33,7 +30,7 @@ import adaptive_opt
 from benchmarks import cases
 from benchmarks.cases import Shapes
 from benchmarks.recipes import RECIPES
-from benchmarks.timing import update_and_apply
+from benchmarks.stepping import update_and_apply
 
 LEAF = {"weight": (1 << 16, 1 << 10)}
 """So large that no array fits into a cache, or into the memory on a TPU's chip."""
@@ -79,17 +76,18 @@ CASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
 
 
 IN_TREE = ("adam", "diffmod")
+"""The cases that are compiled for the Transformer too."""
 
 
-class Traffic(NamedTuple):
-    """Of a compiled program, per parameter: bytes moved by each operation, and temporaries."""
+class Moved(NamedTuple):
+    """By a compiled program, per parameter: bytes, by each operation, and of temporaries."""
 
     operations: tuple[tuple[str, float], ...]
     temporary: float
 
     @property
     def bytes(self) -> float:
-        return sum(moved for _, moved in self.operations)
+        return sum(n for _, n in self.operations)
 
 
 def compiled_for(device: Any, optimizer: optax.GradientTransformation, shapes: Shapes) -> Any:
@@ -111,7 +109,7 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]")
 _NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
 
 
-def traffic(compiled: Any, shapes: Shapes) -> Traffic:
+def moved(compiled: Any, shapes: Shapes) -> Moved:
     """What the operations of a compiled program read and write: their operands and results.
 
     An asynchronous copy reads and writes what its end returns. What is not of the size of the
@@ -129,15 +127,16 @@ def traffic(compiled: Any, shapes: Shapes) -> Traffic:
             read = sizes[name]
         if read + sizes[name] > 1e-3:
             operations.append((operation, round(read + sizes[name], 3)))
-    return Traffic(
+    return Moved(
         tuple(operations), round(compiled.memory_analysis().temp_size_in_bytes / elements, 3)
     )
 
 
-def fusions(compiled: Any) -> int:
-    """How many kernels there are that make arrays."""
+def kernels(compiled: Any) -> int:
+    """How many operations make arrays; those that fetch or send them meanwhile are not counted."""
     return sum(
-        operation == "fusion" and _bytes(result) > 64
+        not (operation in _NO_TRAFFIC or operation.endswith(("-start", "-done", "custom-call")))
+        and _bytes(result) > 64
         for _, result, operation, _ in _operations(compiled)
     )
 
@@ -174,8 +173,8 @@ def table(results: dict[str, Any]) -> str:
         cells = [f"`{name}`", f"{least_bytes(name):.1f}"]
         for found in results.values():
             facts = found["cases"][name]
-            large = [(operation, moved) for operation, moved in facts["operations"] if moved > 0.5]
-            shown = " + ".join(f"{operation} {moved:.1f}" for operation, moved in large[:4])
+            large = [f"{operation} {n:.1f}" for operation, n in facts["operations"] if n > 0.5]
+            shown = " + ".join(large)
             if len(large) > 4:
                 shown = f"{len(large)} operations"
             temporary = (
@@ -185,8 +184,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for target, found in results.items():
-        counted = ", ".join(f"{name} {n}" for name, n in found["fusions"].items())
-        lines.append(f"Fusions, {found['leaves']} leaves of a Transformer, {target}: {counted}.")
+        counted = ", ".join(f"{name} {n}" for name, n in found["kernels"].items())
+        lines.append(f"Kernels, {found['leaves']} leaves of a Transformer, {target}: {counted}.")
     return "\n".join(lines)
 
 
@@ -198,28 +197,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--output", type=pathlib.Path, help="where JSON and table are saved")
     options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # no compiler shall look for its device
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor ask the network which TPU this is
     results: dict[str, Any] = {}
     for target in options.targets:
         try:
             device = TARGETS[target]().devices[0]
-        except Exception as reason:
+        except (RuntimeError, NotImplementedError) as reason:
             print(f"no compiler for {target}: {str(reason).splitlines()[0]}", file=sys.stderr)
             continue
         of_leaf = {}
         for name in options.cases:
-            found = traffic(compiled_for(device, CASES[name](1e-3), LEAF), LEAF)
+            found = moved(compiled_for(device, CASES[name](1e-3), LEAF), LEAF)
             of_leaf[name] = found._asdict() | {"bytes": found.bytes}
             print(f"{target}, {name}: {found.bytes:.1f} bytes", file=sys.stderr)
-        of_tree = {name: fusions(compiled_for(device, CASES[name](1e-3), TREE)) for name in IN_TREE}
+        of_tree = {name: kernels(compiled_for(device, CASES[name](1e-3), TREE)) for name in IN_TREE}
         results[target] = {
             "device": device.device_kind,
             "jax": jax.__version__,
             "cases": of_leaf,
             "leaves": len(TREE),
-            "fusions": of_tree,
+            "kernels": of_tree,
         }
     if not results:
-        parser.error("there is no compiler for any of them; --help says which packages have one")
+        sys.exit("there is no compiler for any of them; --help says which packages have one")
     print(table(results))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def _jax(name: str, algorithm: str, shapes: Shapes) -> Ready:
 
     import adaptive_opt
     from benchmarks import hand_fused
-    from benchmarks.timing import Run, update_and_apply
+    from benchmarks.stepping import Run, update_and_apply
 
     def of_optimizer(optimizer: Any) -> Any:
         return optimizer.init, update_and_apply(optimizer)

@@ -26,7 +26,10 @@ import optax
 import adaptive_opt
 from adaptive_opt import Packing, train_step
 from benchmarks import cases
-from benchmarks.timing import Run, in_turns, ratio, seconds, update_and_apply
+from benchmarks.stepping import Run, update_and_apply
+from benchmarks.timing import in_turns, ratio, seconds
+
+KINDS = ("update", "training step")
 
 
 def loss(params: Any) -> jax.Array:
@@ -103,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--leaves", type=int, default=2000)
-    parser.add_argument("--algorithm", default="adam")
-    parser.add_argument("--kinds", nargs="+", default=["update", "training step"])
+    parser.add_argument("--algorithm", default="adam", help="the name of a recipe (adam)")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
     options = parser.parse_args(arguments)

@@ -22,7 +22,8 @@ import optax
 
 import adaptive_opt
 from benchmarks.pages import renew
-from benchmarks.timing import Run, in_turns, ratio, seconds, update_and_apply
+from benchmarks.stepping import Run, update_and_apply
+from benchmarks.timing import in_turns, ratio, seconds
 
 RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "sgd": adaptive_opt.sgd,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -25,7 +27,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         cuda = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if cuda else "cpu"
-        about = {"torch": torch.__version__, "device": device}
+        peers = ("torch", "pytorch_optimizer", "torch_optimizer")
+        installed = [peer for peer in peers if importlib.util.find_spec(peer)]
+        about = {peer: importlib.metadata.version(peer) for peer in installed} | {"device": device}
     else:
         import jax
         import optax
@@ -34,6 +38,7 @@ def main() -> None:
 
         if options.kind == "jax-option":
             adaptive_opt.enable_single_pass()
+            adaptive_opt.single_pass_stands_aside()  # it compiles twice before it answers, once
         about = {
             "jax": jax.__version__,
             "optax": optax.__version__,

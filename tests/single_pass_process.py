@@ -47,13 +47,13 @@ def of_a_tree(plain):
     return ulps
 
 
-def of_a_training_step():
+def of_a_training_step(recipe):
     """Loops over the kernel of a Dense layer in a whole step: its gradient, and the update."""
     model, x = nn.Dense(64), jnp.ones((8, 32))
     answers = {}
     for name, wrap in (("plain", lambda tx: tx), ("single pass", single_pass)):
         params = model.init(jax.random.key(0), x)
-        tx = wrap(adaptive_opt.adamw(1e-3))
+        tx = wrap(recipe(1e-3))
         state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
         def loss(params):
@@ -112,7 +112,7 @@ if __name__ == "__main__":
                 "stands aside": adaptive_opt.single_pass_stands_aside(),
                 "large": large,
                 "trees": {name: of_a_tree(tx) for name, tx in wrapped.items()},
-                "training": of_a_training_step(),
+                "training": [of_a_training_step(RECIPES[name]) for name in ("adamw", "diffmod")],
                 "shards": of_shards(),
                 "previous gradient kept": nan_and_infinity(),
             }

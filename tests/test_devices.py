@@ -42,6 +42,7 @@ from adaptive_opt import (
     adam,
     adamw,
     adaptive,
+    diffgrad,
     init_sharded,
     per_weight_rate,
     second_moment,
@@ -301,3 +302,32 @@ def test_parameters_without_a_common_mesh_are_refused():
         jax.jit(lambda p: init_sharded(adam(1e-3), p))(one)
     with pytest.raises(ValueError, match="all NamedSharding or all PartitionSpec"):
         specs_of(adam(1e-3), SPECS | {"bias": NamedSharding(mesh_of(), P())})
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_gradient_on_every_device_meets_parameters_that_are_split(kind):
+    """diffGrad keeps the gradient, which is no more of the kind of its buffer."""
+    mesh, optimizer = mesh_of((8,), ("data",), kind), diffgrad(1e-3)
+    split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones(16), split)
+        gradient = jax.device_put(jnp.full(16, 0.5), everywhere)
+        updates, state = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    alone, _ = optimizer.update(jnp.full(16, 0.5), optimizer.init(jnp.ones(16)))
+    np.testing.assert_allclose(updates, alone, rtol=1e-6)
+    assert (np.asarray(optax.tree.get(state, "previous_gradient")) == 0.5).all()
+
+
+def test_a_mean_over_devices_meets_a_buffer_of_their_own():
+    optimizer = diffgrad(1e-3)
+
+    def update(gradient, params):
+        gradient = jax.lax.pmean(gradient, "data")
+        return optimizer.update(gradient, optimizer.init(params), params)[0]
+
+    by_hand = jax.shard_map(
+        update, mesh=mesh_of((8,)), in_specs=(P("data"), P("data")), out_specs=P("data")
+    )
+    updates = jax.jit(by_hand)(jnp.arange(8.0), jnp.ones(8))
+    alone, _ = optimizer.update(jnp.full(8, 3.5), optimizer.init(jnp.ones(8)))
+    np.testing.assert_allclose(updates, alone, rtol=1e-6)

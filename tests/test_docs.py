@@ -10,6 +10,7 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 from common import RECIPES
+from mutate import MUTANTS
 
 import adaptive_opt
 
@@ -110,3 +111,10 @@ def test_the_table_has_every_recipe_in_every_convention(example):
 def test_the_stages_picture_can_be_drawn_again(tmp_path, example):
     example("draw_stages").main(["--output", str(tmp_path / "stages.png")])
     assert plt.imread(tmp_path / "stages.png").std() > 0.05
+
+
+def test_every_mutant_of_the_mutation_check_can_be_made():
+    for file, old, new, what in MUTANTS:
+        assert (ROOT / "adaptive_opt" / f"{file}.py").read_text().count(old) == 1, what
+        assert new != old
+    assert f"in {len(MUTANTS)} ways" in (ROOT / "CONTRIBUTING.md").read_text()

@@ -86,12 +86,12 @@ def test_the_numbers_of_the_documentation(with_the_option):
 
 def test_trees_with_masks_none_and_16_bits_come_out_as_without(with_the_option):
     assert len(with_the_option["trees"]) == 5
-    assert all(ulps <= 4 for ulps in with_the_option["trees"].values())
+    assert all(ulps <= 2 for ulps in with_the_option["trees"].values())  # of the update
 
 
 def test_a_training_step_has_one_loop_for_the_gradient_and_one_for_the_rest(with_the_option):
-    assert with_the_option["training"]["single pass"] == 2
-    assert with_the_option["training"]["plain"] > 2
+    for loops in with_the_option["training"]:
+        assert loops["single pass"] == 2 < loops["plain"]
 
 
 def test_sharded_parameters_stay_where_they_are(with_the_option):

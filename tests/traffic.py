@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.timing import update_and_apply
+from benchmarks.stepping import update_and_apply
 
 SIZE = 1 << 16
 OPTION = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
