@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from adaptive_opt.codecs import BLOCK, Blocks, is_blocks
-from adaptive_opt.policies import Tree
+from adaptive_opt.policies import Tree, axes_of
 
 
 def state_shardings(
@@ -254,5 +254,4 @@ def _of_scales(blocks: Blocks, of_codes: Any, replicated: Any) -> Any:
 
 def _parts(mesh: Any, axis: str | tuple[str, ...] | None) -> int:
     """Into how many parts a dimension is split."""
-    axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
-    return math.prod(mesh.shape[name] for name in axes)
+    return math.prod(mesh.shape[name] for name in axes_of(axis))

@@ -28,7 +28,6 @@ from jax.experimental import topologies
 
 import adaptive_opt
 from benchmarks import cases
-from benchmarks.cases import Shapes
 from benchmarks.recipes import RECIPES
 from benchmarks.stepping import update_and_apply
 
@@ -73,8 +72,6 @@ CASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
         for storage in ("bfloat16", "8-bit")
     },
 }
-
-
 IN_TREE = ("adam", "diffmod")
 """The cases that are compiled for the Transformer too."""
 
@@ -90,7 +87,7 @@ class Moved(NamedTuple):
         return sum(n for _, n in self.operations)
 
 
-def compiled_for(device: Any, optimizer: optax.GradientTransformation, shapes: Shapes) -> Any:
+def compiled_for(device: Any, optimizer: optax.GradientTransformation, shapes: cases.Shapes) -> Any:
     """Update and apply of float32 parameters, compiled for a device."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
@@ -109,7 +106,7 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]")
 _NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
 
 
-def moved(compiled: Any, shapes: Shapes) -> Moved:
+def moved(compiled: Any, shapes: cases.Shapes) -> Moved:
     """What the operations of a compiled program read and write: their operands and results.
 
     An asynchronous copy reads and writes what its end returns. What is not of the size of the
