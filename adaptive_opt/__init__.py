@@ -54,6 +54,7 @@ from adaptive_opt.rates import (
     scale_rate,
     uniform_rate,
 )
+from adaptive_opt.recipe import RECIPES, recipe
 from adaptive_opt.recipes import (
     adabound,
     adam,
@@ -74,11 +75,12 @@ from adaptive_opt.single_pass import (
     single_pass,
     single_pass_stands_aside,
 )
-from adaptive_opt.stage import stage
+from adaptive_opt.stage import WholeTree, stage
 from adaptive_opt.step import AdaptiveStep, RateRule
 from adaptive_opt.sweep import Sweep, sweep
 from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
 from adaptive_opt.train_step import train_step
+from adaptive_opt.tree import OpenStep
 from adaptive_opt.weight_decay import (
     decoupled_l1_decay,
     decoupled_weight_decay,
@@ -183,7 +185,11 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "import_torch_state",
     # Writing a new stage, and the types one meets.
     "stage",
+    "recipe",
+    "RECIPES",
     "AdaptiveStep",
+    "OpenStep",
+    "WholeTree",
     "RateRule",
     "AdaptiveState",
     "OpenStepState",

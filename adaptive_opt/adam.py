@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.describe import describe_as
 from adaptive_opt.moments import debias, first_moment, nesterov_moment, second_moment
 from adaptive_opt.policies import Hyperparameter, Tree
 from adaptive_opt.rates import per_weight_rate
-from adaptive_opt.stage import Stage, checked, init_buffers, make_stage, rules_of, run
-from adaptive_opt.step import AdaptiveStep, closed, opened
+from adaptive_opt.stage import Stage, lines_of, stage_of
+from adaptive_opt.step import Now
+from adaptive_opt.tree import OpenStep, init_buffers, run, update_leaves
 
 
 def scale_by_adam(
@@ -71,18 +71,22 @@ def scale_by_adam(
         *corrected,
         per_weight_rate(eps, eps_root),
     )
-    rules = checked(rule for part in stages for rule in rules_of(part) or ())
+    lines = tuple(line for part in stages for line in lines_of(part) or ())
 
     def init(params: Tree) -> optax.ScaleByAdamState:
-        buffers = init_buffers(rules, params, state_dtype)
+        buffers = init_buffers(lines, params, state_dtype)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), **buffers)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        del extra
-        is_open = isinstance(updates, AdaptiveStep)
-        count = updates.count if is_open else jnp.asarray(optax.safe_increment(state.count))
-        step = updates if is_open else opened(updates, count, params)
-        step, buffers = run(rules, step, {"mu": state.mu, "nu": state.nu}, state_dtype)
-        return step if is_open else closed(step), optax.ScaleByAdamState(count, **buffers)
+        buffers = {"mu": state.mu, "nu": state.nu}
+        if isinstance(updates, OpenStep):
+            closed, count = updates.copy(), updates.count
+            buffers = run(lines, closed, buffers, state_dtype)
+        else:
+            count = jnp.asarray(optax.safe_increment(state.count))
+            now = Now(count, extra)
+            closed, buffers = update_leaves(lines, now, updates, buffers, params, state_dtype)
+        return closed, optax.ScaleByAdamState(count, **buffers)
 
-    return describe_as(make_stage(rules, init, update), "scale_by_adam", settings, parts=stages)
+    plain = optax.GradientTransformationExtraArgs(init, update)
+    return stage_of("scale_by_adam", settings, lines, parts=stages, plain=plain)

@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.describe import describe_as, described
-from adaptive_opt.observe import init_observations, observe
+from adaptive_opt.describe import described, transformation
+from adaptive_opt.observe import Watch, init_observations, observe
 from adaptive_opt.policies import Tree
-from adaptive_opt.stage import Rule, Stage, checked, init_buffers, rules_of, run
-from adaptive_opt.step import AdaptiveStep, closed, opened
+from adaptive_opt.stage import Stage, lines_of
+from adaptive_opt.step import Now
+from adaptive_opt.tree import (
+    OpenStep,
+    check_names,
+    init_buffers,
+    look_at_some_leaf,
+    update_leaves,
+)
 
 
 class OpenStepState(NamedTuple):
@@ -31,7 +38,7 @@ class AdaptiveState(NamedTuple):
 
 @described
 def open_step() -> optax.GradientTransformationExtraArgs:
-    """Open a flat chain: a plain gradient goes in, an :class:`AdaptiveStep` comes out.
+    """Open a flat chain: a plain gradient goes in, an open step comes out.
 
     Counts the gradients (t = 1, 2, ...; saturates at 2^31 - 1), brings them to float32 at least,
     and notes the dtype that the update will have: promote(gradient, parameter), or the gradient's
@@ -51,9 +58,13 @@ def open_step() -> optax.GradientTransformationExtraArgs:
         return OpenStepState(count=jnp.zeros([], jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        del extra
+        if isinstance(updates, OpenStep):
+            raise TypeError(
+                "open_step() was given a step that is open already. One open_step() and one"
+                " close_step() belong to a chain; adaptive(...) and the recipes bring their own."
+            )
         count = jnp.asarray(optax.safe_increment(state.count))
-        return opened(updates, count, params), OpenStepState(count)
+        return OpenStep(Now(count, extra), updates, params), OpenStepState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -77,7 +88,13 @@ def close_step() -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del params, extra
-        return closed(updates), state
+        if not isinstance(updates, OpenStep):
+            raise TypeError(
+                "close_step() needs an open step, but was given plain updates"
+                f" ({type(updates).__name__}). Put open_step() before it, and every stage between"
+                " the two."
+            )
+        return updates.close(), state
 
     return optax.GradientTransformationExtraArgs(optax.identity().init, update)
 
@@ -107,25 +124,57 @@ def adaptive(
     >>> print(rule.update(jnp.array([2.0]), state)[0].round(4))
     [1.]
     """
+    listed: list[Any] = []
     for given in stages:
-        if rules_of(given) is None:
+        lines = lines_of(given)
+        if lines is None:
             raise TypeError(
                 "adaptive(...) takes stages, such as first_moment(b1) or amsgrad_max(), got"
                 f" {type(given).__name__}. An optax transformation goes before or after it in"
                 " optax.chain(...)."
             )
-    listed = checked(rule for given in stages for rule in rules_of(given) or ())
-    rules = tuple(rule for rule in listed if isinstance(rule, Rule))
-    observers = {rule.buffer.name for rule in listed if not isinstance(rule, Rule)}
+        listed += lines
+    return Bracket(tuple(listed), state_dtype).as_optax(stages)
 
-    def init(params: Tree) -> AdaptiveState:
-        count = jnp.zeros([], jnp.int32)
-        buffers = init_buffers(rules, params, state_dtype)
-        return AdaptiveState(count, buffers | init_observations(listed))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        del extra
-        if isinstance(updates, AdaptiveStep):
+@jax.tree_util.register_pytree_node_class
+class Bracket:
+    """The lines between an opened and a closed step, with the buffers of all of them by name."""
+
+    def __init__(
+        self,
+        listed: tuple[Any, ...],
+        state_dtype: DTypeLike | None,
+        known: tuple[tuple[str, ...], tuple[str, ...]] | None = None,
+    ) -> None:
+        self.listed, self.state_dtype = listed, state_dtype
+        if known is None:
+            look = look_at_some_leaf(self.lines)  # which refuses a wrong order
+            known = ((), ()) if look is None else (tuple(sorted(look.names())), look.limits)
+        self.names, self.limits = known
+
+    @property
+    def lines(self) -> tuple[Any, ...]:
+        return tuple(line for line in self.listed if not isinstance(line, Watch))
+
+    @property
+    def watches(self) -> tuple[Watch, ...]:
+        return tuple(line for line in self.listed if isinstance(line, Watch))
+
+    def tree_flatten(self) -> Any:
+        return (self.listed, self.state_dtype), (self.names, self.limits)
+
+    @classmethod
+    def tree_unflatten(cls, known: Any, children: Any) -> Bracket:
+        return cls(*children, known)
+
+    def init(self, params: Tree) -> AdaptiveState:
+        buffers = init_buffers(self.lines, params, self.state_dtype)
+        seen = init_observations(self.watches, self.limits)
+        return AdaptiveState(jnp.zeros([], jnp.int32), buffers | seen)
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if isinstance(updates, OpenStep):
             raise TypeError(
                 "adaptive(...) was given an open step, but opens and closes one by itself. List its"
                 " stages in this chain, or move it after close_step()."
@@ -136,12 +185,25 @@ def adaptive(
                 " state belongs to the optimizer that initialised it."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        step = opened(updates, count, params)
+        now, observers = Now(count, extra), {watch.name for watch in self.watches}
         kept = {name: buffer for name, buffer in state.buffers.items() if name not in observers}
-        seen, kept = observe(listed, step, kept, state.buffers, state_dtype)
-        step, buffers = run(rules, step, kept, state_dtype)
-        return closed(step), AdaptiveState(count, buffers | seen)
+        if self.names:
+            check_names(self.lines, self.names, kept)
+        seen = {}
+        if self.watches:
+            step = OpenStep(now, updates, params)
+            seen, kept = observe(self.listed, step, kept, state.buffers, self.state_dtype)
+        closed, buffers = update_leaves(
+            self.lines, Now(count, extra), updates, kept, params, self.state_dtype
+        )
+        return closed, AdaptiveState(count, buffers | seen)
 
-    settings = {"state_dtype": state_dtype}
-    bracket = optax.GradientTransformationExtraArgs(init, update)
-    return describe_as(bracket, "adaptive", settings, parts=stages)
+    def as_optax(self, stages: tuple[Stage, ...]) -> optax.GradientTransformationExtraArgs:
+        def init(params: Tree) -> AdaptiveState:
+            return self.init(params)
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            return self.update(updates, state, params, **extra)
+
+        plain = optax.GradientTransformationExtraArgs(init, update)
+        return transformation("adaptive", {"state_dtype": self.state_dtype}, plain, parts=stages)

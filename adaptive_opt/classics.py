@@ -8,11 +8,12 @@ public implementations of one name.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.bracket import adaptive
-from adaptive_opt.describe import recipe
 from adaptive_opt.moments import (
     centered_moment,
     debias,
@@ -22,14 +23,13 @@ from adaptive_opt.moments import (
     second_moment,
     sum_of_squares,
 )
-from adaptive_opt.observe import Observers, watched
+from adaptive_opt.observe import Observers
 from adaptive_opt.policies import (
     Hyperparameter,
     Scope,
     are_different_numbers,
     check_decay,
     check_nonnegative,
-    choose,
     is_zero,
 )
 from adaptive_opt.rates import (
@@ -40,6 +40,7 @@ from adaptive_opt.rates import (
     scale_rate,
     uniform_rate,
 )
+from adaptive_opt.recipe import recipe
 from adaptive_opt.weight_decay import (
     Mask,
     decays,
@@ -48,6 +49,7 @@ from adaptive_opt.weight_decay import (
 )
 
 Optimizer = optax.GradientTransformationExtraArgs
+Parts = tuple[optax.GradientTransformation, ...]
 
 
 @recipe
@@ -59,10 +61,10 @@ def sgd(
     dampening: Hyperparameter = 0.0,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    convention: str = "torch",
+    convention: Literal["torch", "keras"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Gradient descent with momentum.
 
     Args:
@@ -89,10 +91,9 @@ def sgd(
         "torch": (*ball, uniform_rate(learning_rate)),
         "keras": (uniform_rate(learning_rate), apply_rate(), *ball),
     }
-    watch = watched(observers, learning_rate, b1=momentum, weight_decay=weight_decay, inside=True)
-    return optax.chain(
+    return (
         l2_regularization(weight_decay, mask),
-        adaptive(*choose("convention", convention, listings), *watch, state_dtype=state_dtype),
+        adaptive(*listings[convention], state_dtype=state_dtype),
         optax.scale(-1.0),
     )
 
@@ -118,11 +119,11 @@ def sgdw(
     *,
     l1: Hyperparameter | None = None,
     dampening: Hyperparameter = 0.0,
-    convention: str = "paper",
+    convention: Literal["paper", "torch"] = "paper",
     schedule: optax.Schedule | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """SGD with momentum and decoupled weight decay.
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 1. torch_optimizer.SGDW subtracts the
@@ -167,17 +168,9 @@ def sgdw(
         "paper": (uniform_rate(learning_rate), scale_rate(eta), apply_rate(), *ball),
         "torch": (*ball, uniform_rate(learning_rate)),
     }
-    watch = watched(
-        observers,
-        learning_rate,
-        b1=momentum,
-        weight_decay=weight_decay,
-        inside=True,
-        schedule=schedule,
-    )
     times = eta if convention == "paper" else learning_rate
-    return optax.chain(
-        adaptive(*choose("convention", convention, listings), *watch, state_dtype=state_dtype),
+    return (
+        adaptive(*listings[convention], state_dtype=state_dtype),
         *decays(weight_decay, l1, mask, learning_rate=times),
         optax.scale(-1.0),
     )
@@ -193,14 +186,14 @@ def rmsprop(
     momentum: Hyperparameter | None = None,
     nesterov: bool = False,
     scope: Scope = "weight",
-    reduce: str = "sum",
+    reduce: Literal["sum", "mean"] = "sum",
     axis_name: str | tuple[str, ...] | None = None,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    convention: str = "torch",
+    convention: Literal["torch", "optax", "keras", "tf1"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """The gradient over the root of the average of its squares: ``x - lr g / (sqrt(v) + eps)``.
 
     Tieleman & Hinton 2012; centered: Graves 2013, arXiv:1308.0850. With the scope "tree" all
@@ -231,32 +224,24 @@ def rmsprop(
     >>> print(optimizer.update(x, optimizer.init(x), x)[0])
     [-0.25  0.25 -0.25 -0.25]
     """
+    if centered and scope != "weight":
+        raise ValueError(f'centered=True is defined for scope="weight", got scope={scope!r}.')
     initial = 1.0 if convention == "tf1" else 0.0
     moments = (
         second_moment(b2, scope=scope, reduce=reduce, axis_name=axis_name, initial=initial),
         *((centered_moment(b2),) if centered else ()),
     )
-    if centered and scope != "weight":
-        raise ValueError(f'centered=True is defined for scope="weight", got scope={scope!r}.')
     ball = _momentum(momentum, nesterov)
     used = (apply_rate(), *ball) if ball else ()
-    outside, inside = per_weight_rate(eps), per_weight_rate(0.0, eps)
-    known = {"b1": momentum, "weight_decay": weight_decay}
-    watch = watched(observers, learning_rate, **known, inside=convention != "torch")
-    after = (
-        adaptive(*moments, outside, *used, *watch, state_dtype=state_dtype),
-        scale_by_learning_rate(learning_rate),
-    )
-    within = (
-        adaptive(
-            *moments, inside, scale_rate(learning_rate), *used, *watch, state_dtype=state_dtype
-        ),
-        optax.scale(-1.0),
-    )
-    forms = {"torch": after, "optax": within, "keras": within, "tf1": within}
-    return optax.chain(
-        l2_regularization(weight_decay, mask), *choose("convention", convention, forms)
-    )
+    l2 = l2_regularization(weight_decay, mask)
+    if convention == "torch":
+        return (
+            l2,
+            adaptive(*moments, per_weight_rate(eps), *used, state_dtype=state_dtype),
+            scale_by_learning_rate(learning_rate),
+        )
+    rate = (per_weight_rate(0.0, eps), scale_rate(learning_rate))
+    return l2, adaptive(*moments, *rate, *used, state_dtype=state_dtype), optax.scale(-1.0)
 
 
 @recipe
@@ -267,10 +252,10 @@ def adagrad(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    convention: str = "torch",
+    convention: Literal["torch", "optax", "keras"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """The gradient over the root of all its squares: ``x - lr g / (sqrt(sum g^2) + eps)``.
 
     Duchi, Hazan & Singer 2011, JMLR 12.
@@ -294,16 +279,10 @@ def adagrad(
     >>> float(optax.apply_updates(x, updates)[0])
     0.75
     """
-    outside, inside = per_weight_rate(eps), per_weight_rate(0.0, eps)
-    rates = {"torch": outside, "optax": inside, "keras": inside}
-    return optax.chain(
+    rate = per_weight_rate(eps) if convention == "torch" else per_weight_rate(0.0, eps)
+    return (
         l2_regularization(weight_decay, mask),
-        adaptive(
-            sum_of_squares(initial=initial_accumulator_value),
-            choose("convention", convention, rates),
-            *watched(observers, learning_rate, weight_decay=weight_decay),
-            state_dtype=state_dtype,
-        ),
+        adaptive(sum_of_squares(initial=initial_accumulator_value), rate, state_dtype=state_dtype),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -318,7 +297,7 @@ def adadelta(
     mask: Mask | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """The gradient in the units of the parameters: ``x - lr sqrt(s + eps) / sqrt(v + eps) g``.
 
     Zeiler 2012, arXiv:1212.5701, Algorithm 1. Equals ``torch.optim.Adadelta``, ``optax.adadelta``
@@ -338,13 +317,12 @@ def adadelta(
     >>> print(optimizer.update(jnp.array([1e6]), optimizer.init(x), x)[0].round(4))
     [-0.5]
     """
-    return optax.chain(
+    return (
         l2_regularization(weight_decay, mask),
         adaptive(
             second_moment(rho),
             per_weight_rate(0.0, eps),
             adadelta_units(rho, eps),
-            *watched(observers, learning_rate, weight_decay=weight_decay),
             state_dtype=state_dtype,
         ),
         scale_by_learning_rate(learning_rate),
@@ -360,10 +338,10 @@ def adamax(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    convention: str = "torch",
+    convention: Literal["torch", "optax", "keras"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam with the largest recent gradient in place of the second moment: ``x - lr m^ / u``.
 
     Kingma & Ba 2015, arXiv:1412.6980, Algorithm 2.
@@ -388,19 +366,9 @@ def adamax(
     """
     in_the_maximum = (infinity_moment(b2, eps), inverse_rate())
     in_the_denominator = (infinity_moment(b2), inverse_rate(eps))
-    listings = {
-        "torch": in_the_maximum,
-        "optax": in_the_maximum,
-        "keras": in_the_denominator,
-    }
-    return optax.chain(
+    largest = in_the_denominator if convention == "keras" else in_the_maximum
+    return (
         l2_regularization(weight_decay, mask),
-        adaptive(
-            first_moment(b1),
-            debias(b1),
-            *choose("convention", convention, listings),
-            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay),
-            state_dtype=state_dtype,
-        ),
+        adaptive(first_moment(b1), debias(b1), *largest, state_dtype=state_dtype),
         scale_by_learning_rate(learning_rate),
     )

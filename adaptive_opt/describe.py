@@ -1,7 +1,13 @@
-"""What an optimizer is made of, as data: names and settings, down to the stages."""
+"""What an optimizer is made of, as data: names and settings, down to the stages.
+
+Every transformation of this library is a :class:`Transformation`, an object that knows its name,
+its settings and its parts. The pair of functions that optax wants closes over it, so that it is
+found again inside of ``optax.chain`` and whatever else keeps only functions.
+"""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,11 +19,72 @@ import optax
 from jax.core import Tracer
 
 P = ParamSpec("P")
+Optimizer = optax.GradientTransformationExtraArgs
 Tx = TypeVar("Tx", bound=optax.GradientTransformation)
 
-# The attribute of an update function that holds its (name, settings, parts). It is the update
-# function that is described because that is all that optax.chain keeps of what it is given.
-_ATTRIBUTE = "_adaptive_opt_description"
+
+@jax.tree_util.register_pytree_node_class
+class Transformation:
+    """A transformation that knows what it is; what ``init`` and ``update`` of it close over.
+
+    A registered pytree with every array in sight: who takes an optimizer's functions apart
+    (Equinox's ``closure_to_pytree``) finds the learning rate that is an array.
+
+    Attributes:
+      name: of the function that made it.
+      settings: the arguments of that function, by name.
+      plain: the pair of functions that does the work.
+      parts: the transformations it is made of; None: those that ``plain`` holds.
+      lines: of a stage.
+      labels: the mask or the labels of a wrapper; no setting.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        plain: optax.GradientTransformation,
+        parts: Iterable[optax.GradientTransformation] | None = None,
+        lines: tuple[Any, ...] = (),
+    ) -> None:
+        self.name, self.settings, self.plain = name, dict(settings), plain
+        self.parts = None if parts is None else tuple(parts)
+        self.lines = lines
+
+    def tree_flatten(self) -> Any:
+        return (self.settings, self.plain, self.parts, self.lines), self.name
+
+    @classmethod
+    def tree_unflatten(cls, name: str, children: Any) -> Transformation:
+        return cls(name, *children)
+
+    def as_optax(self) -> Optimizer:
+        def init(params: Any) -> Any:
+            return self.plain.init(params)
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            return self.plain.update(updates, state, params, **extra)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+
+def transformation(
+    name: str,
+    settings: Mapping[str, Any],
+    plain: optax.GradientTransformation,
+    parts: Iterable[optax.GradientTransformation] | None = None,
+    lines: tuple[Any, ...] = (),
+) -> Optimizer:
+    """``plain`` as a transformation that knows its name, settings and parts."""
+    plain = optax.with_extra_args_support(plain)
+    return Transformation(name, settings, plain, parts, lines).as_optax()
+
+
+def made_of(given: Any) -> Transformation | None:
+    """What a transformation of this library is made of; None for anything else."""
+    update = inspect.unwrap(getattr(given, "update", given))  # of a jit
+    own = _held(update).get("self") if inspect.isfunction(update) else None
+    return own if isinstance(own, Transformation) else None
 
 
 class Description(NamedTuple):
@@ -83,10 +150,11 @@ def describe(transformation: optax.GradientTransformation) -> Description:
             "describe takes an optax transformation, for instance adamod(1e-3) or adaptive(...),"
             f" got {type(transformation).__name__}."
         )
-    update = inspect.unwrap(transformation.update)  # of a jit
-    if hasattr(update, _ATTRIBUTE):
-        name, settings, parts = getattr(update, _ATTRIBUTE)
-        return Description(name, dict(settings), _inner(transformation) if parts is None else parts)
+    own = made_of(transformation)
+    if own is not None:
+        parts = _inner(own.plain) if own.parts is None else tuple(map(describe, own.parts))
+        return Description(own.name, dict(own.settings), parts)
+    update = inspect.unwrap(transformation.update)
     held = _held(update)
     name = getattr(update, "__qualname__", type(update).__name__).split(".<locals>")[0]
     if name == "with_extra_args_support":
@@ -96,61 +164,49 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     return Description(name.removesuffix(".update"), numbers, _inner(transformation), labels)
 
 
-def describe_as(
-    transformation: Tx,
-    name: str,
-    settings: Mapping[str, Any],
-    parts: Iterable[optax.GradientTransformation] | None = None,
-) -> Tx:
-    """Give a transformation its name and settings.
-
-    Without ``parts`` they are read off the transformation: those of its chain or, if it has a
-    description already, what that describes.
-    """
-    if parts is None and hasattr(transformation.update, _ATTRIBUTE):
-        described = (describe(transformation),)
-    else:
-        described = None if parts is None else tuple(describe(part) for part in parts)
-    setattr(transformation.update, _ATTRIBUTE, (name, dict(settings), described))
-    return transformation
-
-
-def described(factory: Callable[P, Tx]) -> Callable[P, Tx]:
+def described(factory: Callable[P, Tx]) -> Callable[P, Optimizer]:
     """Name what a function returns after the function and the arguments it was given."""
-    return _named_after(factory, parts=())
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
+        settings = bound(signature, factory.__name__, args, kwargs)
+        return transformation(factory.__name__, settings, factory(*args, **kwargs), parts=())
+
+    return make
 
 
-def recipe(factory: Callable[P, Tx]) -> Callable[P, Tx]:
-    """The same for a function that puts an optimizer together: its parts are described too."""
-    return _named_after(factory, parts=None)
-
-
-def described_around(factory: Callable[P, Tx]) -> Callable[P, Tx]:
+def described_around(factory: Callable[P, Tx]) -> Callable[P, Optimizer]:
     """The same for a function that wraps its first argument, which is described as its part."""
     signature = inspect.signature(factory)
 
     @functools.wraps(factory)
-    def make(*args: P.args, **kwargs: P.kwargs) -> Tx:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        (_, inner), *settings = given.arguments.items()
+    def make(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
+        (_, inner), *settings = bound(signature, factory.__name__, args, kwargs).items()
         wrapper = factory(*args, **kwargs)
-        return describe_as(wrapper, factory.__name__, dict(settings), parts=(inner,))
+        return transformation(factory.__name__, dict(settings), wrapper, parts=(inner,))
 
     return make
 
 
-def _named_after(factory: Callable[P, Tx], parts: tuple[()] | None) -> Callable[P, Tx]:
-    signature = inspect.signature(factory)
-
-    @functools.wraps(factory)
-    def make(*args: P.args, **kwargs: P.kwargs) -> Tx:
+def bound(
+    signature: inspect.Signature, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included; an error names what is allowed."""
+    takes = signature.parameters
+    unknown = [key for key in kwargs if key not in takes]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        near = difflib.get_close_matches(unknown[0], takes, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise TypeError(
+            f"{name} takes no argument {unknown[0]!r}.{hint} It takes {', '.join(takes)}."
+        )
+    try:
         given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        settings = {k: v for k, v in given.arguments.items() if k != "observers"}  # they are parts
-        return describe_as(factory(*args, **kwargs), factory.__name__, settings, parts)
-
-    return make
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}; it takes {', '.join(takes)}.") from None
+    given.apply_defaults()
+    return given.arguments
 
 
 def _inner(transformation: optax.GradientTransformation) -> tuple[Description, ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.policies import choose, copied
-from adaptive_opt.stage import stage
+from adaptive_opt.policies import choose
+from adaptive_opt.stage import OneArray, stage
+from adaptive_opt.step import AdaptiveStep
 
 FRICTIONS = {
     "absolute": lambda g, before: jax.nn.sigmoid(jnp.abs(before - g)),
@@ -18,10 +17,10 @@ FRICTIONS = {
 }
 
 
-@stage(reads=("gradient", "direction"), replaces=("direction",), keeps="gradient")
+@stage
 def diffgrad_friction(
     kind: str = "absolute", *, name: str = "previous_gradient", dtype: DTypeLike | None = None
-) -> Any:
+) -> OneArray:
     """The direction times a friction that grows with the change of the gradient.
 
     ``d_t * xi_t`` with, of the change ``c = g_{t-1} - g_t`` and ``g_0 = 0``:
@@ -53,18 +52,14 @@ def diffgrad_friction(
     """
     friction = choose("friction", kind, FRICTIONS)
 
-    def friction_of(direction, gradient, before):
-        del direction  # it is there for its width
-        if kind == "signed" and jnp.iscomplexobj(gradient):
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        g, before = step.gradient, step.recall(name, like=step.gradient, dtype=dtype)
+        if kind == "signed" and jnp.iscomplexobj(g):
             raise TypeError(
                 'friction "signed" has no meaning for complex gradients: use "absolute" or "wide".'
             )
-        return friction(gradient, before)
-
-    def line(step, before):
-        xi = step.map(friction_of, step.direction, step.gradient, before)
-        direction = step.map(jnp.multiply, step.direction, xi)
-        damped = step.replace(direction=direction).noting(friction=xi)
-        return damped, step.map(copied, step.gradient, before)
+        xi = friction(g, before)
+        step.keep(name, g)
+        return step.set(direction=step.direction * xi).note(friction=xi)
 
     return line

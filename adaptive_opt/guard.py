@@ -80,4 +80,4 @@ def skip_nonfinite(
 
 
 def _astype(x: Any, to: Any) -> Any:
-    return x if getattr(x, "dtype", None) == to.dtype else jnp.asarray(x, to.dtype)
+    return x if hasattr(x, "dtype") and x.dtype == to.dtype else jnp.asarray(x, to.dtype)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.describe import described_around, recipe
+from adaptive_opt.describe import described_around
 from adaptive_opt.observe import Observers
 from adaptive_opt.policies import (
     Hyperparameter,
@@ -25,6 +25,7 @@ from adaptive_opt.policies import (
     update_dtypes,
     wide,
 )
+from adaptive_opt.recipe import recipe
 from adaptive_opt.recipes import radam
 
 
@@ -133,10 +134,10 @@ def ranger(
     centralize: bool = True,
     weight_decay: Hyperparameter = 0.0,
     mask: Any = None,
-    convention: str = "torch",
+    convention: Literal["torch", "optax", "reference"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> tuple[optax.GradientTransformation, ...]:
     """RAdam inside Lookahead.
 
     Equals lessw2020's ``Ranger/ranger.py`` (which calculates in float32) for vectors; for arrays of
@@ -171,7 +172,4 @@ def ranger(
         state_dtype=state_dtype,
     )
     centralized = (optax.centralize(),) if centralize else ()
-    return optax.chain(
-        *centralized,
-        lookahead(rectified, sync_period, slow_step_size, state_dtype=state_dtype),
-    )
+    return *centralized, lookahead(rectified, sync_period, slow_step_size, state_dtype=state_dtype)

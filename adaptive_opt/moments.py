@@ -6,34 +6,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.policies import (
+    SCOPES,
     Hyperparameter,
     Scope,
-    Tree,
     axes_of,
     axes_split,
     check_decay,
     check_nonnegative,
     choose,
+    given,
+    value_at,
 )
-from adaptive_opt.stage import Stage, compose, stage
-from adaptive_opt.step import AdaptiveStep
-
-
-def moving_average(new: Any, average: Any, *, decay: Any) -> Any:
-    """``(1 - decay) * new + decay * average``, in the order of terms that optax uses."""
-    return (1 - decay) * new + decay * average
+from adaptive_opt.stage import OneArray, WholeTree, stage
+from adaptive_opt.step import AdaptiveStep, Remembering
+from adaptive_opt.tree import OpenStep
 
 
 def absolute_square(x: jax.Array) -> jax.Array:
     return x**2 if jnp.isrealobj(x) else (x.conj() * x).real
 
 
-@stage(reads=("direction",), replaces=("direction",), keeps="direction", biases={"direction": "b1"})
-def first_moment(b1: Hyperparameter, *, name: str = "mu", dtype: DTypeLike | None = None) -> Any:
+@stage
+def first_moment(
+    b1: Hyperparameter, *, name: str = "mu", dtype: DTypeLike | None = None
+) -> OneArray:
     """The moving average of the direction: ``m_t = b1 m_{t-1} + (1 - b1) d_t``, with ``m_0 = 0``.
 
     Reads and replaces ``direction``, which is the gradient unless a stage before has changed it.
@@ -53,19 +52,13 @@ def first_moment(b1: Hyperparameter, *, name: str = "mu", dtype: DTypeLike | Non
     """
     check_decay(b1=b1)
 
-    def line(step, mu):
-        mu = step.map(moving_average, step.direction, mu, decay=step.at(b1))
-        return step.replace(direction=mu), mu
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(direction=step.average(name, step.direction, b1, dtype=dtype))
 
     return line
 
 
-@stage(
-    reads=("gradient",),
-    replaces=("second_moment",),
-    keeps="second_moment",
-    biases={"second_moment": "b2"},
-)
+@stage
 def second_moment(
     b2: Hyperparameter,
     *,
@@ -75,7 +68,7 @@ def second_moment(
     initial: float = 0.0,
     name: str = "nu",
     dtype: DTypeLike | None = None,
-) -> Any:
+) -> OneArray | WholeTree:
     """The moving average of the squared gradient: ``v_t = b2 v_{t-1} + (1 - b2) |g_t|^2``.
 
     Reads ``gradient``, sets ``second_moment``; real for complex gradients.
@@ -114,42 +107,40 @@ def second_moment(
     """
     check_decay(b2=b2)
     check_nonnegative(initial=initial)
-    total = choose("scope", scope, TOTALS)
-    reduction = choose("reduce", reduce, REDUCTIONS)
+    choose("scope", scope, SCOPES)
+    choose("reduce", reduce, REDUCTIONS)
 
-    def line(step, nu):
-        squares = total(step, step.map(absolute_square, step.gradient), reduction, axis_name)
-        nu = step.map(moving_average, squares, nu, decay=step.at(b2))
-        return step.replace(second_moment=nu), nu
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        squares = absolute_square(step.gradient)
+        if scope == "tensor":
+            squares = over(step, [squares], reduce, axis_name)
+        nu = step.average(name, squares, b2, initial=initial, dtype=dtype)
+        return step.set(second_moment=nu)
 
-    return line
+    def line_of_the_tree(steps: OpenStep) -> OpenStep:
+        squares = steps.leaves(lambda step: absolute_square(step.gradient))
+        total = over(steps, squares, reduce, axis_name)
+        nu = steps.average(name, total, b2, initial=initial, dtype=dtype)
+        return steps.each(lambda step: step.set(second_moment=nu))
 
-
-def _of_every_weight(step: AdaptiveStep, squares: Tree, reduction: Any, axis_name: Any) -> Tree:
-    del step, reduction, axis_name
-    return squares
-
-
-def _of_every_tensor(step: AdaptiveStep, squares: Tree, reduction: Any, axis_name: Any) -> Tree:
-    return step.map(lambda x: _over([x], reduction, axis_name), squares)
-
-
-def _of_the_tree(step: AdaptiveStep, squares: Tree, reduction: Any, axis_name: Any) -> Tree:
-    total = _over(jax.tree.leaves(squares), reduction, axis_name)
-    return step.map(lambda _: total, step.gradient)
+    return WholeTree(line_of_the_tree) if scope == "tree" else line
 
 
-TOTALS = {"weight": _of_every_weight, "tensor": _of_every_tensor, "tree": _of_the_tree}
 REDUCTIONS = {
     "sum": lambda total, size: total,
     "mean": lambda total, size: total / float(max(size, 1)),
 }
 
 
-def _over(leaves: list[jax.Array], reduction: Any, axis_name: Any) -> jax.Array:
+def over(
+    step: Remembering,
+    leaves: list[jax.Array],
+    reduce: str,
+    axis_name: str | tuple[str, ...] | None,
+) -> jax.Array:
     """The sum or the mean of all numbers in the leaves, on all devices that hold parts of them."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    if manual and axis_name is None:
+    if manual and axis_name is None and not step.now.looking:
         raise ValueError(
             f"a scope wider than a weight runs over the axes {', '.join(map(str, manual))} of"
             " shard_map or pmap, where each device sees only its part of the gradient. Give"
@@ -157,7 +148,7 @@ def _over(leaves: list[jax.Array], reduction: Any, axis_name: Any) -> jax.Array:
             " device has the whole gradient."
         )
     widest = max((x.dtype for x in leaves), key=lambda d: d.itemsize, default=jnp.float32)
-    axes = axes_of(axis_name)
+    axes = () if step.now.looking else axes_of(axis_name)  # which need not exist at init
     alike: dict[tuple[str, ...], list[jax.Array]] = {}
     for x in leaves:
         alike.setdefault(axes_split(x, axes), []).append(x)
@@ -166,13 +157,13 @@ def _over(leaves: list[jax.Array], reduction: Any, axis_name: Any) -> jax.Array:
         part = sum((jnp.sum(x).astype(widest) for x in parts), jnp.zeros((), widest))
         total = total + (jax.lax.psum(part, split) if split else part)
         size += sum(x.size for x in parts) * jax.lax.psum(1, split)
-    return reduction(total, size)
+    return REDUCTIONS[reduce](total, size)
 
 
-@stage(reads=("gradient",), replaces=("second_moment",), keeps="second_moment")
+@stage
 def sum_of_squares(
     *, initial: float = 0.0, name: str = "sum_of_squares", dtype: DTypeLike | None = None
-) -> Any:
+) -> OneArray:
     """All squared gradients so far, summed: ``v_t = v_{t-1} + |g_t|^2``.
 
     Reads ``gradient``, sets ``second_moment``. AdaGrad (Duchi, Hazan & Singer 2011, JMLR 12).
@@ -190,21 +181,22 @@ def sum_of_squares(
     """
     check_nonnegative(initial=initial)
 
-    def line(step, total):
-        total = step.map(lambda g, v: absolute_square(g) + v, step.gradient, total)
-        return step.replace(second_moment=total), total
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        squares = absolute_square(step.gradient)
+        total = step.remember(name, lambda v, g: g + v, squares, initial=initial, dtype=dtype)
+        return step.set(second_moment=total)
 
     return line
 
 
-@stage(reads=("gradient",), replaces=("second_moment",), keeps="second_moment")
+@stage
 def infinity_moment(
     b2: Hyperparameter,
     eps: Hyperparameter = 0.0,
     *,
     name: str = "infinity_norm",
     dtype: DTypeLike | None = None,
-) -> Any:
+) -> OneArray:
     """The largest recent gradient: ``u_t = max(b2 u_{t-1}, |g_t| + eps)``, with ``u_0 = 0``.
 
     Reads ``gradient``, sets ``second_moment`` (to a first power: follow it with ``inverse_rate``).
@@ -227,23 +219,18 @@ def infinity_moment(
     check_decay(b2=b2)
     check_nonnegative(eps=eps)
 
-    def line(step, norm):
-        norm = step.map(
-            lambda g, u, *, b2, eps: jnp.maximum(b2 * u, jnp.abs(g) + eps),
-            step.gradient,
-            norm,
-            b2=step.at(b2),
-            eps=step.at(eps),
-        )
-        return step.replace(second_moment=norm), norm
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        size = jnp.abs(step.gradient) + step.at(eps)
+        norm = step.remember(name, lambda u, g: jnp.maximum(step.at(b2) * u, g), size, dtype=dtype)
+        return step.set(second_moment=norm)
 
     return line
 
 
-@stage(reads=("gradient", "second_moment"), replaces=("second_moment",), keeps="gradient")
+@stage
 def centered_moment(
     b2: Hyperparameter, *, name: str = "mean_gradient", dtype: DTypeLike | None = None
-) -> Any:
+) -> OneArray:
     """The second moment about the mean: ``v_t - |n_t|^2`` with ``n_t = b2 n_{t-1} + (1 - b2) g_t``.
 
     Reads ``gradient`` and ``second_moment``, replaces ``second_moment``. Where rounding makes the
@@ -263,17 +250,15 @@ def centered_moment(
     """
     check_decay(b2=b2)
 
-    def line(step, mean):
-        mean = step.map(moving_average, step.gradient, mean, decay=step.at(b2))
-        centered = step.map(
-            lambda v, n: jnp.maximum(v - absolute_square(n), 0), step.second_moment, mean
-        )
-        return step.replace(second_moment=centered), mean
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        mean = step.average(name, step.gradient, b2, dtype=dtype)
+        return step.set(second_moment=jnp.maximum(step.second_moment - absolute_square(mean), 0))
 
     return line
 
 
-def debias(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -> Stage:
+@stage
+def debias(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -> OneArray:
     """Corrects averages for their start at zero: ``m_t / (1 - b1^t)`` and ``v_t / (1 - b2^t)``.
 
     With ``b1`` reads and replaces ``direction``, with ``b2`` reads and replaces ``second_moment``;
@@ -296,62 +281,21 @@ def debias(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -
     """
     if b1 is None and b2 is None:
         raise ValueError("debias needs b1, b2 or both: the decays of the averages it corrects.")
-    direction = () if b1 is None else (_debias_direction(b1),)
-    second = () if b2 is None else (_debias_second_moment(b2),)
-    return compose("debias", {"b1": b1, "b2": b2}, *direction, *second)
+    check_decay(**given(b1=b1, b2=b2))
 
-
-def bias_correction(decay: Hyperparameter, step: Any, ahead: int = 0) -> Any:
-    """``1 - decay^t`` at this step, or ``ahead`` steps later."""
-    count = step.count
-    for _ in range(ahead):
-        count = optax.safe_increment(count)
-    return 1 - step.at(decay) ** jnp.asarray(count, float)
-
-
-@stage(
-    reads=("direction",),
-    replaces=("direction",),
-    debiases={"direction": "b1"},
-    called="debias(b1)",
-)
-def _debias_direction(b1: Hyperparameter) -> Any:
-    check_decay(b1=b1)
-
-    def line(step):
-        c1 = bias_correction(b1, step)
-        return step.replace(direction=step.map(divided, step.direction, by=c1))
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        if b1 is not None:
+            step = step.set(direction=step.direction / step.correction("direction", b1))
+        if b2 is not None:
+            corrected = step.second_moment / step.correction("second_moment", b2)
+            step = step.set(second_moment=corrected)
+        return step
 
     return line
 
 
-@stage(
-    reads=("second_moment",),
-    replaces=("second_moment",),
-    debiases={"second_moment": "b2"},
-    called="debias(b2)",
-)
-def _debias_second_moment(b2: Hyperparameter) -> Any:
-    check_decay(b2=b2)
-
-    def line(step):
-        c2 = bias_correction(b2, step)
-        return step.replace(second_moment=step.map(divided, step.second_moment, by=c2))
-
-    return line
-
-
-def divided(x: Any, *, by: Any) -> Any:
-    return x / by
-
-
-@stage(
-    reads=("gradient", "direction"),
-    replaces=("direction",),
-    debiases={"direction": "b1"},
-    raw=("direction",),
-)
-def nesterov_moment(b1: Hyperparameter) -> Any:
+@stage
+def nesterov_moment(b1: Hyperparameter) -> OneArray:
     """Looks one step ahead: ``b1 m_t / (1 - b1^{t+1}) + (1 - b1) g_t / (1 - b1^t)``.
 
     Reads ``gradient`` and ``direction`` (m_t), replaces ``direction``; includes the debiasing.
@@ -369,36 +313,22 @@ def nesterov_moment(b1: Hyperparameter) -> Any:
     """
     check_decay(b1=b1)
 
-    def line(step):
-        ahead = step.map(
-            lambda m, g, *, b, next, now: b * (m / next) + (1 - b) * (g / now),
-            step.direction,
-            step.gradient,
-            b=step.at(b1),
-            next=bias_correction(b1, step, ahead=1),
-            now=bias_correction(b1, step),
-        )
-        return step.replace(direction=ahead)
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        m, g, b = step.raw("direction"), step.gradient, step.at(b1)
+        now, ahead = step.correction("direction", b1), step.correction_ahead(b1)
+        return step.set(direction=b * (m / ahead) + (1 - b) * (g / now))
 
     return line
 
 
-@stage(
-    reads=("gradient", "direction"),
-    replaces=("direction",),
-    debiases={"direction": "b1"},
-    raw=("direction",),
-    keeps="rate",
-    scope="tree",
-    initial=1.0,
-)
+@stage
 def nadam_moment(
     b1: Hyperparameter,
     momentum_decay: Hyperparameter = 0.004,
     *,
     name: str = "momentum_product",
     dtype: DTypeLike | None = None,
-) -> Any:
+) -> WholeTree:
     """Nesterov's look ahead with Dozat's warmed momentum.
 
     ``mu_t = b1 (1 - 0.96^(t d) / 2)``, ``p_t = p_{t-1} mu_t`` with ``p_0 = 1``, and the direction
@@ -423,27 +353,32 @@ def nadam_moment(
     check_decay(b1=b1)
     check_nonnegative(momentum_decay=momentum_decay)
 
-    def line(step, product):
-        t, b, d = jnp.asarray(step.count, float), step.at(b1), step.at(momentum_decay)
-        now, ahead = (b * (1 - 0.5 * 0.96 ** (n * d)) for n in (t, t + 1))
-        product = step.map(lambda p, *, now: p * now, product, now=now)
-        direction = step.map(
-            lambda m, g, p, *, now, ahead: (
-                # Quotients of scalars: XLA may turn a division of arrays into a product, or not.
-                ahead / (1 - p * ahead) * m + (1 - now) / (1 - p) * g
-            ),
-            step.direction,
-            step.gradient,
-            product,
-            now=now,
-            ahead=ahead,
+    def now(step: Any) -> Any:
+        t, d = jnp.asarray(step + 1, float), value_at(momentum_decay, step + 1)
+        return value_at(b1, step + 1) * (1 - 0.5 * 0.96 ** (t * d))
+
+    def ahead(step: Any) -> Any:
+        t, d = jnp.asarray(step + 1, float) + 1, value_at(momentum_decay, step + 1)
+        return value_at(b1, step + 1) * (1 - 0.5 * 0.96 ** (t * d))
+
+    def line(steps: OpenStep) -> OpenStep:
+        product = steps.remember(
+            name, lambda p, mu: p * mu, steps.at(now), initial=1.0, dtype=dtype
         )
-        return step.replace(direction=direction), product
 
-    return line
+        def look_ahead(step: AdaptiveStep) -> AdaptiveStep:
+            m, g = step.raw("direction"), step.gradient
+            step.pay("direction", b1)
+            mu, mu_next, p = step.at(now), step.at(ahead), step.at(product)
+            # Quotients of scalars: XLA may turn a division of arrays into a product, or not.
+            return step.set(direction=mu_next / (1 - p * mu_next) * m + (1 - mu) / (1 - p) * g)
+
+        return steps.each(look_ahead)
+
+    return WholeTree(line)
 
 
-@stage(reads=("direction",), replaces=("direction",), keeps="direction")
+@stage
 def heavy_ball(
     momentum: Hyperparameter,
     *,
@@ -451,7 +386,7 @@ def heavy_ball(
     nesterov: bool = False,
     name: str = "velocity",
     dtype: DTypeLike | None = None,
-) -> Any:
+) -> OneArray:
     """Momentum: ``w_t = momentum w_{t-1} + (1 - dampening) d_t``, with ``w_1 = d_1``.
 
     Reads and replaces ``direction`` by ``w_t``, or with ``nesterov`` by ``d_t + momentum w_t``. It
@@ -474,33 +409,18 @@ def heavy_ball(
     """
     check_decay(momentum=momentum, dampening=dampening)
 
-    def line(step, velocity):
-        velocity = step.map(
-            lambda d, w, *, mu, undamped: mu * w + undamped * d,
-            step.direction,
-            velocity,
-            mu=step.at(momentum),
-            undamped=jnp.where(step.count == 1, 1.0, 1 - step.at(dampening)),
-        )
-        if not nesterov:
-            return step.replace(direction=velocity), velocity
-        ahead = step.map(
-            lambda d, w, *, mu: d + mu * w, step.direction, velocity, mu=step.at(momentum)
-        )
-        return step.replace(direction=ahead), velocity
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        d, mu = step.direction, step.at(momentum)
+        undamped = step.at(jnp.where(step.count == 1, 1.0, 1 - step.now.at(dampening)))
+        velocity = step.remember(name, lambda w, d: mu * w + undamped * d, d, dtype=dtype)
+        step = step.set(direction=velocity)
+        return step.set(direction=d + mu * velocity) if nesterov else step
 
     return line
 
 
-@stage(
-    reads=("second_moment",),
-    replaces=("second_moment",),
-    keeps="second_moment",
-    limits="second_moment",
-)
-def amsgrad_max(
-    *, scope: Scope | None = None, name: str = "nu_max", dtype: DTypeLike | None = None
-) -> Any:
+@stage
+def amsgrad_max(*, name: str = "nu_max", dtype: DTypeLike | None = None) -> OneArray:
     """The largest second moment so far: ``v^_t = max(v^_{t-1}, v_t)``, with ``v^_0 = 0``.
 
     Reads and replaces ``second_moment``, whatever form it has where this stands: raw before
@@ -509,8 +429,6 @@ def amsgrad_max(
     2).
 
     Args:
-      scope: that of ``second_moment``, which a bracket knows; in a flat chain say it again, or the
-        buffer has the full shape.
       name: the name of its buffer ``nu_max``: real, zeros at first, in the shape of the second
         moment.
       dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
@@ -524,8 +442,8 @@ def amsgrad_max(
     [0.25]
     """
 
-    def line(step, nu_max):
-        nu_max = step.map(jnp.maximum, nu_max, step.second_moment)
-        return step.replace(second_moment=nu_max), nu_max
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        largest = step.remember(name, jnp.maximum, step.second_moment, dtype=dtype)
+        return step.limit(second_moment=largest)
 
     return line

@@ -7,8 +7,9 @@ maximum) is made for it there, and a step that nobody looks at pays for a compar
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
@@ -16,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from adaptive_opt.describe import describe, describe_as
-from adaptive_opt.ledger import Declaration
+from adaptive_opt.describe import describe
 from adaptive_opt.policies import Hyperparameter, Tree, check_whole, value_at
-from adaptive_opt.stage import Rule, Stage, make_stage, rules_of
-from adaptive_opt.step import AdaptiveStep
+from adaptive_opt.stage import Stage, lines_of, stage_of
+from adaptive_opt.tree import OpenStep, run
 
 Shapes: TypeAlias = Any
 """A tree of ``jax.ShapeDtypeStruct``: what an observer keeps."""
@@ -35,54 +35,49 @@ class Observation(NamedTuple):
     values: Tree
 
 
-class Named(NamedTuple):
-    """A buffer that is not made of the parameters."""
-
-    name: str
-
-
-class Watch(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Watch:
     """An observer without its optax clothes."""
 
-    declaration: Declaration
-    buffer: Named
-    look: Callable[[AdaptiveStep], Tree]
+    stage: str = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(metadata={"static": True})
+    """Of what it keeps, in the state."""
+    every: int = dataclasses.field(metadata={"static": True})
+    look: Callable[[OpenStep], Tree]
     shapes: Callable[[tuple[str, ...]], Shapes]
     """What it keeps, given the names of the stages that limit something."""
-    every: int
     hyperparameters: Mapping[str, Hyperparameter | None]
-    """What the recipe says of itself; see ``watched``."""
+    """What the recipe says of itself, see ``told``."""
     remaining: tuple[Hyperparameter, ...]
     """The factors that the update meets after the bracket."""
 
-    def values(self, step: AdaptiveStep, like: Tree) -> Observation:
+    def values(self, step: OpenStep, like: Tree) -> Observation:
         """What is seen at this step, in the structure and the dtypes of ``like``."""
         known = {
             name: value_at(value, step.count)
             for name, value in self.hyperparameters.items()
             if value is not None
         }
-        remaining = 1.0
-        for factor in self.remaining:
-            remaining = remaining * value_at(factor, step.count)
+        remaining = _product(self.remaining, step.count)
         seen = self.look(step.noting(hyperparameters=known, remaining=remaining))
         if jax.tree.structure(seen) != jax.tree.structure(like):
             raise ValueError(
-                f"{self.declaration.name} returned {jax.tree.structure(seen)}, but said it keeps"
+                f"{self.stage} returned {jax.tree.structure(seen)}, but said it keeps"
                 f" {jax.tree.structure(like)}."
             )
         kept = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), seen, like)
         for new, old in zip(jax.tree.leaves(kept), jax.tree.leaves(like), strict=True):
             if new.shape != old.shape:
                 raise ValueError(
-                    f"{self.declaration.name} returned an array of shape {new.shape}, but said it"
+                    f"{self.stage} returned an array of shape {new.shape}, but said it"
                     f" keeps one of shape {old.shape}."
                 )
         return Observation(step.count, kept)
 
 
 def observer(
-    look: Callable[[AdaptiveStep], Mapping[str, Any]],
+    look: Callable[[OpenStep], Mapping[str, Any]],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     every: int = 50,
@@ -96,11 +91,11 @@ def observer(
     ``read_telemetry`` finds it.
 
     Args:
-      look: from the open step to a dict of arrays. Besides its fields a step has ``params``, and in
-        ``notes`` what the stages left there: "remaining", what the update is still multiplied by
-        after the bracket; "hyperparameters"; "limited", for every stage that limits something its
-        name and a pair of what it limits, before and after; "friction"; "rate", where a stage has
-        used the rate up.
+      look: from the open step, whose fields are trees here, to a dict of arrays. Besides them it
+        has ``params``, and in ``notes`` what the stages left there: "remaining", what the update is
+        still multiplied by after the bracket; "hyperparameters"; "limited", for every stage that
+        limits something its name and a pair of what it limits, before and after; "friction";
+        "rate", where a stage has used the rate up.
       shapes: what is in that dict: the shape of every array, by name. They are kept as float32.
       every: how many steps from one look to the next; at least 1.
       name: of what it keeps, in the state and in what ``read_telemetry`` returns.
@@ -123,7 +118,7 @@ def observer(
 
 
 def watching(
-    look: Callable[[AdaptiveStep], Tree],
+    look: Callable[[OpenStep], Tree],
     shapes: Callable[[tuple[str, ...]], Shapes],
     every: int,
     name: str,
@@ -134,106 +129,70 @@ def watching(
 ) -> Stage:
     """The stage of a :class:`Watch`."""
     check_whole(1, every=every)
-    declaration = Declaration(
-        name=called, reads=(), replaces=(), biases={}, debiases={}, fixes_rate=False,
-        bounds_rate=False, raw=(), consumes=(), buffer=name, scope=None, takes_scope=False,
-    )  # fmt: skip
-    watch = Watch(
-        declaration, Named(name), look, shapes, int(every), hyperparameters or {}, remaining
-    )
-    return _stage_of(watch, settings)
-
-
-def _stage_of(watch: Watch, settings: Mapping[str, Any]) -> Stage:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise ValueError(
-            f"{watch.declaration.name} observes the stages of a bracket: list it in adaptive(...),"
-            " or give it to a recipe as observers=."
-        )
-
-    return describe_as(
-        make_stage((watch,), refuse, refuse), watch.declaration.name, settings, parts=()
-    )
+    watch = Watch(called, name, int(every), look, shapes, hyperparameters or {}, remaining)
+    return stage_of(called, settings, (watch,))
 
 
 Observers: TypeAlias = Stage | Sequence[Stage]
 """An observer or several."""
 
 
-def watched(
+def told(
     observers: Observers,
-    learning_rate: Hyperparameter,
-    *,
-    b1: Hyperparameter | None = None,
-    weight_decay: Hyperparameter | None = None,
-    inside: bool = False,
-    schedule: Hyperparameter | None = None,
+    hyperparameters: Mapping[str, Hyperparameter | None],
+    remaining: tuple[Hyperparameter, ...],
 ) -> tuple[Stage, ...]:
     """The observers of a recipe, told what it does outside of its bracket.
 
     Args:
       observers: what the recipe was given.
-      learning_rate, b1, weight_decay: the recipe's.
-      inside: whether the rates in the bracket include the learning rate. If not, the update meets
-        it afterwards.
-      schedule: a multiplier of the learning rate, which is inside where that is.
+      hyperparameters: the learning rate, b1 and weight decay of the recipe.
+      remaining: the factors that the update meets after the bracket.
     """
-    given = (observers,) if rules_of(observers) is not None else tuple(observers)
-    factors = (learning_rate,) if schedule is None else (learning_rate, schedule)
-
-    def rate(step: Any) -> Any:
-        return _product(factors, step + 1)
-
-    told = []
+    given = (observers,) if lines_of(observers) is not None else tuple(observers)
+    made = []
     for each in cast(tuple[Stage, ...], given):
-        rules = rules_of(each)
-        if rules is None or not all(isinstance(rule, Watch) for rule in rules):
+        watches = lines_of(each)
+        if watches is None or not all(isinstance(watch, Watch) for watch in watches):
             raise TypeError(
                 "observers= takes telemetry(...), observer(...) or a list of them, got"
                 f" {type(each).__name__}. A stage that changes the step goes into adaptive(...)."
             )
-        (watch,) = rules
-        own = {"learning_rate": rate, "b1": b1, "weight_decay": weight_decay}
-        told.append(
-            _stage_of(
-                watch._replace(
-                    hyperparameters=own | _given(watch.hyperparameters),
-                    remaining=() if inside else factors,
-                ),
-                describe(each).settings,
-            )
+        (watch,) = watches
+        own = {k: v for k, v in watch.hyperparameters.items() if v is not None}
+        watch = dataclasses.replace(
+            watch, hyperparameters={**hyperparameters, **own}, remaining=remaining
         )
-    return tuple(told)
+        made.append(stage_of(watch.stage, describe(each).settings, (watch,)))
+    return tuple(made)
 
 
-def _product(factors: Iterable[Hyperparameter], count: Any) -> Any:
+def product_of(factors: Sequence[Hyperparameter]) -> Hyperparameter:
+    """The product of some hyperparameters, as a schedule."""
+    return lambda step: _product(factors, step + 1)
+
+
+def _product(factors: Sequence[Hyperparameter], count: Any) -> Any:
     product: Any = 1.0
     for factor in factors:
         product = product * value_at(factor, count)
     return product
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def init_observations(rules: Iterable[Rule | Watch]) -> dict[str, Observation]:
+def init_observations(watches: Sequence[Watch], limits: tuple[str, ...]) -> dict[str, Observation]:
     """What the observers keep before the first step."""
-    rules = tuple(rules)
-    limits = tuple(r.declaration.name for r in rules if r.declaration.limits is not None)
     return {
-        watch.buffer.name: Observation(
+        watch.name: Observation(
             jnp.zeros([], jnp.int32),
             jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), watch.shapes(limits)),
         )
-        for watch in rules
-        if isinstance(watch, Watch)
+        for watch in watches
     }
 
 
 def observe(
-    rules: Sequence[Rule | Watch],
-    step: AdaptiveStep,
+    lines: Sequence[Any],
+    step: OpenStep,
     buffers: dict[str, Tree],
     state: Mapping[str, Any],
     state_dtype: DTypeLike | None,
@@ -244,8 +203,8 @@ def observe(
     through the branches and the step must go on with what comes out: otherwise XLA may look after
     it has taken the step, and keeps a copy of every buffer until then.
     """
-    watches = [rule for rule in rules if isinstance(rule, Watch)]
-    names = [watch.buffer.name for watch in watches]
+    watches = [line for line in lines if isinstance(line, Watch)]
+    names = [watch.name for watch in watches]
     if missing := [name for name in names if name not in state]:
         raise ValueError(
             f"the state should hold what {', '.join(missing)} saw. A state belongs to the optimizer"
@@ -254,13 +213,13 @@ def observe(
     seen = {name: state[name] for name in names}
 
     def look(every: int, seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
-        at, new = step, dict(seen)
-        for rule in rules:
-            name = rule.buffer.name if rule.buffer else None
-            if isinstance(rule, Rule):
-                at, _ = rule(at, buffers.get(name) if name else None, state_dtype)
-            elif rule.every == every:
-                new[rule.buffer.name] = rule.values(at, seen[rule.buffer.name].values)
+        new = dict(seen)
+
+        def show(watch: Watch, at: OpenStep) -> None:
+            if watch.every == every:
+                new[watch.name] = watch.values(at, seen[watch.name].values)
+
+        run(lines, step.copy(), buffers, state_dtype, show)
         return new, jax.tree.map(jax.lax.optimization_barrier, buffers)
 
     def pass_by(seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:

@@ -96,6 +96,10 @@ def real(dtype: DTypeLike) -> np.dtype:
     return np.dtype(jnp.finfo(dtype).dtype)
 
 
+def real_part(x: jax.Array) -> jax.Array:
+    return x.real if jnp.iscomplexobj(x) else x
+
+
 def with_both_parts(dtype: DTypeLike) -> np.dtype:
     """The complex dtype that holds real and imaginary parts of a real ``dtype``."""
     return np.dtype(jnp.promote_types(dtype, np.complex64))
@@ -171,13 +175,13 @@ def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalar
     numbers stay Python numbers, so that ``1 - b`` is rounded once.
     """
     present, structure = jax.tree.flatten(where, is_leaf=is_none)
-    columns = [_leaves_like(structure, tree) for tree in trees]
+    columns = [leaves_like(structure, tree) for tree in trees]
     results = []
     for index, (leaf, *arrays) in enumerate(zip(present, *columns, strict=True)):
         if leaf is None:
             results.append(None)
             continue
-        if not all(map(_is_array, arrays)):
+        if not all(map(is_array, arrays)):
             raise ValueError(
                 f"there is a gradient at {_path(where, index)}, but the state or the parameters"
                 " hold no array there. Initialise the optimizer with the parameters it is to"
@@ -190,7 +194,7 @@ def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalar
                 " parameters it was initialised with; initialise a new one."
             )
         width = max((real(wide(dtype_of(a))) for a in arrays), key=lambda d: d.itemsize)
-        cast = {name: _scalar(value, width) for name, value in scalars.items()}
+        cast = {name: scalar_at(value, width) for name, value in scalars.items()}
         results.append(function(*(at_width(a, width) for a in arrays), **cast))
     return structure.unflatten(results)
 
@@ -234,31 +238,34 @@ def widened(buffer: Tree, what: str) -> Tree:
     return jax.tree.map(lambda x: x.astype(wide(x.dtype)), buffer)
 
 
+def update_dtype(update: Any, param: Any) -> np.dtype:
+    """The dtype in which the update of one leaf leaves."""
+    if param is None:
+        return dtype_of(update)
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
+
+
 def update_dtypes(updates: Tree, params: Tree | None) -> Tree:
     """The dtype each update leaves in: promote(gradient, parameter), or the gradient's."""
     if params is None:
         return jax.tree.map(dtype_of, updates)
-
-    def promoted(update: Any, param: Any) -> np.dtype:
-        with jax.numpy_dtype_promotion("standard"):
-            return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
-
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
     same = jax.tree.leaves(params, is_leaf=is_none)
     if jax.tree.structure(params, is_leaf=is_none) != structure and len(same) == len(leaves):
         params = structure.unflatten(same)  # another container, a FrozenDict for a dict, say
-    return map_none(promoted, updates, params)
+    return map_none(update_dtype, updates, params)
 
 
 def map_none(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``jax.tree.map`` that leaves None alone, whatever stands at its place in ``rest``."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
-    columns = [_leaves_like(structure, other) for other in rest]
+    columns = [leaves_like(structure, other) for other in rest]
     pairs = zip(leaves, *columns, strict=True)
     return structure.unflatten([None if row[0] is None else function(*row) for row in pairs])
 
 
-def _leaves_like(structure: Any, tree: Tree) -> list[Any]:
+def leaves_like(structure: Any, tree: Tree) -> list[Any]:
     try:
         return structure.flatten_up_to(tree)
     except ValueError:
@@ -288,18 +295,23 @@ def _path(tree: Tree, index: int) -> str:
     return jax.tree_util.keystr(paths[index][0]) or "the only leaf"
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
     return hasattr(x, "dtype") or isinstance(x, (int, float, complex))
+
+
+def at_width_of(dtype: np.dtype, width: np.dtype) -> np.dtype:
+    """The dtype ``width``, or its complex counterpart where ``dtype`` is complex."""
+    return with_both_parts(width) if jnp.issubdtype(dtype, jnp.complexfloating) else width
 
 
 def at_width(x: Any, width: np.dtype) -> jax.Array:
     """``x`` in the dtype ``width``, or in its complex counterpart."""
-    iscomplex = jnp.issubdtype(dtype_of(x), jnp.complexfloating)
-    dtype = with_both_parts(width) if iscomplex else width
-    return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype=dtype)
+    dtype = at_width_of(dtype_of(x), width)
+    return x if hasattr(x, "dtype") and x.dtype == dtype else jnp.asarray(x, dtype=dtype)
 
 
-def _scalar(value: Any, width: np.dtype) -> Any:
+def scalar_at(value: Any, width: np.dtype) -> Any:
+    """A scalar in a width; a Python number stays one, so that ``1 - b`` is rounded once."""
     return value if type(value) in (int, float) else jnp.asarray(value).astype(width)
 
 
@@ -320,6 +332,11 @@ def scaled(hyperparameter: Hyperparameter, factor: Any) -> Hyperparameter:
     if callable(hyperparameter):
         return lambda step: hyperparameter(step) * factor
     return hyperparameter * factor
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_decay(**values: Any) -> None:

@@ -9,22 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.moments import absolute_square, bias_correction, moving_average
+from adaptive_opt.moments import absolute_square
 from adaptive_opt.policies import (
     Hyperparameter,
-    Scope,
     check_at_least,
     check_at_least_one,
     check_decay,
     check_nonnegative,
     check_positive,
+    given,
+    value_at,
 )
-from adaptive_opt.stage import Stage, compose, stage
-from adaptive_opt.step import RateRule
+from adaptive_opt.stage import OneArray, stage
+from adaptive_opt.step import AdaptiveStep, RateRule
 
 
-@stage(reads=("second_moment",), replaces=("rate",), fixes_rate=False)
-def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> Any:
+@stage
+def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> OneArray:
     """The rate of every weight: ``1 / (sqrt(v_t + eps_root) + eps)``.
 
     Reads ``second_moment``, sets ``rate``, as a rule: a stage that later replaces the second moment
@@ -44,15 +45,15 @@ def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> Any:
     [0.75]
     """
     check_nonnegative(eps=eps, eps_root=eps_root)
-    rule = RateRule(
-        lambda v, *, eps, eps_root: jnp.sqrt(v + eps_root) + eps,
-        {"eps": eps, "eps_root": eps_root},
-    )
-    return lambda step: step.replace(rate=rule)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(rate=RateRule(lambda v: jnp.sqrt(v + step.at(eps_root)) + step.at(eps)))
+
+    return line
 
 
-@stage(reads=("second_moment",), replaces=("rate",), fixes_rate=False)
-def inverse_rate(eps: Hyperparameter = 0.0) -> Any:
+@stage
+def inverse_rate(eps: Hyperparameter = 0.0) -> OneArray:
     """The rate of every weight without a root: ``1 / (u_t + eps)``; for ``infinity_moment``.
 
     Reads ``second_moment``, sets ``rate``, as a rule, like ``per_weight_rate``. Remembers nothing.
@@ -68,12 +69,15 @@ def inverse_rate(eps: Hyperparameter = 0.0) -> Any:
     [0.75]
     """
     check_nonnegative(eps=eps)
-    rule = RateRule(lambda u, *, eps: u + eps, {"eps": eps})
-    return lambda step: step.replace(rate=rule)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(rate=RateRule(lambda u: u + step.at(eps)))
+
+    return line
 
 
-@stage(replaces=("rate",))
-def uniform_rate(learning_rate: Hyperparameter) -> Any:
+@stage
+def uniform_rate(learning_rate: Hyperparameter) -> OneArray:
     """The same rate for every weight: the learning rate.
 
     Sets ``rate``, as values. Remembers nothing. For SGD with the learning rate inside its momentum.
@@ -89,22 +93,14 @@ def uniform_rate(learning_rate: Hyperparameter) -> Any:
     """
     check_nonnegative(learning_rate=learning_rate)
 
-    def line(step):
-        lr = step.at(learning_rate)
-        rate = step.map(
-            lambda g, *, lr: jnp.asarray(lr, jnp.finfo(g.dtype).dtype), step.gradient, lr=lr
-        )
-        return step.replace(rate=rate)
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(rate=step.at(learning_rate))
 
     return line
 
 
-@stage(
-    reads=("direction", "rate"),
-    replaces=("direction",),
-    consumes=("rate", "second_moment"),
-)
-def apply_rate() -> Any:
+@stage
+def apply_rate() -> OneArray:
     """Takes the step that the rate says, ahead of the stages that follow: ``d_t * rate_t``.
 
     Reads ``direction`` and ``rate``, replaces ``direction``; rate and second moment are not set
@@ -117,14 +113,14 @@ def apply_rate() -> Any:
     [1.5]
     """
 
-    def line(step):
-        return step.replace(direction=step.map(jnp.multiply, step.direction, step.rate))
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(direction=step.direction * step.rate).without("rate", "second_moment")
 
     return line
 
 
-@stage(reads=("rate",), replaces=("rate",))
-def scale_rate(factor: Hyperparameter) -> Any:
+@stage
+def scale_rate(factor: Hyperparameter) -> OneArray:
     """The rate of every weight times a factor: ``rate_t * factor_t``.
 
     Reads and replaces ``rate``; from here on it is values. Remembers nothing. For algorithms that
@@ -141,14 +137,14 @@ def scale_rate(factor: Hyperparameter) -> Any:
     """
     check_nonnegative(factor=factor)
 
-    def line(step):
-        scaled = step.map(_times, step.rate, factor=step.at(factor))
-        return step.replace(rate=scaled)
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(rate=step.rate * step.at(factor))
 
     return line
 
 
-def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -> Stage:
+@stage
+def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -> OneArray:
     """Bias corrections in the rate: ``rate_t / (1 - b1^t)`` and ``rate_t * sqrt(1 - b2^t)``.
 
     Reads and replaces ``rate``; from here on it is values. Remembers nothing. In place of
@@ -172,45 +168,23 @@ def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = No
     """
     if b1 is None and b2 is None:
         raise ValueError("debias_rate needs b1, b2 or both, the decays of the averages.")
-    first = () if b1 is None else (_debias_rate_of_direction(b1),)
-    second = () if b2 is None else (_debias_rate_of_second_moment(b2),)
-    return compose("debias_rate", {"b1": b1, "b2": b2}, *first, *second)
+    check_decay(**given(b1=b1, b2=b2))
 
-
-@stage(reads=("rate",), replaces=("rate",), debiases={"direction": "b1"}, called="debias_rate(b1)")
-def _debias_rate_of_direction(b1: Hyperparameter) -> Any:
-    check_decay(b1=b1)
-
-    def line(step):
-        # Not rate / c1: XLA writes (x / y) / c1 as x / (y c1), or not, as it likes.
-        inverse = 1 / bias_correction(b1, step)
-        return step.replace(rate=step.map(_times, step.rate, factor=inverse))
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        if b1 is not None:
+            # Not rate / c1: XLA writes (x / y) / c1 as x / (y c1), or not, as it likes.
+            inverse = 1 / step.correction("direction", b1)
+            step = step.set(rate=step.raw("rate") * inverse)
+        if b2 is not None:
+            root = jnp.sqrt(step.correction("second_moment", b2))
+            step = step.set(rate=step.raw("rate") * root)
+        return step
 
     return line
 
 
-@stage(
-    reads=("rate",),
-    replaces=("rate",),
-    debiases={"second_moment": "b2"},
-    called="debias_rate(b2)",
-)
-def _debias_rate_of_second_moment(b2: Hyperparameter) -> Any:
-    check_decay(b2=b2)
-
-    def line(step):
-        root = jnp.sqrt(bias_correction(b2, step))
-        return step.replace(rate=step.map(_times, step.rate, factor=root))
-
-    return line
-
-
-def _times(rate: Any, *, factor: Any) -> Any:
-    return rate * factor
-
-
-@stage(reads=("second_moment", "rate"), replaces=("rate",))
-def mute_unseen() -> Any:
+@stage
+def mute_unseen() -> OneArray:
     """No rate for a weight that has not seen a gradient yet: 0 where the second moment is 0.
 
     Reads ``second_moment`` and ``rate``, replaces ``rate``; from here on it is values. Remembers
@@ -229,11 +203,9 @@ def mute_unseen() -> Any:
     [0.0]
     """
 
-    def line(step):
-        muted = step.map(
-            lambda r, v: jnp.where(v == 0, jnp.zeros_like(r), r), step.rate, step.second_moment
-        )
-        return step.replace(rate=muted)
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        unseen = step.second_moment == 0
+        return step.set(rate=jnp.where(unseen, jnp.zeros_like(step.rate), step.rate))
 
     return line
 
@@ -244,18 +216,15 @@ def decay_of_memory(steps: Hyperparameter) -> Hyperparameter:
     return (lambda count: 1 - 1 / steps(count)) if callable(steps) else 1 - 1 / steps
 
 
-@stage(
-    reads=("rate",), replaces=("rate",), keeps="rate", scope=None, bounds_rate=True, limits="rate"
-)
+@stage
 def adamod_momental_bound(
     b3: Hyperparameter | None = None,
     *,
     len_memory: Hyperparameter | None = None,
     average: bool = False,
-    scope: Scope | None = None,
     name: str = "rate_ema",
     dtype: DTypeLike | None = None,
-) -> Any:
+) -> OneArray:
     """No rate above its own average: ``s_t = b3 s_{t-1} + (1 - b3) rate_t``, then ``min(rate_t,
     s_t)``.
 
@@ -268,8 +237,6 @@ def adamod_momental_bound(
       len_memory: the same as a number of steps n >= 1, meaning ``b3 = 1 - 1/n``. Not with ``b3``.
       average: follow ``(rate_t + s_t) / 2`` instead of the smaller (``average_step`` of DiffMod's
         published code).
-      scope: that of ``second_moment``, which a bracket knows; in a flat chain say it again, or the
-        buffer has the full shape.
       name: the name of its buffer ``rate_ema``: real, zeros at first, in the shape of the rate.
       dtype: the buffer's dtype, float32 at least, as 1/eps overflows anything smaller.
 
@@ -289,18 +256,19 @@ def adamod_momental_bound(
     decay = 0.999 if b3 is None else b3
     check_decay(b3=decay)
 
-    def line(step, rate_ema):
-        rate_ema = step.map(moving_average, step.rate, rate_ema, decay=step.at(decay))
-        bounded = (lambda r, s: (r + s) / 2) if average else jnp.minimum
-        return step.replace(rate=step.map(bounded, step.rate, rate_ema)), rate_ema
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        rate_ema = step.average(name, step.rate, decay, dtype=dtype)
+        if average:
+            return step.limit(rate=(step.rate + rate_ema) / 2)
+        return step.limit(rate=jnp.minimum(step.rate, rate_ema))
 
     return line
 
 
-@stage(reads=("rate",), replaces=("rate",), bounds_rate=True, limits="rate")
+@stage
 def adabound_dynamic_bound(
     final_learning_rate: Hyperparameter = 0.1, gamma: Hyperparameter = 1e-3
-) -> Any:
+) -> OneArray:
     """Every rate between two bounds that close on one: from Adam, in the course of time, to SGD.
 
     ``clip(rate_t, f (1 - 1/(gamma t + 1)), f (1 + 1/(gamma t)))`` with the final rate ``f``. Reads
@@ -322,12 +290,16 @@ def adabound_dynamic_bound(
     check_nonnegative(final_learning_rate=final_learning_rate)
     check_positive(gamma=gamma)
 
-    def line(step):
-        t = jnp.asarray(step.count, float) * step.at(gamma)
-        final = step.at(final_learning_rate)
-        bounds = {"low": final * (1 - 1 / (t + 1)), "high": final * (1 + 1 / t)}
-        clipped = step.map(lambda r, *, low, high: jnp.clip(r, low, high), step.rate, **bounds)
-        return step.replace(rate=clipped)
+    def low(step: Any) -> Any:
+        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1)
+        return value_at(final_learning_rate, step + 1) * (1 - 1 / (t + 1))
+
+    def high(step: Any) -> Any:
+        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1)
+        return value_at(final_learning_rate, step + 1) * (1 + 1 / t)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.limit(rate=jnp.clip(step.rate, step.at(low), step.at(high)))
 
     return line
 
@@ -336,7 +308,7 @@ def adabound_dynamic_bound(
 _H = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000)
 
 
-def simple_average_length(b2: Any, count: Any) -> Any:
+def simple_average_length(b2: Any, count: Any) -> OneArray:
     """RAdam's rho_t: the length of a simple average as reliable as the moving one after t steps.
 
     ``2/(1 - b2) - 1 - 2 t b2^t / (1 - b2^t)`` as it stands is a difference of numbers of the size
@@ -357,13 +329,13 @@ def simple_average_length(b2: Any, count: Any) -> Any:
     return jnp.where(x < 0.5, early, 2 / (1 - b2) - 1 - 2 * t / jnp.expm1(x))
 
 
-@stage(reads=("rate",), replaces=("rate",), bounds_rate=True, limits="rate")
+@stage
 def radam_rectifier(
     b2: Hyperparameter,
     *,
     threshold: Hyperparameter = 5.0,
     unrectified_rate: Hyperparameter = 1.0,
-) -> Any:
+) -> OneArray:
     """The rate times RAdam's ``r_t`` once the second moment can be relied on; a fixed rate before.
 
     With ``rho_t`` the length of the average behind v_t and ``rho_inf = 2/(1 - b2) - 1`` its limit,
@@ -389,32 +361,32 @@ def radam_rectifier(
     check_at_least(4, threshold=threshold)
     check_nonnegative(unrectified_rate=unrectified_rate)
 
-    def line(step):
-        b = step.at(b2)
-        rho, limit = simple_average_length(b, step.count), 2 / (1 - b) - 1
-        reliable = rho >= step.at(threshold)
-        rho, limit = jnp.where(reliable, rho, 5.0), jnp.where(reliable, limit, 5.0)
-        r = jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
-        rectified = step.map(
-            lambda rate, *, r, below, reliable: jnp.where(reliable, rate * r, below),
-            step.rate,
-            r=r,
-            below=step.at(unrectified_rate),
-            reliable=reliable,
-        )
-        return step.replace(rate=rectified)
+    def is_reliable(step: Any) -> Any:
+        count = step + 1
+        length = simple_average_length(value_at(b2, count), count)
+        return length >= value_at(threshold, count)
+
+    def factor(step: Any) -> Any:
+        count, b = step + 1, value_at(b2, step + 1)
+        rho = jnp.where(is_reliable(step), simple_average_length(b, count), 5.0)
+        limit = jnp.where(is_reliable(step), 2 / (1 - b) - 1, 5.0)
+        return jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        rectified, fixed = step.rate * step.at(factor), step.at(unrectified_rate)
+        return step.limit(rate=jnp.where(step.at(is_reliable), rectified, fixed))
 
     return line
 
 
-@stage(reads=("direction", "rate"), replaces=("rate",), keeps="second_moment", bounds_rate=True)
+@stage
 def adadelta_units(
     b2: Hyperparameter,
     eps: Hyperparameter,
     *,
     name: str = "step_ema",
     dtype: DTypeLike | None = None,
-) -> Any:
+) -> OneArray:
     """The rate in the units of the parameters: times the size of the recent steps.
 
     ``rate_t sqrt(s_{t-1} + eps)`` with ``s_t = b2 s_{t-1} + (1 - b2) |step_t|^2``, where the step
@@ -437,12 +409,10 @@ def adadelta_units(
     check_decay(b2=b2)
     check_nonnegative(eps=eps)
 
-    def line(step, step_ema):
-        rate = step.map(
-            lambda r, s, *, eps: r * jnp.sqrt(s + eps), step.rate, step_ema, eps=step.at(eps)
-        )
-        squares = step.map(lambda d, r: absolute_square(d * r), step.direction, rate)
-        step_ema = step.map(moving_average, squares, step_ema, decay=step.at(b2))
-        return step.replace(rate=rate), step_ema
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        before = step.recall(name, like=step.direction.real, dtype=dtype)
+        step = step.set(rate=step.rate * jnp.sqrt(before + step.at(eps)))
+        step.average(name, absolute_square(step.direction * step.rate), b2, dtype=dtype)
+        return step
 
     return line

@@ -12,7 +12,7 @@ ValueError that gives the value and the range.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 
 from adaptive_opt.adam import scale_by_adam
 from adaptive_opt.bracket import adaptive
-from adaptive_opt.describe import recipe
 from adaptive_opt.friction import diffgrad_friction
 from adaptive_opt.moments import (
     amsgrad_max,
@@ -29,13 +28,13 @@ from adaptive_opt.moments import (
     nadam_moment,
     second_moment,
 )
-from adaptive_opt.observe import Observers, watched
+from adaptive_opt.observe import Observers
 from adaptive_opt.policies import (
     Hyperparameter,
     check_constant,
     check_nonnegative,
     check_positive,
-    choose,
+    given,
     is_fixed,
     is_zero,
     scaled,
@@ -51,6 +50,7 @@ from adaptive_opt.rates import (
     scale_rate,
     simple_average_length,
 )
+from adaptive_opt.recipe import recipe
 from adaptive_opt.weight_decay import (
     Mask,
     decays,
@@ -60,6 +60,7 @@ from adaptive_opt.weight_decay import (
 )
 
 Optimizer = optax.GradientTransformationExtraArgs
+Parts = tuple[optax.GradientTransformation, ...]
 
 
 @recipe
@@ -72,10 +73,10 @@ def adam(
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    convention: str = "torch",
+    convention: Literal["torch", "paper", "keras"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam: ``x_{t+1} = x_t - lr m^_t / (sqrt(v^_t) + eps)``.
 
     Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1. Signature and defaults are those of
@@ -98,11 +99,20 @@ def adam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.99
     """
-    watch = watched(observers, learning_rate, b1=b1)
-    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype, watch)
-    return optax.chain(
-        choose("convention", convention, forms), scale_by_learning_rate(learning_rate)
-    )
+    if convention == "keras":
+        _refuse_nesterov(nesterov, convention)
+        direction = adaptive(
+            first_moment(b1, dtype=mu_dtype),
+            second_moment(b2),
+            per_weight_rate(eps, eps_root),
+            debias_rate(b1, b2),
+            state_dtype=state_dtype,
+        )
+    else:
+        direction = scale_by_adam(
+            b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
+        )
+    return direction, scale_by_learning_rate(learning_rate)
 
 
 @recipe
@@ -118,11 +128,11 @@ def adamw(
     *,
     nesterov: bool = False,
     l1: Hyperparameter | None = None,
-    convention: str = "torch",
+    convention: Literal["torch", "keras", "paper", "keras-adamw"] = "torch",
     schedule: optax.Schedule | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam with decoupled weight decay: ``x - lr_t (m^_t / (sqrt(v^_t) + eps) + wd x)``.
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2. Signature and defaults are those of
@@ -154,16 +164,30 @@ def adamw(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.989
     """
-    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, schedule=schedule)
-    forms = _adam_forms(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype, watch)
-    forms |= {"keras-adamw": forms["keras"]}
+    if convention in ("keras", "keras-adamw"):
+        _refuse_nesterov(nesterov, convention)
+        direction = adaptive(
+            first_moment(b1, dtype=mu_dtype),
+            second_moment(b2),
+            per_weight_rate(eps, eps_root),
+            debias_rate(b1, b2),
+            state_dtype=state_dtype,
+        )
+    else:
+        direction = scale_by_adam(
+            b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
+        )
+    decay = decays(weight_decay, l1, mask)
     by_schedule = ("paper", "keras-adamw")
-    return optax.chain(
-        choose("convention", convention, forms),
-        *_decay_and_rate(
-            learning_rate, decays(weight_decay, l1, mask), by_schedule, schedule, convention
-        ),
-    )
+    return direction, *_decay_and_rate(learning_rate, decay, by_schedule, schedule, convention)
+
+
+def _refuse_nesterov(nesterov: bool, convention: str) -> None:
+    if nesterov:
+        raise ValueError(
+            f"nesterov=True is not defined for convention={convention!r}, whose Adam has no such"
+            ' option: use "torch", or nadam.'
+        )
 
 
 def _decay_and_rate(
@@ -193,39 +217,6 @@ def _decay_and_rate(
     )
 
 
-def _adam_forms(
-    b1: Hyperparameter,
-    b2: Hyperparameter,
-    eps: Hyperparameter,
-    eps_root: Hyperparameter,
-    mu_dtype: DTypeLike | None,
-    nesterov: bool,
-    convention: str,
-    state_dtype: DTypeLike | None,
-    watch: tuple[Optimizer, ...],
-) -> dict[str, Optimizer]:
-    """Adam's direction in its two forms, which differ in what eps is compared with."""
-    if nesterov and convention in ("keras", "keras-adamw"):
-        raise ValueError(
-            f"nesterov=True is not defined for convention={convention!r}, whose Adam has no such"
-            ' option: use "torch", or nadam.'
-        )
-    debiased = scale_by_adam(
-        b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
-    )
-    if watch:
-        debiased = adaptive(debiased, *watch, state_dtype=state_dtype)
-    eps_hat = adaptive(
-        first_moment(b1, dtype=mu_dtype),
-        second_moment(b2),
-        per_weight_rate(eps, eps_root),
-        debias_rate(b1, b2),
-        *watch,
-        state_dtype=state_dtype,
-    )
-    return {"torch": debiased, "paper": debiased, "keras": eps_hat}
-
-
 @recipe
 def amsgrad(
     learning_rate: Hyperparameter,
@@ -233,10 +224,10 @@ def amsgrad(
     b2: Hyperparameter = 0.999,
     eps: Hyperparameter = 1e-8,
     *,
-    convention: str = "torch",
+    convention: Literal["torch", "optax", "keras", "paper"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam with the largest second moment so far: ``x - lr m / (sqrt(max v) + eps)``.
 
     Reddi, Kale & Kumar 2018, OpenReview ryQu7f-RZ, Algorithm 2.
@@ -268,12 +259,8 @@ def amsgrad(
         "keras": (mu, nu, amsgrad_max(), rate, debias_rate(b1, b2)),
         "paper": (mu, nu, amsgrad_max(), rate),
     }
-    return optax.chain(
-        adaptive(
-            *choose("convention", convention, listings),
-            *watched(observers, learning_rate, b1=b1),
-            state_dtype=state_dtype,
-        ),
+    return (
+        adaptive(*listings[convention], state_dtype=state_dtype),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -288,10 +275,10 @@ def adamod(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    convention: str = "reference",
+    convention: Literal["reference", "paper", "robust"] = "reference",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam in which no rate may exceed its own moving average: ``x - min(rate, ema(rate)) m - lr wd
     x``.
 
@@ -328,12 +315,11 @@ def adamod(
         "paper": (mu, nu, debias(b1, b2), rate),
         "robust": (mu, nu, rate, mute_unseen(), debias_rate(b1, b2)),
     }
-    return optax.chain(
+    return (
         adaptive(
-            *choose("convention", convention, listings),
+            *listings[convention],
             scale_rate(learning_rate),
             adamod_momental_bound(b3),
-            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True),
             state_dtype=state_dtype,
         ),
         decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
@@ -349,10 +335,10 @@ def diffgrad(
     eps: Hyperparameter = 1e-8,
     *,
     weight_decay: Hyperparameter = 0.0,
-    friction: str = "absolute",
+    friction: Literal["absolute", "signed", "wide"] = "absolute",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam, damped where the gradient does not change: ``x - lr rate sigmoid|g_{t-1} - g_t| m``.
 
     Dubey et al. 2020, arXiv:1909.11015. The bias corrections are in the eps-hat form. Equals the
@@ -373,7 +359,7 @@ def diffgrad(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.990474
     """
-    return optax.chain(
+    return (
         l2_regularization(weight_decay),
         adaptive(
             first_moment(b1),
@@ -381,7 +367,6 @@ def diffgrad(
             per_weight_rate(eps),
             debias_rate(b1, b2),
             diffgrad_friction(friction),
-            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay),
             state_dtype=state_dtype,
         ),
         scale_by_learning_rate(learning_rate),
@@ -398,12 +383,12 @@ def diffmod(
     len_memory: Hyperparameter = 1000,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    friction: str = "absolute",
+    friction: Literal["absolute", "signed", "wide"] = "absolute",
     average: bool = False,
-    convention: str = "reference",
+    convention: Literal["reference", "robust"] = "reference",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """AdaMod with diffGrad's friction: ``x - min(rate, ema(rate)) sigmoid|g_{t-1} - g_t| m - lr wd
     x``.
 
@@ -430,17 +415,16 @@ def diffmod(
     """
     check_nonnegative(learning_rate=learning_rate)
     cures = {"reference": (), "robust": (mute_unseen(),)}
-    return optax.chain(
+    return (
         adaptive(
             first_moment(b1),
             second_moment(b2),
             per_weight_rate(eps),
-            *choose("convention", convention, cures),
+            *cures[convention],
             debias_rate(b1, b2),
             scale_rate(learning_rate),
             adamod_momental_bound(len_memory=len_memory, average=average),
             diffgrad_friction(friction),
-            *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True),
             state_dtype=state_dtype,
         ),
         decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
@@ -460,10 +444,10 @@ def adabound(
     base_learning_rate: float | None = None,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: str = "l2",
+    decay: Literal["l2", "decoupled", "constant"] = "l2",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam whose rates are clipped ever closer to one: from Adam to SGD with momentum.
 
     ``x - clip(rate, low_t, high_t) m`` with ``rate = lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) +
@@ -492,10 +476,56 @@ def adabound(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.99
     """
-    listing = (first_moment(b1), second_moment(b2), per_weight_rate(eps), debias_rate(b1, b2))
-    bounds = (learning_rate, final_learning_rate, gamma, base_learning_rate)
-    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True)
-    return _bounded(listing, *bounds, weight_decay, mask, decay, watch, state_dtype)
+    final = _final_rate(learning_rate, final_learning_rate, base_learning_rate)
+    return _with_decay(
+        adaptive(
+            first_moment(b1),
+            second_moment(b2),
+            per_weight_rate(eps),
+            debias_rate(b1, b2),
+            scale_rate(learning_rate),
+            adabound_dynamic_bound(final, gamma),
+            state_dtype=state_dtype,
+        ),
+        decay,
+        weight_decay,
+        mask,
+        learning_rate,
+    )
+
+
+def _final_rate(
+    learning_rate: Hyperparameter, final_learning_rate: float, base_learning_rate: float | None
+) -> Hyperparameter:
+    """Where the bounds close: the schedule of the learning rate scales it too."""
+    check_nonnegative(learning_rate=learning_rate)
+    if base_learning_rate is None and (not is_fixed(learning_rate) or is_zero(learning_rate)):
+        raise ValueError(
+            "base_learning_rate must be given, unless learning_rate is a number greater than 0 (an"
+            " array or a schedule may start at 0): the rate at which final_learning_rate is meant,"
+            f" for instance a schedule's peak. learning_rate is {learning_rate!r}."
+        )
+    numbers = given(final_learning_rate=final_learning_rate, base_learning_rate=base_learning_rate)
+    check_constant(**numbers)
+    check_positive(**numbers)
+    if base_learning_rate is None:
+        return final_learning_rate
+    return scaled(learning_rate, final_learning_rate / base_learning_rate)
+
+
+def _with_decay(
+    bracket: Optimizer,
+    decay: str,
+    weight_decay: Hyperparameter,
+    mask: Mask | None,
+    learning_rate: Hyperparameter,
+) -> Parts:
+    """The bracket with its decay where ``decay`` puts it."""
+    if decay == "l2":
+        return l2_regularization(weight_decay, mask), bracket, optax.scale(-1.0)
+    times = learning_rate if decay == "decoupled" else None
+    decoupled = decoupled_weight_decay(weight_decay, mask, learning_rate=times)
+    return bracket, decoupled, optax.scale(-1.0)
 
 
 @recipe
@@ -510,10 +540,10 @@ def amsbound(
     base_learning_rate: float | None = None,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: str = "l2",
+    decay: Literal["l2", "decoupled", "constant"] = "l2",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """AdaBound with AMSGrad's maximum over the raw second moment.
 
     Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' ``AdaBound(amsbound=True)``
@@ -531,55 +561,23 @@ def amsbound(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.99
     """
-    moments = (first_moment(b1), second_moment(b2), amsgrad_max())
-    listing = (*moments, per_weight_rate(eps), debias_rate(b1, b2))
-    bounds = (learning_rate, final_learning_rate, gamma, base_learning_rate)
-    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, inside=True)
-    return _bounded(listing, *bounds, weight_decay, mask, decay, watch, state_dtype)
-
-
-def _bounded(
-    listing: tuple[Optimizer, ...],
-    learning_rate: Hyperparameter,
-    final_learning_rate: float,
-    gamma: Hyperparameter,
-    base_learning_rate: float | None,
-    weight_decay: Hyperparameter,
-    mask: Mask | None,
-    decay: str,
-    watch: tuple[Optimizer, ...],
-    state_dtype: DTypeLike | None,
-) -> Optimizer:
-    """The listing of AdaBound or AMSBound, its bounds, and its decay where ``decay`` puts it."""
-    check_nonnegative(learning_rate=learning_rate)
-    if base_learning_rate is None and (not is_fixed(learning_rate) or is_zero(learning_rate)):
-        raise ValueError(
-            "base_learning_rate must be given, unless learning_rate is a number greater than 0 (an"
-            " array or a schedule may start at 0): the rate at which final_learning_rate is meant,"
-            f" for instance a schedule's peak. learning_rate is {learning_rate!r}."
-        )
-    base = {} if base_learning_rate is None else {"base_learning_rate": base_learning_rate}
-    check_constant(final_learning_rate=final_learning_rate, **base)
-    check_positive(final_learning_rate=final_learning_rate, **base)
-    final: Hyperparameter = final_learning_rate
-    if base_learning_rate is not None:
-        final = scaled(learning_rate, final_learning_rate / base_learning_rate)
-    bracket = adaptive(
-        *listing,
-        scale_rate(learning_rate),
-        adabound_dynamic_bound(final, gamma),
-        *watch,
-        state_dtype=state_dtype,
-    )
-    forms = {
-        "l2": (l2_regularization(weight_decay, mask), bracket),
-        "decoupled": (
-            bracket,
-            decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
+    final = _final_rate(learning_rate, final_learning_rate, base_learning_rate)
+    return _with_decay(
+        adaptive(
+            first_moment(b1),
+            second_moment(b2),
+            amsgrad_max(),
+            per_weight_rate(eps),
+            debias_rate(b1, b2),
+            scale_rate(learning_rate),
+            adabound_dynamic_bound(final, gamma),
+            state_dtype=state_dtype,
         ),
-        "constant": (bracket, decoupled_weight_decay(weight_decay, mask)),
-    }
-    return optax.chain(*choose("decay", decay, forms), optax.scale(-1.0))
+        decay,
+        weight_decay,
+        mask,
+        learning_rate,
+    )
 
 
 @recipe
@@ -591,13 +589,13 @@ def radam(
     eps_root: Hyperparameter = 0.0,
     threshold: Hyperparameter = 5.0,
     *,
-    convention: str = "torch",
+    convention: Literal["torch", "optax", "reference"] = "torch",
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: str | None = None,
+    decay: Literal["l2", "decoupled"] | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam whose rate is rectified for the unreliable second moment of the first steps.
 
     Liu et al. 2020, arXiv:1908.03265, Algorithm 2; see ``radam_rectifier``. The conventions differ
@@ -629,26 +627,20 @@ def radam(
     """
     mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps, eps_root)
     eps_hat = (mu, nu, debias(b1), rate, debias_rate(b2=b2))
+    rectified = radam_rectifier(b2, threshold=threshold)
+    or_still = radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)
     listings = {
-        "torch": (*eps_hat, radam_rectifier(b2, threshold=threshold)),
-        "optax": (mu, nu, debias(b1, b2), rate, radam_rectifier(b2, threshold=threshold)),
-        "reference": (*eps_hat, radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)),
+        "torch": (*eps_hat, rectified),
+        "optax": (mu, nu, debias(b1, b2), rate, rectified),
+        "reference": (*eps_hat, or_still),
     }
-    bracket = adaptive(
-        *choose("convention", convention, listings),
-        *watched(observers, learning_rate, b1=b1, weight_decay=weight_decay),
-        state_dtype=state_dtype,
-    )
-    decoupled = weight_decay
+    bracket = adaptive(*listings[convention], state_dtype=state_dtype)
+    scale = scale_by_learning_rate(learning_rate)
+    if (decay or ("l2" if convention == "torch" else "decoupled")) == "l2":
+        return l2_regularization(weight_decay, mask), bracket, scale
     if convention == "reference" and not is_zero(weight_decay):
-        decoupled = _once_rectified(weight_decay, b2, threshold)
-    forms = {
-        "l2": (l2_regularization(weight_decay, mask), bracket),
-        "decoupled": (bracket, decoupled_weight_decay(decoupled, mask)),
-    }
-    own = "l2" if convention == "torch" else "decoupled"
-    placed = choose("decay", own if decay is None else decay, forms)
-    return optax.chain(*placed, scale_by_learning_rate(learning_rate))
+        weight_decay = _once_rectified(weight_decay, b2, threshold)
+    return bracket, decoupled_weight_decay(weight_decay, mask), scale
 
 
 def _once_rectified(
@@ -674,13 +666,13 @@ def nadam(
     eps_root: Hyperparameter = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
-    convention: str = "torch",
+    convention: Literal["torch", "keras", "optax"] = "torch",
     momentum_decay: Hyperparameter | None = None,
     weight_decay: Hyperparameter | None = None,
     mask: Mask | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """Adam with Nesterov momentum.
 
     Dozat 2016, OpenReview OM0jvwB8jIp57ZJjtNEZ.
@@ -705,15 +697,26 @@ def nadam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 5)
     0.98944
     """
-    choose("convention", convention, dict.fromkeys(("torch", "keras", "optax")))
-    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay)
-    form = _nadam_form(
-        b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype, watch
-    )
     l2 = (l2_regularization(0.0 if weight_decay is None else weight_decay, mask),)
-    if convention == "optax" and (weight_decay is None or is_zero(weight_decay)):
-        l2 = ()  # the state of optax.nadam, whose checkpoints this takes
-    return optax.chain(*l2, form, scale_by_learning_rate(learning_rate))
+    scale = scale_by_learning_rate(learning_rate)
+    if convention == "optax":
+        _refuse_momentum_decay(momentum_decay)
+        if weight_decay is None or is_zero(weight_decay):
+            l2 = ()  # the state of optax.nadam, whose checkpoints this takes
+        direction = scale_by_adam(
+            b1, b2, eps, eps_root, mu_dtype, nesterov=True, state_dtype=state_dtype
+        )
+        return *l2, direction, scale
+    usual = {"torch": 0.004, "keras": 1.0}[convention]
+    direction = adaptive(
+        first_moment(b1, dtype=mu_dtype),
+        second_moment(b2),
+        nadam_moment(b1, usual if momentum_decay is None else momentum_decay),
+        debias(b2=b2),
+        per_weight_rate(eps, eps_root),
+        state_dtype=state_dtype,
+    )
+    return *l2, direction, scale
 
 
 @recipe
@@ -728,12 +731,12 @@ def nadamw(
     mask: Mask | None = None,
     *,
     l1: Hyperparameter | None = None,
-    convention: str = "torch",
+    convention: Literal["torch", "keras", "optax", "keras-adamw"] = "torch",
     momentum_decay: Hyperparameter | None = None,
     schedule: optax.Schedule | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
-) -> Optimizer:
+) -> Parts:
     """NAdam with decoupled weight decay.
 
     Dozat 2016 and Loshchilov & Hutter 2019 (arXiv:1711.05101).
@@ -762,44 +765,27 @@ def nadamw(
     >>> round(float(optax.apply_updates(x, updates)[0]), 5)
     0.98844
     """
-    watch = watched(observers, learning_rate, b1=b1, weight_decay=weight_decay, schedule=schedule)
-    form = _nadam_form(
-        b1, b2, eps, eps_root, mu_dtype, convention, momentum_decay, state_dtype, watch
+    decay = _decay_and_rate(
+        learning_rate, decays(weight_decay, l1, mask), ("keras-adamw",), schedule, convention
     )
-    decay = decays(weight_decay, l1, mask)
-    return optax.chain(
-        form, *_decay_and_rate(learning_rate, decay, ("keras-adamw",), schedule, convention)
-    )
-
-
-def _nadam_form(
-    b1: Hyperparameter,
-    b2: Hyperparameter,
-    eps: Hyperparameter,
-    eps_root: Hyperparameter,
-    mu_dtype: DTypeLike | None,
-    convention: str,
-    momentum_decay: Hyperparameter | None,
-    state_dtype: DTypeLike | None,
-    watch: tuple[Optimizer, ...],
-) -> Optimizer:
-    """NAdam's direction, with Dozat's warm-up of the momentum or without."""
     if convention == "optax":
-        if momentum_decay is not None:
-            raise ValueError('convention="optax" has no momentum_decay: use "torch" or "keras".')
-        form = scale_by_adam(
+        _refuse_momentum_decay(momentum_decay)
+        direction = scale_by_adam(
             b1, b2, eps, eps_root, mu_dtype, nesterov=True, state_dtype=state_dtype
         )
-        return adaptive(form, *watch, state_dtype=state_dtype) if watch else form
-    usual = choose(
-        "convention", convention, {"torch": 0.004, "keras": 1.0, "keras-adamw": 0.004, "optax": 0.0}
-    )
-    return adaptive(
+        return direction, *decay
+    usual = {"torch": 0.004, "keras": 1.0, "keras-adamw": 0.004}[convention]
+    direction = adaptive(
         first_moment(b1, dtype=mu_dtype),
         second_moment(b2),
         nadam_moment(b1, usual if momentum_decay is None else momentum_decay),
         debias(b2=b2),
         per_weight_rate(eps, eps_root),
-        *watch,
         state_dtype=state_dtype,
     )
+    return direction, *decay
+
+
+def _refuse_momentum_decay(momentum_decay: Hyperparameter | None) -> None:
+    if momentum_decay is not None:
+        raise ValueError('convention="optax" has no momentum_decay: use "torch" or "keras".')

@@ -1,175 +1,549 @@
-"""The open step: what flows between the stages of an optimizer.
+"""The open step of one array: what flows between the stages of an optimizer, and what it knows.
 
 The papers tell one story: average the gradient, average its square, derive from that a learning
 rate for every single weight, multiply. They differ in one line each. Here the quantities that the
-lines speak of travel together as an :class:`AdaptiveStep`, and every line is a stage that reads
-some of them and replaces one.
+lines speak of travel together, for one array at a time, and a line reads some of them and sets
+others. The step remembers who made a quantity and what has become of it since, and so it refuses
+an order of lines that makes no sense.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
 
 from adaptive_opt import policies
-from adaptive_opt.ledger import Ledger
-from adaptive_opt.policies import Hyperparameter, Tree
+from adaptive_opt.memory import Memory
+from adaptive_opt.policies import Hyperparameter
+
+Field = Literal["gradient", "direction", "second_moment", "rate"]
+
+_WHERE_IT_COMES_FROM = {
+    "second_moment": "second_moment(b2) or scale_by_adam(...)",
+    "rate": "per_weight_rate(eps) or scale_by_adam(...), and before apply_rate()",
+}
+_DECAY_OF = {"direction": "b1", "second_moment": "b2"}
+
+
+class WrongOrder(ValueError):  # noqa: N818 (says what it is)
+    """Stages in an order that makes no sense; the message says where the stage belongs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RateRule:
-    """The per-weight rate as a rule over the second moment: one over a function of it.
+    """The rate of every weight as a rule over the second moment: one over a function of it.
 
-    A rule follows the second moment: whoever replaces ``v`` afterwards changes the rate too. Where
+    A rule follows the second moment: a stage that replaces ``v`` later changes the rate too. Where
     the denominator is 0 (a weight without any gradient, and eps = 0), the rate is 0, not infinity.
 
     Attributes:
-      function: ``function(v, **settings)``, the denominator of a leaf.
-      settings: hyperparameters by name.
+      denominator: from the second moment of a leaf to the denominator of its rate.
     """
 
-    function: Callable[..., jax.Array]
-    settings: Mapping[str, Hyperparameter]
-
-    def denominator(self, step: AdaptiveStep) -> Tree:
-        settings = {name: step.at(value) for name, value in self.settings.items()}
-        return step.map(self.function, step.second_moment, **settings)
+    denominator: Callable[[jax.Array], jax.Array]
 
 
-class _SaysWhatToDo(type):
-    """JAX names the types where two trees differ; this one says in its name what is missing."""
+@dataclasses.dataclass
+class Known:
+    """What is known of a quantity: who made it, and what it still owes."""
 
-    def __repr__(cls) -> str:
-        return "an open AdaptiveStep: only stages can read it, put close_step() before"
+    by: str | None = None
+    owes: tuple[Hyperparameter, ...] = ()
+    """The decays of the averages in it that still carry their start at zero."""
+    changed_by: str | None = None
+    """Who changed it since it became an average; of a rate: who did more than multiply it."""
+    values_since: str | None = None
+    """Of a rate: who made values of the rule."""
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class AdaptiveStep(metaclass=_SaysWhatToDo):
-    """One step of an adaptive optimizer, opened up, on its way through the stages.
+class Now:
+    """What is the same for all leaves: the count, the extra arguments, the stages so far."""
 
-    Deliberately no container that JAX or optax can look into: a foreign transformation between
-    ``open_step()`` and ``close_step()`` would clip the count or scale the learning rate twice, and
-    nobody would know. It fails at once instead.
+    def __init__(
+        self,
+        count: jax.Array,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        looking: bool = False,
+        lenient: bool = False,
+    ) -> None:
+        self.count, self.extra = count, dict(extra or {})
+        self.looking, self.lenient = looking, lenient
+        self.begin(None, "", {})
+        self.keepers: dict[str, object] = {}
+        """Whose turn it was when the buffer of a name was first recalled."""
+        self.averages: dict[int, tuple[Any, Hyperparameter]] = {}
+        """The averages that owe, by identity: the value, its decay."""
+        self.kept: dict[int, Any] = {}
+        """What was kept, by identity: the value, its spec."""
+        self.limits: dict[object, str] = {}
+        """The stages that limit something, by their turn."""
+        self.scalars: dict[tuple[int, int | None], tuple[Hyperparameter, Any]] = {}
+        """What was calculated once for all leaves, by whose it is (kept, so that its id stays its
+        own): the values of hyperparameters, and the corrections of so many steps ahead."""
 
-    Attributes:
-      count: the number of gradients seen, this one included (t = 1, 2, ...); int32 scalar.
-      gradient: g_t, a pytree like the parameters, in float32 at least.
-      direction: what is followed: g_t, then m_t, its debiased or damped form; likewise.
-      second_moment: v_t, or what replaced it; real; None until a stage sets it.
-      rate: the learning rate of every single weight; None, then a :class:`RateRule` over the second
-        moment, then, once a stage has replaced it, values like the second moment.
-      update_dtype: the dtype each leaf of the closed step will have.
-      ledger: what has been done so far, for the error messages.
-      params: the parameters, if ``update`` was given them.
-      notes: what stages leave for observers to read, by name.
-    """
+    def begin(self, turn: object, stage: str, settings: Mapping[str, Any]) -> None:
+        self.turn, self.stage, self.settings, self.paying = turn, stage, settings, ""
+        self.clash: WrongOrder | None = None
 
-    count: jax.Array
-    gradient: Tree
-    direction: Tree
-    second_moment: Tree | None = None
-    rate: RateRule | Tree | None = None
-    update_dtype: Tree = None
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
-    params: Tree | None = None
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    def copy(self) -> Now:
+        """The same for somebody else to change."""
+        new = Now(self.count, self.extra, looking=self.looking, lenient=self.lenient)
+        new.keepers, new.limits = dict(self.keepers), dict(self.limits)
+        new.averages = dict(self.averages)
+        return new
 
-    def replace(self, **fields: Any) -> AdaptiveStep:
-        """The same step with some fields replaced."""
-        return dataclasses.replace(self, **fields)
-
-    def noting(self, **notes: Any) -> AdaptiveStep:
-        """The same step with something more for observers to read; it changes no update."""
-        return self.replace(notes={**self.notes, **notes})
+    @functools.cached_property
+    def some_scalar(self) -> jax.Array:
+        """What stands for scalars in a look."""
+        return jnp.ones((), float)
 
     def at(self, hyperparameter: Hyperparameter) -> Any:
-        """The value of a hyperparameter at this step; schedules see ``count - 1``, as in optax."""
-        return policies.value_at(hyperparameter, self.count)
+        """The value of a hyperparameter; a schedule is asked once a step, for ``count - 1``."""
+        if not callable(hyperparameter):
+            return policies.value_at(hyperparameter, self.count)
+        key = id(hyperparameter), None
+        if key not in self.scalars:
+            # A user's function need not bear a look.
+            value = self.some_scalar if self.looking else hyperparameter(self.count - 1)
+            self.scalars[key] = hyperparameter, value
+        return self.scalars[key][1]
 
-    def map(self, function: Any, *trees: Tree, **scalars: Any) -> Tree:
-        """``function(*leaves, **scalars)`` for every leaf that has a gradient.
+    def correction(self, decay: Hyperparameter, ahead: int = 0) -> Any:
+        """``1 - decay^t``, at this step or ``ahead`` steps later."""
+        key = id(decay), ahead
+        if key not in self.scalars:
+            if self.looking:
+                value = self.some_scalar
+            else:
+                count = self.count
+                for _ in range(ahead):
+                    count = optax.safe_increment(count)
+                value = 1 - self.at(decay) ** jnp.asarray(count, float)
+            self.scalars[key] = decay, value
+        return self.scalars[key][1]
 
-        Positional arguments are trees like the parameters, keyword arguments scalars. Everything
-        arrives in one width, float32 at least; leaves without a gradient stay None.
+    def calculate(self, asked: Iterable[tuple[tuple[int, int | None], Hyperparameter]]) -> None:
+        """The scalars that somebody else has asked for."""
+        for (_, ahead), hyperparameter in asked:
+            if ahead is None:
+                self.at(hyperparameter)
+            else:
+                self.correction(hyperparameter, ahead)
+
+
+class Remembering:
+    """The verbs that a step of one array and the step of the whole tree share."""
+
+    now: Now
+    memory: Memory
+    width: Any
+
+    @property
+    def count(self) -> jax.Array:
+        """The number of gradients seen, this one included (t = 1, 2, ...); an int32 scalar."""
+        return self.now.count
+
+    def at(self, value: Hyperparameter) -> Any:
+        """The value of a hyperparameter at this step, or a scalar, in the width of the arrays.
+
+        A Python number stays one, so that ``1 - b`` is rounded once. A schedule sees ``count - 1``,
+        as in optax.
         """
-        return policies.map_leaves(function, self.gradient, *trees, **scalars)
+        return policies.scalar_at(self.now.at(value), self.width)
 
-    def rate_values(self) -> Tree:
-        """The rate of every weight as arrays, whether it is still a rule or values already."""
-        if isinstance(self.rate, RateRule):
-            return self.map(lambda d: _divide(1.0, d), self.rate.denominator(self))
-        return self.rate
+    def extra(self, name: str) -> Any:
+        """What ``update`` was given under this name (``value=loss``); an error if it was not."""
+        if self.now.looking:
+            return jnp.zeros((), self.width)
+        if name not in self.now.extra:
+            raise ValueError(
+                f"{self.now.stage} needs {name}: call update(gradients, state, params, {name}=...)."
+            )
+        return self.now.extra[name]
 
-    def __repr__(self) -> str:
-        return (
-            "AdaptiveStep(an open step, of which only stages know how to read it;"
-            f" close_step() turns it into updates; filled: {', '.join(sorted(self.ledger.filled))})"
+    def recall(
+        self, name: str, like: Any, *, initial: Any = 0.0, dtype: DTypeLike | None = None
+    ) -> jax.Array:
+        """What was kept under this name at the step before.
+
+        Args:
+          name: of the buffer, in the state.
+          like: a value of its shape.
+          initial: what it holds before the first step: a number, or ``step.param``.
+          dtype: the buffer's, for whoever asked for one.
+        """
+        now = self.now
+        if self.memory.stored is not None and name not in self.memory.stored:
+            raise ValueError(
+                f"{now.stage}: the state should hold the buffers {name}, but holds"
+                f" {', '.join(sorted(self.memory.stored)) or 'none'}. A state belongs to the"
+                " optimizer that initialised it."
+            )
+        if now.keepers.setdefault(name, now.turn) is not now.turn:
+            now.clash = WrongOrder(
+                f"two stages keep a buffer called {name!r}. Give one of them another:"
+                f" {now.stage}(..., name={name + '_2'!r}); scale_by_adam(...), which has fixed"
+                " names, can be replaced by the stages it is made of."
+            )
+        return self.memory.recall(name, like, initial, dtype, self.width)
+
+    def keep(self, name: str, value: jax.Array) -> jax.Array:
+        """Keep a value for the next step under a name that was recalled."""
+        self.memory.keep(name, value)
+        self.now.kept[id(value)] = value, self.memory.specs.get(name)
+        return value
+
+    def remember(
+        self,
+        name: str,
+        function: Callable[[jax.Array, Any], jax.Array],
+        value: Any,
+        *,
+        initial: Any = 0.0,
+        dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """``function(what was kept, value)``, which is kept in turn.
+
+        ``initial`` is a number, the parameter, or a function of the first value, whose result
+        stands for the first step's.
+        """
+        start = 0.0 if callable(initial) else initial
+        new = function(self.recall(name, value, initial=start, dtype=dtype), value)
+        if callable(initial):
+            new = jnp.where(self.count == 1, initial(value), new)
+        self.memory.note_kind(name, self.kind_of(value))
+        return self.keep(name, new)
+
+    def average(
+        self,
+        name: str,
+        value: Any,
+        decay: Hyperparameter,
+        *,
+        initial: Any = 0.0,
+        dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """The moving average ``(1 - decay) value + decay kept``, which is kept in turn.
+
+        One that starts at zero owes the correction for it, until somebody makes it.
+        """
+        b = self.at(decay)
+        new = self.remember(
+            name, lambda old, x: (1 - b) * x + b * old, value, initial=initial, dtype=dtype
+        )
+        if policies.is_zero(initial):
+            self.now.averages[id(new)] = new, decay
+        return new
+
+    def kind_of(self, value: Any) -> str | None:
+        return None
+
+
+class AdaptiveStep(Remembering):
+    """One step of an adaptive optimizer for one array, on its way through the stages.
+
+    What a line may read is one array, by construction. Everything is in one width, float32 at
+    least. The verbs raise an error where a line stands in a place that makes no sense, and name
+    that place.
+
+    Attributes:
+      gradient: g_t.
+      direction: what is followed: g_t, then m_t, its corrected or damped form; shaped like it.
+      second_moment: v_t, or what replaced it; real.
+      rate: the learning rate of every single weight, as values.
+      param: the parameter.
+      count: the number of gradients seen, this one included.
+    """
+
+    def __init__(self, now: Now, gradient: Any, param: Any, memory: Memory) -> None:
+        self.now, self.memory = now, memory
+        if param is not None and jnp.shape(param) != jnp.shape(gradient):
+            raise ValueError(
+                f"gradient and parameter{memory.where()} differ in shape: {jnp.shape(gradient)},"
+                f" {jnp.shape(param)}. Give update the parameters that the gradient is of."
+            )
+        self.update_dtype = policies.update_dtype(gradient, param)
+        self.width = policies.real(policies.wide(self.update_dtype))
+        gradient = policies.at_width(gradient, self.width)
+        self._param, self.shape, self.inputs = param, gradient.shape, (gradient, param)
+        self.values: dict[str, Any] = {"gradient": gradient, "direction": gradient}
+        self._known = {"gradient": Known(), "direction": Known()}
+        self._read: set[str] = set()
+        self._rate_values: jax.Array | None = None
+        self.notes: dict[str, Any] = {}
+        self.limited: dict[object, tuple[Any, Any]] = {}
+        """What was limited, before and after, by turn."""
+
+    def begin(self, memory: Memory | None = None) -> None:
+        """Before every line: nothing has been read yet."""
+        self.memory = memory or self.memory
+        self._read = set()
+        self.memory.remembered = False
+
+    def copy(self, now: Now) -> AdaptiveStep:
+        """The same step for somebody else to change."""
+        new = object.__new__(AdaptiveStep)
+        new.__dict__.update(self.__dict__)
+        new.now = now
+        new._values, new._known = dict(self.values), dict(self._known)
+        new.notes, new.limited = dict(self.notes), dict(self.limited)
+        return new
+
+    # --- reading ------------------------------------------------------------------------------
+
+    @property
+    def gradient(self) -> jax.Array:
+        return self._get("gradient")
+
+    @property
+    def direction(self) -> jax.Array:
+        return self._get("direction")
+
+    @property
+    def second_moment(self) -> jax.Array:
+        return self._get("second_moment")
+
+    @property
+    def rate(self) -> jax.Array:
+        value = self._get("rate")
+        if not isinstance(value, RateRule):
+            return value
+        if self._rate_values is None:
+            self._rate_values = _divide(1.0, value.denominator(self.values["second_moment"]))
+        return self._rate_values
+
+    @property
+    def param(self) -> jax.Array:
+        if self._param is None:
+            raise ValueError(
+                f"{self.now.stage} needs the parameters: call update(gradients, state, params)."
+            )
+        return policies.at_width(self._param, self.width)
+
+    def raw(self, field: Field) -> jax.Array:
+        """What no stage has changed: an average as it was made, a rate that was only multiplied."""
+        value, known, stage = getattr(self, field), self._known[field], self._called()
+        if self.now.lenient:
+            return value
+        if field == "rate" and known.changed_by is not None:
+            raise WrongOrder(
+                f"{stage} corrects a rate on which {known.changed_by} has acted already. Put"
+                f" {self.now.stage} before {known.changed_by}."
+            )
+        if field != "rate":
+            self._require_average(field, stage)
+            if known.changed_by is not None:
+                raise WrongOrder(
+                    f"{stage} needs the {field} as the average it was made; another stage has"
+                    f" changed it since. Put {stage} right after the stage that averages."
+                )
+        return value
+
+    def correction(
+        self, field: Literal["direction", "second_moment"], decay: Hyperparameter
+    ) -> Any:
+        """``1 - decay^t``, which the average in this field owes for its start at zero, once."""
+        self.pay(field, decay)
+        return self.at(self.now.correction(decay))
+
+    def pay(self, field: Literal["direction", "second_moment"], decay: Hyperparameter) -> None:
+        """The average in this field is corrected for its start at zero, in whatever way."""
+        self.now.paying = _DECAY_OF[field]
+        if not self.now.lenient:
+            known, stage = self._known.get(field, Known()), self._called()
+            self._require_average(field, stage)
+            (own, *others) = known.owes
+            if others:
+                raise WrongOrder(
+                    f"{stage} corrects one average, but the {field} is an average of averages. Put"
+                    " one correction right after each of them."
+                )
+            if policies.are_different_numbers(own, decay):
+                raise WrongOrder(
+                    f"{stage} was given the decay {decay}, but the {field} is an average with the"
+                    f" decay {own}. Give both the same."
+                )
+            self._known[field] = dataclasses.replace(known, owes=())
+
+    def correction_ahead(self, decay: Hyperparameter) -> Any:
+        """``1 - decay^(t+1)``: what the average will owe at the next step."""
+        return self.at(self.now.correction(decay, ahead=1))
+
+    def noted(self, name: str) -> Any:
+        """What an earlier stage has left under this name."""
+        if name not in self.notes and not self.now.lenient:
+            raise WrongOrder(
+                f"{self.now.stage} reads the note {name!r}, which no stage before it has left;"
+                f" there are {', '.join(sorted(self.notes)) or 'none'}."
+            )
+        return self.notes.get(name, self.values["gradient"])
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def set(self, **fields: Any) -> AdaptiveStep:
+        """The step with some of its quantities set; what it has already must have been read."""
+        for field, value in fields.items():
+            self._set(field, value)
+        return self
+
+    def limit(self, **fields: Any) -> AdaptiveStep:
+        """The same for a stage that changes a quantity only where something is exceeded.
+
+        Telemetry counts where.
+        """
+        for field, value in fields.items():
+            before = getattr(self, field)
+            self._set(field, value)
+            self.limited[self.now.turn] = before, self.values[field]
+            self.now.limits[self.now.turn] = self.now.stage
+            if field == "rate":
+                self._known[field].changed_by = self.now.stage
+        return self
+
+    def without(self, *fields: Field) -> AdaptiveStep:
+        """The step after some of its quantities have been used up."""
+        for field in fields:
+            if field == "rate":
+                self.note(rate=self.rate)
+                self._rate_values = None
+            self.values.pop(field, None)
+            self._known.pop(field, None)
+        return self
+
+    def note(self, **notes: Any) -> AdaptiveStep:
+        """Leave something for later stages (``step.noted``) and observers; it changes no update."""
+        self.notes |= notes
+        return self
+
+    def close(self) -> jax.Array:
+        """The plain update: direction times rate, in the dtype it was promised."""
+        direction, rate = self.values["direction"], self.values.get("rate")
+        if "second_moment" in self.values and rate is None:
+            raise WrongOrder(
+                "close_step() was given a second moment that no rate uses. Put per_weight_rate(eps)"
+                " after the stages that change the second moment, or drop them."
+            )
+        if isinstance(rate, RateRule):
+            update = _divide(direction, rate.denominator(self.values["second_moment"]))
+        else:  # a copy: perhaps it is the very array that a stage keeps
+            update = jnp.copy(direction) if rate is None else direction * rate
+        dtype = self.update_dtype
+        if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
+            dtype = policies.with_both_parts(dtype)
+        return update.astype(dtype)
+
+    def peek(self, field: str) -> Any:
+        """What a field holds, for an observer; a rate as values."""
+        return self.rate if field == "rate" else self.values[field]
+
+    # --- what it knows ------------------------------------------------------------------------
+
+    def kind_of(self, value: Any) -> str | None:
+        """The field that holds this very value."""
+        if value is self._rate_values:
+            return "rate"
+        return next((field for field, held in self.values.items() if held is value), None)
+
+    def _get(self, field: str) -> Any:
+        self._read.add(field)
+        if field in self.values:
+            return self.values[field]
+        if self.now.lenient:  # a stage of a flat chain, which is initialised by itself
+            self._known[field] = Known("an earlier stage")
+            self.values[field] = policies.real_part(self.values["gradient"])
+            return self.values[field]
+        raise WrongOrder(
+            f"{self.now.stage} reads the {field} of the step, which is not set yet. Put"
+            f" {self.now.stage} after {_WHERE_IT_COMES_FROM[field]}."
         )
 
+    def _set(self, field: str, value: Any) -> None:
+        if field not in ("gradient", "direction", "second_moment", "rate"):
+            raise TypeError(
+                f"{self.now.stage} sets {field!r}: a step has gradient, direction, second_moment"
+                " and rate; leave anything else with step.note(...)."
+            )
+        if isinstance(value, RateRule) and field != "rate":
+            raise TypeError(f"{self.now.stage} sets the {field} to a RateRule, which is a rate.")
+        stage, known, rate = self.now.stage, self._known.get(field), self.values.get("rate")
+        is_read = field in self._read
+        if known is not None and known.by is not None and not is_read:
+            raise WrongOrder(
+                f"{stage} would overwrite the {field} that an earlier stage has set. Keep one of"
+                " the two; a stage that changes a field must come after the one that sets it."
+            )
+        if field == "second_moment" and rate is not None and not isinstance(rate, RateRule):
+            values_since = self._known["rate"].values_since
+            raise WrongOrder(
+                f"{stage} changes the second moment, but the rate no longer follows it: it became"
+                f" values in {values_since}. Put {stage} before {values_since}."
+            )
+        before, known = known or Known(), Known(stage)
+        if isinstance(value, RateRule):
+            _ = self.second_moment  # there must be one
+        else:
+            value = self._checked(field, value)
+            held = self.now.averages.get(id(value))
+            inherited = before.owes if is_read else ()
+            if held is not None:
+                known.owes = (*inherited, held[1])
+            elif inherited or is_read:
+                known.owes = inherited
+                known.changed_by = stage if inherited else before.changed_by
+            if field == "rate":
+                known.values_since = before.values_since or stage
+                more = self.memory.remembered and is_read
+                known.changed_by = stage if more else before.changed_by
+            _, spec = self.now.kept.get(id(value), (None, None))
+            if spec is not None:
+                spec.kind = field
+        self.values[field], self._known[field] = value, known
+        self._read.add(field)
+        if field in ("rate", "second_moment"):
+            self._rate_values = None
 
-def _refuse(_: AdaptiveStep) -> Any:
-    raise TypeError(
-        "an open AdaptiveStep reached something that is not a stage of adaptive_opt: an optax"
-        " transformation between open_step() and close_step(), apply_updates, or the border of a"
-        " jit. Move the transformation before open_step() or after close_step(); if there is no"
-        " close_step() yet, add it."
-    )
+    def _checked(self, field: str, value: Any) -> jax.Array:
+        """A value in the width of the leaf, and of the shape that its field has."""
+        value = policies.at_width(value, self.width)
+        stage, gradient = self.now.stage, self.values["gradient"]
+        shape = gradient.shape if field in ("gradient", "direction") else None
+        if field in self.values and field not in ("gradient", "direction"):
+            held = self.values[field]
+            shape = (self.values["second_moment"] if isinstance(held, RateRule) else held).shape
+        if shape is not None and value.shape != shape:
+            raise WrongOrder(
+                f"{stage} makes the {field}{self.memory.where()} an array of shape {value.shape},"
+                f" but it has the shape {shape}. Second moment and rate keep the shape in which"
+                " they were made (the scope of second_moment), a direction that of the gradient."
+                f" Put {stage} where both are alike, or drop it."
+            )
+        if field in ("second_moment", "rate") and jnp.iscomplexobj(value):
+            raise TypeError(f"{stage} makes the {field} complex, which is real: take its absolute.")
+        return value
 
+    def _require_average(self, field: str, stage: str) -> None:
+        if field in _WHERE_IT_COMES_FROM and field not in self.values:
+            self._get(field)
+        if not self._known[field].owes:
+            raise WrongOrder(
+                f"{stage} corrects the {field} for its start at zero, but that is no moving"
+                " average here, or has been corrected already. Put it once, after"
+                " first_moment(b1) and second_moment(b2); scale_by_adam(...) corrects by itself."
+            )
 
-# Not a container: registered only so that every tree function refuses it, with the reason. (What
-# JAX does not know it takes for a leaf, and `decay * {"w": ...}` would then raise an error of
-# Python's.)
-jax.tree_util.register_pytree_node(AdaptiveStep, _refuse, lambda *_: _refuse(*_))
-
-
-def opened(gradient: Tree, count: jax.Array, params: Tree | None) -> AdaptiveStep:
-    """A plain gradient as a step; ``count`` includes it."""
-    if isinstance(gradient, AdaptiveStep):
-        raise TypeError(
-            "open_step() was given a step that is open already. One open_step() and one"
-            " close_step() belong to a chain; adaptive(...) and the recipes bring their own."
-        )
-    update_dtype = policies.update_dtypes(gradient, params)
-    gradient = policies.map_none(
-        lambda g, dtype: policies.at_width(g, policies.real(policies.wide(dtype))),
-        gradient,
-        update_dtype,
-    )
-    return AdaptiveStep(
-        count, gradient, direction=gradient, update_dtype=update_dtype, params=params
-    )
-
-
-def closed(step: AdaptiveStep) -> Tree:
-    """The plain update: direction times rate, in the dtype it was promised."""
-    if not isinstance(step, AdaptiveStep):
-        raise TypeError(
-            f"close_step() needs an open step, but was given plain updates ({type(step).__name__})."
-            " Put open_step() before it, and every stage between the two."
-        )
-    step.ledger.check_closing()
-    if isinstance(step.rate, RateRule):
-        update = step.map(_divide, step.direction, step.rate.denominator(step))
-    elif step.rate is not None:
-        update = step.map(jnp.multiply, step.direction, step.rate)
-    else:  # perhaps the very array that a stage keeps
-        update = step.map(jnp.copy, step.direction)
-    return policies.map_none(_leave, update, step.gradient, step.update_dtype)
-
-
-def _leave(update: jax.Array, gradient: jax.Array, dtype: Any) -> jax.Array:
-    if update.shape != gradient.shape:
-        raise ValueError(
-            f"a gradient of shape {gradient.shape} met a state of shape {update.shape}. A state"
-            " belongs to the parameters it was initialised with; initialise a new one."
-        )
-    if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
-        dtype = policies.with_both_parts(dtype)
-    return update.astype(dtype)
+    def _called(self) -> str:
+        """The stage that speaks, with the decay it is busy with where it has several."""
+        stage, paying = self.now.stage, self.now.paying
+        several = {"b1", "b2"} <= set(self.now.settings)
+        return f"{stage}({paying})" if several and paying else stage
 
 
 def _divide(x: Any, y: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from adaptive_opt.groups import path_of
 from adaptive_opt.observe import HYPERPARAMETERS, Observation, watching
 from adaptive_opt.policies import Hyperparameter, axes_of, axes_split, is_none
 from adaptive_opt.stage import Stage
-from adaptive_opt.step import AdaptiveStep
+from adaptive_opt.tree import OpenStep
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 LOW, HIGH, PER_DECADE = -12, 6, 8
@@ -105,7 +105,7 @@ def telemetry(
             "groups": {label: one for label in _by_group(patterns, ())},
         }
 
-    def look(step: AdaptiveStep) -> Any:
+    def look(step: OpenStep) -> Any:
         known = step.notes["hyperparameters"]
         values = [known.get(name, UNKNOWN) for name in HYPERPARAMETERS]
         return {
@@ -187,9 +187,9 @@ def seen_at(state: Any) -> int | None:
 # --- what is seen ---------------------------------------------------------------------------------
 
 
-def _groups_at(step: AdaptiveStep, patterns: Mapping[str, Any], axis_name: Any) -> Any:
+def _groups_at(step: OpenStep, patterns: Mapping[str, Any], axis_name: Any) -> Any:
     """The numbers of every group at this step."""
-    rate = step.rate_values() if step.rate is not None else step.notes.get("rate")
+    rate = step.rate if step.rate is not None else step.notes.get("rate")
     if rate is None:  # no second moment and no rate: the direction itself is followed
         rate = step.map(lambda g: jnp.ones((), g.real.dtype), step.gradient)
     applied = step.direction

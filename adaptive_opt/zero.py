@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adaptive_opt.describe import Description, describe, describe_as
+from adaptive_opt.describe import Description, describe, transformation
 from adaptive_opt.policies import Tree, axes_of, axes_split, choose, map_none
 from adaptive_opt.sharding import SplitOverAxis, is_placeholder
 
@@ -164,7 +164,7 @@ def zero1(
         return map_none(lambda like, u: gathered(u, like), updates, new), placed(state)
 
     wrapper = optax.GradientTransformationExtraArgs(init, update)
-    return describe_as(wrapper, "zero1", {"axis": axis, "gradients": gradients}, parts=(inner,))
+    return transformation("zero1", {"axis": axis, "gradients": gradients}, wrapper, parts=(inner,))
 
 
 def _is_manual(axes: tuple[str, ...]) -> bool:

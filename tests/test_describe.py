@@ -20,10 +20,10 @@ from adaptive_opt import (
     first_moment,
     open_step,
     per_weight_rate,
+    recipe,
     scale_by_adam,
     second_moment,
 )
-from adaptive_opt.describe import recipe
 
 
 def names(optimizer):
