@@ -46,8 +46,11 @@ ELEMENTWISE = _OF_SHAPE | frozenset(
 )
 """The primitives of JAX that work on each element by itself, or move none of them."""
 
-_CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"))
-_CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call"))
+CALLS = frozenset(("jit", "pjit", "closed_call", "core_call"))
+"""What runs a program inside, and changes nothing about it."""
+
+CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call"))
+"""The same, with a derivative of its own."""
 
 _REDUCTIONS = {"reduce_sum": "add", "reduce_and": "and", "reduce_or": "or"}
 """Reductions whose results for the parts may be reduced to that of the whole, and by what."""
@@ -146,9 +149,10 @@ class _Value(NamedTuple):
     """What is known of an array.
 
     ``key`` is what is calculated, whatever the shape of the leaf. ``leaf`` is whose elements these
-    are; without one all are the same number, unless it is ``uneven``. ``cause`` is the equations,
-    outermost first, that widened the scope or made it uneven. A ``total`` is a reduction of
-    several parts. ``padding`` is the value, if known, where a leaf is padded with zeros.
+    are; without one all are the same number, unless it is ``uneven``. ``seen`` is the only leaf
+    that something was read off. ``cause`` is the equations, outermost first, that widened the scope
+    or made it uneven. A ``total`` is a reduction of several parts. ``padding`` is the value, if
+    known, where a leaf is padded with zeros.
     """
 
     key: int
@@ -158,6 +162,7 @@ class _Value(NamedTuple):
     uneven: bool = False
     total: tuple[str, frozenset[Any]] | None = None
     padding: int | None = None
+    seen: int | None = None
 
 
 class _Program:
@@ -211,7 +216,7 @@ class _Program:
         pairs = zip(self._initial, results[split:], strict=True)
         self.state = [a if a == b else self._joined("state", (a, b), ()) for a, b in pairs]
         constant = [a == b for a, b in zip(self._initial, self.state, strict=True)]
-        return constant, [(v.leaf, v.scope, v.uneven, v.padding) for v in self.state]
+        return constant, [(v.scope, v.cause, v.leaf, v.seen, v.padding) for v in self.state]
 
     def remembered(self) -> set[Any]:
         """What the state holds: of every leaf of the uncut parameters, and of none."""
@@ -254,7 +259,7 @@ class _Program:
             self.has_exceptions = True
             joined = self._joined(name, [v._replace(uneven=False) for v in given], path)
             return [joined._replace(uneven=False)] * len(equation.outvars)
-        if name in _CALLS | _CUSTOM:
+        if name in CALLS | CUSTOM:
             return self._closed(settings.get("jaxpr") or settings["call_jaxpr"], given, path)
         if name == "cond":
             which, *operands = given
@@ -284,7 +289,8 @@ class _Program:
         elif is_scalar and (total := self._total(name, given)):
             scope: Scope = "tensor" if len({leaf for _, leaf in total[1]}) == 1 else "tree"
             cause = next((v.cause for v in given if v.scope != "weight"), path)
-            return [_Value(self._key(*total), None, scope, cause, total=total)]
+            seen = min(_leaves(given)) if scope == "tensor" else None
+            return [_Value(self._key(*total), None, scope, cause, total=total, seen=seen)]
         elif name in ELEMENTWISE or (is_scalar and all(math.prod(shape) == 1 for shape in before)):
             result = self._joined(name, given, path, _frozen(equation.params))
             return [result._replace(uneven=result.uneven and not is_scalar)] * len(after)
@@ -321,17 +327,20 @@ class _Program:
             keys, leaf, uneven = [self._named(v) for v in given], None, True
         elif uneven and leaf is not None and scope == "weight":
             scope = "tensor"
+        read = _leaves(given)
+        if len(read) > 1 and scope != "tree":
+            scope, cause = "tree", cause or path
         padding = _at_padding(name, settings, [v.padding for v in given])
         return _Value(
             self._key(name, settings, *keys), leaf, scope, cause, uneven and leaf is None,
-            padding=padding,
+            padding=padding, seen=min(read, default=None) if scope == "tensor" else None,
         )  # fmt: skip
 
     def _looking_further(
         self, name: str, equation: Any, given: list[_Value], path: tuple
     ) -> list[_Value]:
         """Not element by element: of one leaf, of several, or of none, as in a schedule."""
-        leaves = {v.leaf for v in given} - {None}
+        leaves = _leaves(given)
         widest = max(given, key=lambda v: (_WIDTH[v.scope], v.uneven), default=_Value(0))
         own: Scope = (*SCOPES.values(),)[min(len(leaves), 2)]
         scope = own if _WIDTH[own] > _WIDTH[widest.scope] else widest.scope
@@ -341,7 +350,15 @@ class _Program:
         key = (name, _frozen(equation.params), shapes, *map(self._named, given))
         total = self._stacked(given) if name in ("concatenate", "stack") else None
         return [
-            _Value(self._key(i, *key), None, scope, cause, var.aval.size > 1, total=total)
+            _Value(
+                self._key(i, *key),
+                None,
+                scope,
+                cause,
+                var.aval.size > 1,
+                total,
+                seen=min(leaves) if scope == "tensor" else None,
+            )
             for i, var in enumerate(equation.outvars)
         ]
 
@@ -360,6 +377,11 @@ class _Program:
     def _named(self, value: _Value) -> Any:
         """A key that says of which leaves."""
         return value.key, None if value.leaf is None else tuple(self.owners[value.leaf])
+
+
+def _leaves(values: Sequence[_Value]) -> set[int]:
+    """The leaves that values are of, or that something was read off."""
+    return {leaf for v in values for leaf in (v.leaf, v.seen) if leaf is not None}
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:
@@ -422,9 +444,9 @@ def _is_cut_freely(whole: _Program, cut: _Program) -> bool:
 
 def _of_own_leaf(value: _Value, leaf: int) -> _Value:
     """An update, which must be of its own leaf, or the same for all weights."""
-    if value.scope == "weight" and (value.uneven or value.leaf not in (None, leaf)):
-        return value._replace(scope="tensor" if value.uneven else "tree")
-    return value
+    if _leaves([value]) - {leaf}:
+        return value._replace(scope="tree")
+    return value._replace(scope="tensor") if value.uneven and value.scope == "weight" else value
 
 
 def _widest(values: Sequence[_Value]) -> tuple[Scope, tuple[Any, ...]]:
@@ -443,10 +465,10 @@ def _place(optimizer: optax.GradientTransformation, cause: tuple[Any, ...]) -> s
         f.function_name.split(".<locals>")[0] for f in frames if "<locals>" in f.function_name
     ]
     description = describe(optimizer)
-    for parts in (description.stages(), description.walk()):
-        names = {part.name for part in parts}
-        if found := next((name for name in makers if name in names), ""):
-            return found
+    stages = {part.name for part in description.stages()}
+    wrappers = {part.name for part in description.walk()}
     libraries = tuple(os.path.dirname(str(m.__file__)) for m in (jax, optax, os, policies))
     own = (f for f in frames if not f.file_name.startswith(libraries))
-    return next((f"{os.path.basename(f.file_name)}:{f.line_num}" for f in own), "")
+    lines = [f"{os.path.basename(f.file_name)}:{f.line_num}" for f in own]
+    named = [name for name in makers if name in stages]
+    return next(iter([*named, *lines, *(name for name in makers if name in wrappers)]), "")
