@@ -16,6 +16,10 @@ from adaptive_opt import codecs
 from adaptive_opt.codecs import Blocks
 from adaptive_opt.describe import described_around
 from adaptive_opt.policies import Tree, check_optimizer, check_whole, choose
+from adaptive_opt.reach import counts_as_per_weight
+
+# The noise goes by positions and the scales by blocks; of a part of an array it does the same.
+_decoded = counts_as_per_weight(codecs.decoded)
 
 _ENCODERS: dict[str, Callable[..., Any]] = {
     "bfloat16": codecs.to_bfloat16,
@@ -118,6 +122,7 @@ def low_memory(
     check_whole(1, min_size=min_size)
     inner = optax.with_extra_args_support(inner)
 
+    @counts_as_per_weight
     def encoded(path: Any, x: Any) -> Any:
         """An array of a new state, by its name and size."""
         dtype = getattr(x, "dtype", None)
@@ -136,6 +141,7 @@ def low_memory(
         # A constant that XLA sees it calculates itself, slowly.
         return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
 
+    @counts_as_per_weight
     def encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
         """The same array after a step, as it was stored: here it may be a part of what it was."""
         dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
@@ -164,7 +170,7 @@ def low_memory(
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         stored = state.inner_state
-        updates, new = inner.update(updates, codecs.decoded(stored), params, **extra)
+        updates, new = inner.update(updates, _decoded(stored), params, **extra)
         encode = functools.partial(encoded_again, count)
         return updates, LowMemoryState(
             count,

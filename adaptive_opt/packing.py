@@ -22,21 +22,10 @@ from jax.core import Tracer
 from adaptive_opt.describe import Description, describe, shown
 from adaptive_opt.groups import ParameterGroups, path_of
 from adaptive_opt.policies import Tree, check_whole, dtype_of
+from adaptive_opt.reach import reach
 
 PAD = 1024
 """Buffers are a multiple of so many numbers long: an odd length loses vector instructions."""
-
-_ELEMENTWISE = frozenset(
-    """
-    first_moment second_moment sum_of_squares infinity_moment centered_moment heavy_ball amsgrad_max
-    debias nesterov_moment nadam_moment per_weight_rate inverse_rate uniform_rate debias_rate
-    scale_rate mute_unseen adadelta_units radam_rectifier adamod_momental_bound
-    adabound_dynamic_bound apply_rate diffgrad_friction open_step close_step l2_regularization
-    decoupled_weight_decay decoupled_l1_decay scale_by_learning_rate scale identity set_to_zero clip
-    clip_by_global_norm
-    """.split()  # noqa: SIM905
-)
-"""Transformations that treat every weight by itself, or the tree as a whole."""
 
 _MADE_BY = "_adaptive_opt_packing"
 
@@ -168,8 +157,11 @@ class Packing:
                     )
 
         def of_packed(tree: Tree) -> Tree:
-            del tree
-            return dict(packed)
+            try:
+                self._structure.flatten_up_to(tree)
+            except (ValueError, TypeError, KeyError):
+                return dict(packed)
+            return jax.tree.unflatten(self._structure, values)  # of ordinary parameters
 
         if callable(mask):
             of_packed = functools.wraps(mask)(of_packed)
@@ -182,37 +174,44 @@ class Packing:
         """``inner``, if it may be used on packed parameters; unchanged.
 
         Args:
-          inner: an optimizer that treats every weight by itself, or the tree as a whole. Recipes
-            and stages say so in their description.
+          inner: an optimizer that treats every weight by itself, or takes sums over all of them
+            to which the padding of buffers adds nothing. That is read off its operations: on
+            ordinary and on packed parameters they must calculate the same.
           elementwise: your word for it, for all other transformations, and for masks that are right
             for packed trees. Nothing is checked then.
 
-        ValueError for what is not known to be elementwise, for ``low_memory``, for conditions that
-        look at extra arguments, and for masks and labels (of weight decay, ``optax.masked``,
+        ValueError for what is not known to be such, for ``low_memory``, for conditions that look at
+        extra arguments, and for masks and labels (of weight decay, ``optax.masked``,
         ``optax.partition``) that ``mask`` of this packing has not made; except those of
         ``ParameterGroups``, if they are the same for all leaves of a buffer.
         """
         if not elementwise:
-            description = describe(inner)
-            for stage in description.stages():
-                if stage.name not in _ELEMENTWISE or stage.settings.get("scope") == "tensor":
-                    raise ValueError(
-                        f"{stage.name} is not known to treat every weight by itself. If it does,"
-                        " say packing.optimizer(inner, elementwise=True); if it looks at shapes,"
-                        " norms of single tensors or paths, its parameters cannot be packed."
-                    )
-            for part in description.walk():
+            for part in describe(inner).walk():
                 self._check_part(part)
+            self._check_reach(inner)
         return optax.with_extra_args_support(inner)
 
-    def _check_part(self, part: Description) -> None:
-        if part.name == "low_memory":
+    def _check_reach(self, inner: optax.GradientTransformation) -> None:
+        packed = self.pack(self._params)
+        paths = [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(packed)[0]]
+        found = reach(inner, self._params, packed, [self._members[path] for path in paths])
+        if found.has_exceptions:
             raise ValueError(
                 "low_memory goes by the size of arrays and cuts them into blocks, which in buffers"
                 " are not those of the parameters: use it or Packing, not both. If blocks may cross"
                 " parameters, and checkpoints differ from those of ordinary runs, say"
                 " packing.optimizer(inner, elementwise=True)."
             )
+        if not found.is_cut_freely:
+            operation = f" ({found.operation})" if found.place else ""
+            raise ValueError(
+                f"{found.place or found.operation} is not known to treat every weight by"
+                f" itself{operation}. If it does, say packing.optimizer(inner, elementwise=True);"
+                " if it looks at shapes, norms of single tensors or paths, its parameters cannot"
+                " be packed."
+            )
+
+    def _check_part(self, part: Description) -> None:
         if part.settings.get("forward_extra_args"):
             raise ValueError(
                 f"{part.name} has a condition that looks at extra arguments, which may be packed."

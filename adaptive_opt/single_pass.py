@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, gensym, jaxpr_as_fun
 
 from adaptive_opt.describe import described_around
 from adaptive_opt.policies import Tree, calculated
+from adaptive_opt.reach import CALLS, CUSTOM, ELEMENTWISE
 
 OPTION = "xla_cpu_use_multi_output_fusion"
 _FLAG = "--xla_backend_extra_options="
@@ -149,8 +150,8 @@ def single_pass(
         optimizer = adaptive_opt.single_pass(adaptive_opt.adamod(1e-3))
 
     It looks at the operations of ``inner.update``, whatever it is made of. Those that act on each
-    weight by itself are repeated for every output; all others (norms, products of matrices,
-    ``cond``, ``scan``, and a ``jit`` that contains one of them) are done once, as before. A buffer
+    weight by itself are repeated for every output, those inside a ``jit`` too; all others (norms,
+    products of matrices, ``cond``, ``scan``) are done once, as before. A buffer
     that is a plain copy of the gradient is written in the same loop.
 
     It stands aside, and the program is that of ``inner``: without the option of XLA that
@@ -198,7 +199,7 @@ def _always_single_pass(
         arrays = [leaves[i] for i in where]
         program, shapes = jax.make_jaxpr(outputs, return_shape=True)(*arrays)
         of_state = sum(i < len(jax.tree.leaves(state)) for i in where)
-        results = _from_separate_copies(program, arrays, of_state)
+        results = _from_separate_copies(_inlined(program), arrays, of_state)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -206,31 +207,66 @@ def _always_single_pass(
 
 # --- the program, output by output ----------------------------------------------------------------
 
-_ELEMENTWISE = frozenset(
-    """
-    abs add add_any and atan2 broadcast_in_dim cbrt ceil clamp complex conj convert_element_type
-    copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
-    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow real
-    reduce_precision rem reshape round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh sqrt square squeeze sub tan tanh xor
-    """.split()  # noqa: SIM905 (a list of 60 quoted names is no easier to read)
-)
-"""The primitives of JAX that work on each element by itself: cheaper repeated than stored."""
 
-_CONTAINERS = frozenset(("jit", "pjit", "custom_jvp_call", "custom_vjp_call"))
+def _inlined(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program with the equations of every ``jit`` in place of it."""
+    variable = gensym()
+    constants: dict[Any, Any] = {}
+    equations: list[Any] = []
+
+    def renamed(program: ClosedJaxpr, given: Sequence[Any]) -> list[Any]:
+        """Appends the equations, whose variables another call may use too; returns the results."""
+        jaxpr = program.jaxpr
+        held = [variable(var.aval) for var in jaxpr.constvars]
+        constants.update(zip(held, program.consts, strict=True))
+        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *given), strict=True))
+
+        def read(var: Any) -> Any:
+            return var if isinstance(var, Literal) else known[var]
+
+        for equation in jaxpr.eqns:
+            operands = [*map(read, equation.invars)]
+            if _is_plain_call(equation):
+                results = renamed(_inside(equation), operands)
+            else:
+                results = [variable(var.aval) for var in equation.outvars]
+                equations.append(equation.replace(invars=operands, outvars=results))
+            known.update(zip(equation.outvars, results, strict=True))
+        return [*map(read, jaxpr.outvars)]
+
+    inputs = [variable(var.aval) for var in program.jaxpr.invars]
+    outputs = renamed(program, inputs)
+    jaxpr = program.jaxpr.replace(
+        constvars=[*constants], invars=inputs, eqns=equations, outvars=outputs
+    )
+    return ClosedJaxpr(jaxpr, [*constants.values()])
+
+
+def _inside(equation: Any) -> Any:
+    return equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+
+
+def _is_plain_call(equation: Any) -> bool:
+    """Whether it is a ``jit`` that asks for nothing but its own equations."""
+    settings = equation.params
+    names = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
+    placed = (place for name in names for place in settings.get(name) or ())
+    return (
+        equation.primitive.name in CALLS
+        and isinstance(_inside(equation), ClosedJaxpr)
+        and all(place is None or type(place).__name__ == "UnspecifiedValue" for place in placed)
+        and not settings.get("compiler_options_kvs")
+    )
 
 
 def _is_elementwise(equation: Any) -> bool:
     settings = equation.params
     if settings.get("branches_platforms"):  # of which the compiler sees one
         return all(_all_elementwise(branch) for branch in settings["branches"])
-    if equation.primitive.name not in _CONTAINERS:
-        return equation.primitive.name in _ELEMENTWISE
-    placed = (*settings.get("in_shardings", ()), *settings.get("out_shardings", ()))
-    if any(type(sharding).__name__ != "UnspecifiedValue" for sharding in placed):
-        return False
-    inside = settings.get("jaxpr") or settings.get("call_jaxpr")
-    return isinstance(inside, ClosedJaxpr) and _all_elementwise(inside)
+    if equation.primitive.name in CUSTOM or _is_plain_call(equation):
+        inside = _inside(equation)
+        return isinstance(inside, ClosedJaxpr) and _all_elementwise(inside)
+    return equation.primitive.name in ELEMENTWISE
 
 
 def _is_copy(equation: Any) -> bool:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adaptive_opt.describe import Description, describe, transformation
-from adaptive_opt.policies import Tree, axes_of, axes_split, choose, map_none
+from adaptive_opt.describe import transformation
+from adaptive_opt.policies import Tree, axes_of, axes_split, choose, dtype_of, map_none
+from adaptive_opt.reach import reach
 from adaptive_opt.sharding import SplitOverAxis, is_placeholder
-
-NOT_ELEMENTWISE = (
-    "centralize", "clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip",
-    "normalize_by_update_norm", "scale_by_trust_ratio", "scale_by_param_block_norm",
-    "scale_by_param_block_rms", "scale_by_factored_rms", "scale_by_sm3", "scale_by_novograd",
-    "scale_by_lbfgs", "scale_by_polyak", "scale_by_backtracking_linesearch",
-    "scale_by_zoom_linesearch", "scale_by_muon", "add_noise", "apply_if_finite", "skip_nonfinite",
-)  # fmt: skip
-"""What is known by name to let weights see each other, or to depend on the shape of a tensor."""
-
-OBSERVERS = ("telemetry", "observer")
 
 UNIT = 128
 """Leaves are padded to a multiple of it, whatever the number of devices, if that divides it."""
@@ -36,6 +28,7 @@ def zero1(
     axis: str | tuple[str, ...] = "data",
     *,
     gradients: str = "mean",
+    elementwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Splits the optimizer state over the data-parallel devices; parameters stay replicated.
 
@@ -62,16 +55,19 @@ def zero1(
 
     Args:
       inner: elementwise: the update of a weight depends on its own gradients, on its own values and
-        on the count only. What needs a whole tensor or tree goes in front, under ``shard_map``
-        once the gradients are reduced.
+        on the count only. ``init`` reads that off its operations, whatever it is made of;
+        ``low_memory``, whose blocks go by positions, counts as elementwise. What needs a whole
+        tensor or tree goes in front, under ``shard_map`` once the gradients are reduced.
       mesh: the mesh of the parameters.
       axis: the axis, or axes, of the mesh among whose devices the state is split.
       gradients: what arrives under ``shard_map``: "mean" or "sum": each device's own gradient, to
         be averaged or added up; "reduced": the same on all. Gradients that ``check_vma=True`` knows
         to be the same on all devices count as reduced.
+      elementwise: your word that ``inner`` is, where its operations do not show it. Nothing is
+        checked then.
 
-    State: that of ``inner`` with split buffers. ValueError for an ``inner`` that ``describe`` knows
-    not to be elementwise, for an axis that the mesh does not have, and for parameters that are
+    State: that of ``inner`` with split buffers. ValueError for an axis that the mesh does not have;
+    at ``init``, for an ``inner`` that is not known to be elementwise, and for parameters that are
     sharded (their state is sharded as they are, see ``init_sharded``).
 
     >>> import jax, jax.numpy as jnp
@@ -93,7 +89,6 @@ def zero1(
             " the batch is split over."
         )
     choose("gradients", gradients, {"mean": 0, "sum": 0, "reduced": 0})
-    _check_elementwise(describe(inner))
     inner = optax.with_extra_args_support(inner)
     n = math.prod(mesh.shape[name] for name in axes)
     unit = math.lcm(n, UNIT)
@@ -104,6 +99,11 @@ def zero1(
         x = jnp.asarray(x)
         row = jnp.pad(x.reshape(-1), (0, -x.size % unit)) if x.ndim else x
         return row.reshape(*[1] * (x.ndim - 1), *row.shape)
+
+    @functools.cache
+    def check(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> None:
+        params = jax.tree.unflatten(structure, shapes)
+        _check_elementwise(inner, params, jax.eval_shape(lambda p: map_none(flat, p), params))
 
     def part(x: Any) -> jax.Array:
         """What of a leaf belongs to this device."""
@@ -155,7 +155,11 @@ def zero1(
                 lambda x: mark if is_placeholder(x) else x, state, is_leaf=is_placeholder
             )
         jax.tree_util.tree_map_with_path(_check_replicated, params)
-        return placed(inner.init(map_none(part, params)))
+        state = inner.init(map_none(part, params))
+        if not elementwise:
+            leaves, structure = jax.tree.flatten(params)
+            check(structure, tuple(jax.ShapeDtypeStruct(np.shape(x), dtype_of(x)) for x in leaves))
+        return placed(state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         own = map_none(reduced_part, updates)
@@ -203,18 +207,20 @@ def _check_replicated(path: Any, param: Any) -> None:
         )
 
 
-def _check_elementwise(description: Description) -> None:
-    for part in description.walk():
-        if part.name in OBSERVERS:
-            raise ValueError(
-                f"zero1 pads the parameters, and {part.name} would count the padding too: leave"
-                " observers= out."
-            )
-        scope = part.settings.get("scope")
-        if part.name in NOT_ELEMENTWISE or scope in ("tensor", "tree"):
-            shown = f'{part.name}(scope="{scope}")' if scope else part.name
-            raise ValueError(
-                f"zero1 takes elementwise transformations, but {shown} lets the weights of a tensor"
-                " see each other, of which a device has a part only. Put it around or in front:"
-                " optax.chain(optax.clip_by_global_norm(1.0), zero1(adam(1e-3), mesh))."
-            )
+def _check_elementwise(inner: optax.GradientTransformation, params: Tree, parts: Tree) -> None:
+    found = reach(inner, params, parts)
+    if found.scope == "weight":
+        return
+    if found.only_seen:
+        raise ValueError(
+            f"zero1 pads the parameters, and {found.place or found.operation} would count the"
+            " padding too: leave observers= out, or put it in front. If that does not matter, say"
+            " zero1(inner, mesh, elementwise=True)."
+        )
+    shown = f"{found.place} ({found.operation})" if found.place else found.operation
+    raise ValueError(
+        f"zero1 takes elementwise transformations, but {shown} lets the weights of a {found.scope}"
+        " see each other, of which a device has a part only. Put it around or in front:"
+        " optax.chain(optax.clip_by_global_norm(1.0), zero1(adam(1e-3), mesh)). If it treats every"
+        " weight by itself all the same, say zero1(inner, mesh, elementwise=True)."
+    )

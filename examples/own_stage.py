@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_opt import (
+    AdaptiveStep,
     adaptive,
     debias,
     describe,
@@ -30,14 +31,11 @@ from adaptive_opt import (
 )
 
 
-@stage(reads=("gradient", "direction"), replaces=("direction",))
+@stage
 def cautious():
-    def agree(direction, gradient):
-        same = jnp.real(direction * jnp.conj(gradient)) > 0
-        return direction * same * (same.size / jnp.maximum(same.sum(), 1))
-
-    def line(step):
-        return step.replace(direction=step.map(agree, step.direction, step.gradient))
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        same = jnp.real(step.direction * jnp.conj(step.gradient)) > 0
+        return step.set(direction=step.direction * same * (same.size / jnp.maximum(same.sum(), 1)))
 
     return line
 

@@ -16,6 +16,7 @@ from traffic import SIZE, compiled_step, loops, traffic, ulps_at_the_scale_of
 
 import adaptive_opt
 from adaptive_opt import single_pass
+from adaptive_opt.policies import copied
 
 
 def of_a_large_leaf(plain):
@@ -82,6 +83,30 @@ def of_shards():
     }
 
 
+def of_nested_jits():
+    """Traffic of a rule of one's own, and of the same in a ``jit`` for each leaf, in a ``jit``."""
+
+    def rule(g, mu, nu, previous, count):
+        mu, nu = 0.9 * mu + 0.1 * g, 0.99 * nu + 0.01 * jnp.square(g)
+        friction = jax.nn.sigmoid(jnp.abs(previous - g))
+        rate = 1e-3 / (1 - 0.9**count) / (jnp.sqrt(nu) + 1e-8)
+        return -rate * friction * mu, mu, nu, copied(g, previous)
+
+    def init(params):
+        return jnp.zeros([]), [jax.tree.map(jnp.zeros_like, params) for _ in range(3)]
+
+    def transformation(rule):
+        def update(updates, state, params=None):
+            count, buffers = state[0] + 1, state[1]
+            update, *buffers = rule(updates, *buffers, count)
+            return update, (count, buffers)
+
+        return optax.GradientTransformation(init, update)
+
+    optimizers = map(transformation, (rule, jax.jit(rule), jax.jit(jax.jit(rule))))
+    return [traffic(compiled_step(single_pass(tx)))._asdict() for tx in optimizers]
+
+
 def nan_and_infinity():
     """The previous gradient, bit for bit, of a gradient with everything in it."""
     gradient = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 3e38, 1.0], np.float32)
@@ -114,6 +139,7 @@ if __name__ == "__main__":
                 "trees": {name: of_a_tree(tx) for name, tx in wrapped.items()},
                 "training": [of_a_training_step(RECIPES[name]) for name in ("adamw", "diffmod")],
                 "shards": of_shards(),
+                "nested jits": of_nested_jits(),
                 "previous gradient kept": nan_and_infinity(),
             }
         )

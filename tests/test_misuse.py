@@ -40,7 +40,6 @@ from adaptive_opt import (
     scale_rate,
     second_moment,
     stage,
-    sum_of_squares,
 )
 
 
@@ -390,12 +389,11 @@ def of_line(line):
 )
 def test_a_line_that_makes_no_sense_is_refused(line, error, message):
     with pytest.raises(error, match=message):
-        rule = adaptive(scale_by_adam(), of_line(line))
-        rule.update(jnp.ones((3, 2)), rule.init(jnp.ones((3, 2))))
+        adaptive(scale_by_adam(), of_line(line)).init(jnp.ones((3, 2)))
 
 
 def test_a_stage_takes_no_keywords():
-    with pytest.raises(TypeError, match="stage.* got an unexpected keyword argument 'reads'"):
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'reads'"):
         stage(reads=("rate",))
     with pytest.raises(
         TypeError, match=r"first_moment takes no argument 'dtpye'\. Did you mean dt"

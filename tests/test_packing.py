@@ -266,13 +266,17 @@ def test_checkpoints_are_those_of_an_ordinary_run(params):
 
 def test_what_is_not_known_to_be_elementwise_needs_the_callers_word(params):
     packing = Packing(params)
-    for optimizer in (adaptive_opt.ranger(1e-3), optax.lamb(1e-3), optax.adam(1e-3)):
+    for optimizer in (adaptive_opt.ranger(1e-3), optax.lamb(1e-3), optax.lars(1e-3)):
         with pytest.raises(ValueError, match=r"not known to treat every weight.*elementwise=True"):
             packing.optimizer(optimizer)
     gradients = list(gradient_trees(2, shapes=SHAPES))
-    trusted = packing.optimizer(optax.adam(1e-3), elementwise=True)
-    result = steps(trusted, packing.pack(params), map(packing.pack, gradients))
-    assert_bit_equal(packing.unpack(result), steps(optax.adam(1e-3), params, gradients))
+    flat = optax.flatten(optax.adam(1e-3))  # which concatenates all leaves
+    with pytest.raises(ValueError, match="flatten is not known"):
+        packing.optimizer(flat)
+    trusted = packing.optimizer(flat, elementwise=True)
+    new, _ = steps(trusted, packing.pack(params), map(packing.pack, gradients))
+    assert_bit_equal(packing.unpack(new), steps(flat, params, gradients)[0])
+    packing.optimizer(optax.adam(1e-3))
     tensor = adaptive_opt.rmsprop(1e-3, scope="tensor")
     with pytest.raises(ValueError, match="second_moment is not known"):
         packing.optimizer(tensor)

@@ -94,6 +94,10 @@ def test_a_training_step_has_one_loop_for_the_gradient_and_one_for_the_rest(with
         assert loops["single pass"] == 2 < loops["plain"]
 
 
+def test_a_jit_inside_changes_nothing(with_the_option):
+    assert with_the_option["nested jits"] == 3 * [{"bytes": 36.0, "temporary": 0.0, "loops": 1}]
+
+
 def test_sharded_parameters_stay_where_they_are(with_the_option):
     assert with_the_option["shards"] == {"communicates": False, "split": True}
 

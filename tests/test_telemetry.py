@@ -211,9 +211,9 @@ def test_groups_are_counted_apart_and_together_make_the_whole():
 def test_rates_outside_of_the_bins_and_rates_that_are_no_numbers_are_in_the_outermost():
     lr = jnp.array([0.0, 1e-13, 1e7, jnp.nan])
 
-    @adaptive_opt.stage(reads=("gradient",), replaces=("rate",))
+    @adaptive_opt.stage
     def given_rate():
-        return lambda step: step.replace(rate=lr)
+        return lambda step: step.set(rate=lr)
 
     bracket = adaptive(given_rate(), telemetry())
     _, state = bracket.update(jnp.ones(4), bracket.init(jnp.ones(4)), jnp.ones(4))
