@@ -7,22 +7,27 @@ dtype of every array, and is compared before anything is read back.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
-import flax.serialization
 import jax
 import numpy as np
 import optax
 from jax.core import Tracer
 
 from adaptive_opt.describe import Description, describe, shown
-from adaptive_opt.policies import Tree, dtype_of
+from adaptive_opt.policies import Tree, dtype_of, needed
+from adaptive_opt.recipe import RECIPES
 
 STATE_FORMAT = 1
 """Raised whenever the state of some recipe changes its meaning."""
+
+SAMPLED_STEPS = (0, 1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000)
+"""Where a schedule is looked at."""
 
 T = TypeVar("T")
 
@@ -86,7 +91,8 @@ def check_checkpoint(
       header: what ``checkpoint_header`` returned when the checkpoint was written.
       optimizer, tree: what it is to be read into.
       allow: names of settings that may differ, for instance ``{"learning_rate"}`` to go on with
-        another one; a schedule is compared by the name of the function that made it.
+        another one. Nothing else is let through. Schedules are compared by their values at a dozen
+        steps, masks by name.
 
     Raises:
       CheckpointMismatch: names every stage, setting, path, shape and dtype that differs.
@@ -118,6 +124,7 @@ def check_checkpoint(
     differences = [
         *_optimizers_differ(header["optimizer"], wanted["optimizer"], frozenset(allow))
     ] or [*_leaves_differ(header["leaves"], wanted["leaves"])]
+    differences = list(dict.fromkeys(differences))
     if differences:
         few = differences[:10]
         more = f"; and {len(differences) - 10} more" if len(differences) > 10 else ""
@@ -139,11 +146,12 @@ def to_bytes(optimizer: optax.GradientTransformation, tree: Tree) -> bytes:
     >>> sorted(restored[0].buffers)
     ['mu', 'nu', 'rate_ema']
     """
+    serialization = _flax_serialization()
     content = {
         "header": checkpoint_header(optimizer, tree),
-        "tree": flax.serialization.to_state_dict(jax.device_get(tree)),
+        "tree": serialization.to_state_dict(jax.device_get(tree)),
     }
-    data = flax.serialization.msgpack_serialize(content)
+    data = serialization.msgpack_serialize(content)
     return data + _checksum(data)
 
 
@@ -184,10 +192,15 @@ def from_bytes(
             " flax.serialization.from_bytes, which checks neither the optimizer nor shapes; a"
             " state of optax then comes in through convert_state."
         )
-    saved: Any = flax.serialization.msgpack_restore(content)
+    serialization = _flax_serialization()
+    saved: Any = serialization.msgpack_restore(content)
     check_checkpoint(saved["header"], optimizer, target, allow=allow)
-    restored: Any = flax.serialization.from_state_dict(target, saved["tree"])
+    restored: Any = serialization.from_state_dict(target, saved["tree"])
     return restored
+
+
+def _flax_serialization() -> Any:
+    return needed("flax.serialization", "flax", "to_bytes and from_bytes")
 
 
 def _checksum(data: bytes) -> bytes:
@@ -197,19 +210,38 @@ def _checksum(data: bytes) -> bytes:
 def _as_data(description: Description) -> dict[str, Any]:
     return {
         "name": description.name,
-        "settings": {name: _plain(value) for name, value in description.settings.items()},
+        "settings": {name: _plain(value, name) for name, value in description.settings.items()},
         "parts": [_as_data(part) for part in description.parts],
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str = "") -> Any:
+    """A setting as data; a schedule as its values at a dozen steps."""
     if isinstance(value, (np.generic, np.ndarray, jax.Array)) and not isinstance(value, Tracer):
         value = value.item() if np.ndim(value) == 0 else value
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if inspect.isroutine(value) and name != "mask":
+        values = _sampled(value)
+        return shown(value) if values is None else {"schedule": shown(value), "values": values}
     return shown(value)
+
+
+def _sampled(schedule: Any) -> list[float] | None:
+    """The values of a schedule at some steps; None for a function that is no schedule."""
+    try:
+        values = [np.asarray(schedule(np.int32(step))) for step in SAMPLED_STEPS]
+        return None if values[0].dtype == np.bool_ else [float(value) for value in values]
+    except Exception:  # whatever a function raises that wants something else
+        return None
 
 
 def _optimizers_differ(
@@ -217,25 +249,68 @@ def _optimizers_differ(
     now: Mapping[str, Any],
     allow: frozenset[str],
     inside: str = "",
-    numbers: bool = True,
+    follows: bool = False,
 ) -> Iterator[str]:
+    """What differs, each thing once.
+
+    Where it is a recipe, its parts ``follow`` from its settings, and only their names are compared.
+    """
     where = f" in {inside}" if inside else ""
     if saved["name"] != now["name"]:
         yield f"the optimizer{where} was {saved['name']}, is {now['name']}"
         return
-    for name in sorted({*saved["settings"], *now["settings"]}):
-        old, new = (d["settings"].get(name) for d in (saved, now))
-        if old == new:
-            continue
-        if name not in allow and (numbers or isinstance(old, str) or isinstance(new, str)):
-            yield f"{name} of {saved['name']}{where} was {old!r}, is {new!r}"
-        numbers = False  # those of the parts follow from it
+    if not follows:
+        differences = [*_settings_differ(saved, now, allow, where)]
+        yield from differences
+        follows = now["name"] in RECIPES
+        if differences and follows:
+            return
     before, after = ([part["name"] for part in d["parts"]] for d in (saved, now))
     if before != after:
         yield f"{now['name']}{where} was made of {', '.join(before)}, is of {', '.join(after)}"
         return
     for old, new in zip(saved["parts"], now["parts"], strict=True):
-        yield from _optimizers_differ(old, new, allow, now["name"], numbers)
+        yield from _optimizers_differ(old, new, allow, now["name"], follows)
+
+
+def _settings_differ(
+    saved: Mapping[str, Any], now: Mapping[str, Any], allow: frozenset[str], where: str
+) -> Iterator[str]:
+    for name in sorted({*saved["settings"], *now["settings"]} - allow):
+        if name not in saved["settings"] or name not in now["settings"]:
+            given = saved["settings"].get(name, now["settings"].get(name))
+            if now["name"] not in RECIPES or given == _default(now["name"], name):
+                continue  # an argument that one of two versions does not know
+        old, new = (d["settings"].get(name) for d in (saved, now))
+        if not _are_alike(old, new):
+            was, now_is = _told_apart(old, new)
+            yield f"{name} of {saved['name']}{where} was {was}, is {now_is}"
+
+
+def _default(recipe: str, argument: str) -> Any:
+    parameter = inspect.signature(RECIPES[recipe]).parameters.get(argument)
+    return None if parameter is None else _plain(parameter.default)
+
+
+def _are_alike(old: Any, new: Any) -> bool:
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and "schedule" in old.keys() & new:
+        return bool(np.allclose(old["values"], new["values"], rtol=1e-5, atol=0))
+    if isinstance(new, Mapping) and "schedule" in new and isinstance(old, str):
+        return old == new["schedule"]  # a header that says no more than a name
+    return old == new
+
+
+def _told_apart(old: Any, new: Any) -> tuple[str, str]:
+    """Two settings as they are printed; of two schedules the first value that differs."""
+    is_schedule = [isinstance(x, Mapping) and "schedule" in x for x in (old, new)]
+    if all(is_schedule):
+        for step, a, b in zip(SAMPLED_STEPS, old["values"], new["values"], strict=True):
+            if not np.isclose(a, b, rtol=1e-5, atol=0):
+                return f"{old['schedule']} ({a:.6g} at step {step})", f"{b:.6g} there"
+    was, now = (
+        repr(x["schedule"] if of else x) for x, of in zip((old, new), is_schedule, strict=True)
+    )
+    return was, now
 
 
 def _leaves_differ(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -160,6 +160,9 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     if name == "with_extra_args_support":
         return describe(held["tx"])
     numbers = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
+    if name.startswith("MultiSteps"):
+        every = held["_every_k_schedule"]
+        numbers = {"every_k_schedule": _held(every).get("every_k_schedule", every)}
     labels = held.get("mask", held.get("param_labels"))
     return Description(name.removesuffix(".update"), numbers, _inner(transformation), labels)
 

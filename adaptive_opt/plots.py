@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_opt.policies import needed
 from adaptive_opt.telemetry import BIN_EDGES, rate_histograms, read_telemetry, seen_at
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -110,7 +111,7 @@ def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -
     filled = np.flatnonzero(sum(p.sum(axis=0) for p in percents.values()))
     low, high = (filled[0], filled[-1] + 1) if len(filled) else (0, len(BIN_EDGES) - 1)
     with _style() as plt:
-        from matplotlib import colors
+        colors = needed("matplotlib.colors", "plots", "the pictures")
 
         figure, panels = plt.subplots(
             1, len(recorders), figsize=(1.2 + 2.9 * len(recorders), 3.2), sharey=True,
@@ -281,12 +282,7 @@ def sensitivity_curve(curves: Mapping[str, tuple[Any, Any]], *, label: str) -> A
 @contextlib.contextmanager
 def _style() -> Iterator[Any]:
     """pyplot with our settings for the length of a drawing; those of the user stay."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError(
-            "the pictures need matplotlib: pip install 'adaptive_opt[plots]'."
-        ) from None
+    plt = needed("matplotlib.pyplot", "plots", "the pictures")
     settings = {
         "figure.facecolor": "white",
         "axes.facecolor": "white",

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args
 
@@ -33,6 +33,17 @@ Scope: TypeAlias = Literal["weight", "tensor", "tree"]
 SCOPES: dict[str, Scope] = {name: name for name in get_args(Scope)}
 
 T = TypeVar("T")
+
+
+def needed(module: str, extra: str, who: str) -> Any:
+    """A module of an extra, imported where it is used; an error that names the extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{who} need {module.split('.')[0]}, which is not installed: pip install"
+            f" 'adaptive_opt[{extra}]'."
+        ) from error
 
 
 # --- leaves -------------------------------------------------------------------------------------
@@ -222,20 +233,6 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
         return new_leaf.astype(dtype_of(old_leaf))
 
     return jax.tree_util.tree_map_with_path(keep, new, old, is_leaf=is_none)
-
-
-def widened(buffer: Tree, what: str) -> Tree:
-    """A buffer that nobody asked to be narrower than 32 bits, in float32, with a warning."""
-    dtypes = {d for d in map(dtype_of, jax.tree.leaves(buffer)) if d.itemsize * 8 < 32}
-    if not dtypes:
-        return buffer
-    warnings.warn(
-        f"{what} arrives as {', '.join(map(str, dtypes))}, perhaps from a state that optax made for"
-        " 16-bit parameters, and is kept as float32 from here on. With state_dtype= it stays as it"
-        " is.",
-        stacklevel=2,
-    )
-    return jax.tree.map(lambda x: x.astype(wide(x.dtype)), buffer)
 
 
 def update_dtype(update: Any, param: Any) -> np.dtype:

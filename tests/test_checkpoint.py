@@ -220,8 +220,44 @@ def test_a_setting_may_change_if_it_is_named():
     )
     both = adamw(1e-4, b2=0.9)
     refused("b2 of adamw was 0.999, is 0.9", adamw(1e-3), both, allow={"learning_rate"})
+    twice = adamw(1e-4, b2=0.9, weight_decay=0.5)
+    allowed = {"learning_rate"}
+    refused("b2 of adamw was 0.999, is 0.9; weight_decay of adamw was 0.0001, is 0.5$",
+            adamw(1e-3), twice, allow=allowed)  # fmt: skip
+    inside = lookahead(adam(1e-3)), lookahead(adam(1e-3, b2=0.9), 5)
+    refused("fit: b2 of adam in lookahead was 0.999, is 0.9$", *inside, allow={"sync_period"})
     # What the optimizer is made of must still be the same.
     refused("convention", diffmod(1e-3), diffmod(1e-3, convention="robust"), allow={"len_memory"})
+
+
+def test_schedules_and_the_numbers_of_wrappers_are_compared_by_value():
+    cycle, other = one_cycle(0.1, 10), one_cycle(0.2, 10)
+    refused(r"learning_rate of adam was .* \(0\.004 at step 0\), is 0\.008 there",
+            adam(cycle.learning_rate), adam(other.learning_rate))  # fmt: skip
+    longer = one_cycle(0.1, 20).learning_rate
+    refused("learning_rate of adam .* at step 1", adam(cycle.learning_rate), adam(longer))
+    warm = [optax.linear_schedule(0.0, 1e-2, n) for n in (10, 100)]
+    refused("learning_rate of adamw", *(adamw(schedule) for schedule in warm))
+    accumulated = (optax.MultiSteps(adam(1e-3), k).gradient_transformation() for k in (4, 8))
+    refused("every_k_schedule of MultiSteps was 4, is 8", *accumulated)
+    x = {"w": jnp.ones(3), "b": jnp.ones(())}
+    again = adam(one_cycle(0.1, 10).learning_rate)
+    from_bytes(again, again.init(x), to_bytes(again, again.init(x)))
+
+
+def test_an_argument_that_one_version_of_optax_does_not_know_is_no_difference():
+    x = jnp.ones(3)
+    lion = optax.lion(1e-3)
+    header = json.loads(json.dumps(checkpoint_header(lion, lion.init(x))))
+    header["optimizer"]["parts"][0]["settings"].pop("b1")
+    check_checkpoint(header, lion, lion.init(x))
+
+
+def test_a_header_that_says_no_more_than_the_name_of_a_schedule_is_read():
+    x, optimizer = jnp.ones(3), adam(optax.linear_schedule(0.0, 1e-2, 10))
+    header = json.loads(json.dumps(checkpoint_header(optimizer, optimizer.init(x))))
+    header["optimizer"]["settings"]["learning_rate"] = "polynomial_schedule"
+    check_checkpoint(header, optimizer, optimizer.init(x))
 
 
 def test_another_format_no_header_and_a_damaged_file_are_refused():
