@@ -24,6 +24,7 @@ def scale_by_adam(
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
+    as_in_optax: bool = True,
     state_dtype: DTypeLike | None = None,
 ) -> Stage:
     """Adam's update: ``m^_t / (sqrt(v^_t + eps_root) + eps)``.
@@ -43,6 +44,8 @@ def scale_by_adam(
       eps_root: added under the root; at least 0.
       mu_dtype: the dtype of ``mu``.
       nesterov: look ahead, see ``nesterov_moment``.
+      as_in_optax: bias corrections in optax's arithmetic, which rounds the decays first; see
+        ``debias``. The recipes say False, except for their convention "optax".
       state_dtype: the dtype of the moments for which nothing else is said; default: the
         parameter's, float32 for 16-bit parameters.
 
@@ -62,13 +65,15 @@ def scale_by_adam(
         eps_root=eps_root,
         mu_dtype=mu_dtype,
         nesterov=nesterov,
+        as_in_optax=as_in_optax,
         state_dtype=state_dtype,
     )
-    corrected = (nesterov_moment(b1), debias(b2=b2)) if nesterov else (debias(b1, b2),)
+    how: Any = {"as_in_optax": as_in_optax}
+    averages = (nesterov_moment(b1, **how), debias(b2=b2, **how))
     stages = (
         first_moment(b1, dtype=mu_dtype),
         second_moment(b2),
-        *corrected,
+        *(averages if nesterov else (debias(b1, b2, **how),)),
         per_weight_rate(eps, eps_root),
     )
     lines = tuple(line for part in stages for line in lines_of(part) or ())

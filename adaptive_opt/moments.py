@@ -258,7 +258,12 @@ def centered_moment(
 
 
 @stage
-def debias(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -> OneArray:
+def debias(
+    b1: Hyperparameter | None = None,
+    b2: Hyperparameter | None = None,
+    *,
+    as_in_optax: bool = False,
+) -> OneArray:
     """Corrects averages for their start at zero: ``m_t / (1 - b1^t)`` and ``v_t / (1 - b2^t)``.
 
     With ``b1`` reads and replaces ``direction``, with ``b2`` reads and replaces ``second_moment``;
@@ -270,6 +275,8 @@ def debias(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -
       b1: the decay given to ``first_moment``, in [0, 1). A schedule is taken at the current step
         (``1 - b1_t^t``, as in PyTorch and optax), not multiplied up over all steps.
       b2: the decay given to ``second_moment``, likewise.
+      as_in_optax: calculate ``b^t`` as optax does, from ``b`` rounded to the width of the arrays:
+        7e-6 off in float32 for 0.999, where ``-expm1(t log b)`` is right to rounding.
 
     ValueError if neither is given, or if there is no such average, or it is corrected already.
 
@@ -285,17 +292,18 @@ def debias(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         if b1 is not None:
-            step = step.set(direction=step.direction / step.correction("direction", b1))
+            c1 = step.correction("direction", b1, as_in_optax=as_in_optax)
+            step = step.set(direction=step.direction / c1)
         if b2 is not None:
-            corrected = step.second_moment / step.correction("second_moment", b2)
-            step = step.set(second_moment=corrected)
+            c2 = step.correction("second_moment", b2, as_in_optax=as_in_optax)
+            step = step.set(second_moment=step.second_moment / c2)
         return step
 
     return line
 
 
 @stage
-def nesterov_moment(b1: Hyperparameter) -> OneArray:
+def nesterov_moment(b1: Hyperparameter, *, as_in_optax: bool = False) -> OneArray:
     """Looks one step ahead: ``b1 m_t / (1 - b1^{t+1}) + (1 - b1) g_t / (1 - b1^t)``.
 
     Reads ``gradient`` and ``direction`` (m_t), replaces ``direction``; includes the debiasing.
@@ -304,6 +312,7 @@ def nesterov_moment(b1: Hyperparameter) -> OneArray:
 
     Args:
       b1: the decay given to ``first_moment``, in [0, 1).
+      as_in_optax: see ``debias``.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, first_moment, nesterov_moment
@@ -315,7 +324,8 @@ def nesterov_moment(b1: Hyperparameter) -> OneArray:
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         m, g, b = step.raw("direction"), step.gradient, step.at(b1)
-        now, ahead = step.correction("direction", b1), step.correction_ahead(b1)
+        now = step.correction("direction", b1, as_in_optax=as_in_optax)
+        ahead = step.correction_ahead(b1, as_in_optax=as_in_optax)
         return step.set(direction=b * (m / ahead) + (1 - b) * (g / now))
 
     return line

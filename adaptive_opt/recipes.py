@@ -73,7 +73,7 @@ def adam(
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    convention: Literal["torch", "paper", "keras"] = "torch",
+    convention: Literal["torch", "paper", "keras", "optax"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
@@ -87,7 +87,9 @@ def adam(
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
         ``scale_by_adam``.
       nesterov: look one step ahead, as in ``optax.nadam``; not with "keras".
-      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam`` and ``optax.adam``.
+      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam``, and ``optax.adam`` in
+        float64. "optax": bias corrections in optax's arithmetic: equals ``optax.adam`` in float32
+        too, where it is 7e-6 off the rule at b2 = 0.999.
         "keras": the eps-hat form, ``lr sqrt(1 - b2^t) / (1 - b1^t) m_t / (sqrt(v_t) + eps)``;
         equals ``keras.optimizers.Adam`` given the same eps (its default is 1e-7).
 
@@ -110,7 +112,14 @@ def adam(
         )
     else:
         direction = scale_by_adam(
-            b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            nesterov=nesterov,
+            as_in_optax=convention == "optax",
+            state_dtype=state_dtype,
         )
     return direction, scale_by_learning_rate(learning_rate)
 
@@ -128,7 +137,7 @@ def adamw(
     *,
     nesterov: bool = False,
     l1: Hyperparameter | None = None,
-    convention: Literal["torch", "keras", "paper", "keras-adamw"] = "torch",
+    convention: Literal["torch", "keras", "paper", "keras-adamw", "optax"] = "torch",
     schedule: optax.Schedule | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -148,7 +157,8 @@ def adamw(
       l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
         ``decoupled_l1_decay``.
       convention: "torch": decay times the learning rate and its schedule; equals
-        ``torch.optim.AdamW`` and ``optax.adamw``.
+        ``torch.optim.AdamW``, and ``optax.adamw`` in float64. "optax": the same with optax's
+        arithmetic; equals ``optax.adamw`` in float32 too.
         "keras": the same decay, Adam in the eps-hat form; equals ``keras.optimizers.AdamW``.
         "paper": ``x - eta_t (lr m^_t / (sqrt(v^_t) + eps) + wd x)`` with the multiplier eta from
         ``schedule``: the decay follows it but not the base learning rate, which is then a number.
@@ -175,7 +185,14 @@ def adamw(
         )
     else:
         direction = scale_by_adam(
-            b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            nesterov=nesterov,
+            as_in_optax=convention == "optax",
+            state_dtype=state_dtype,
         )
     decay = decays(weight_decay, l1, mask)
     by_schedule = ("paper", "keras-adamw")
@@ -255,7 +272,7 @@ def amsgrad(
     mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps)
     listings = {
         "torch": (mu, nu, amsgrad_max(), debias(b1, b2), rate),
-        "optax": (mu, nu, debias(b1, b2), amsgrad_max(), rate),
+        "optax": (mu, nu, debias(b1, b2, as_in_optax=True), amsgrad_max(), rate),
         "keras": (mu, nu, amsgrad_max(), rate, debias_rate(b1, b2)),
         "paper": (mu, nu, amsgrad_max(), rate),
     }
@@ -631,7 +648,7 @@ def radam(
     or_still = radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)
     listings = {
         "torch": (*eps_hat, rectified),
-        "optax": (mu, nu, debias(b1, b2), rate, rectified),
+        "optax": (mu, nu, debias(b1, b2, as_in_optax=True), rate, rectified),
         "reference": (*eps_hat, or_still),
     }
     bracket = adaptive(*listings[convention], state_dtype=state_dtype)

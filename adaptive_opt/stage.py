@@ -148,12 +148,12 @@ def lines_of(given: Any) -> tuple[Any, ...] | None:
     return made.lines if made is not None and made.lines else None
 
 
-_ABOUT_THE_BUFFER = ("name", "dtype", "scope", "reduce", "axis_name", "initial")
+_SHOWN_WHERE_CHOSEN = ("name", "dtype", "scope", "reduce", "axis_name", "initial", "as_in_optax")
 
 
 def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature) -> dict[str, Any]:
     """The settings, less what describes the buffer where nobody chose it."""
-    default = {k: signature.parameters[k].default for k in _ABOUT_THE_BUFFER if k in settings}
+    default = {k: signature.parameters[k].default for k in _SHOWN_WHERE_CHOSEN if k in settings}
     return {
         k: v
         for k, v in settings.items()

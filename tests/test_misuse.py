@@ -460,8 +460,8 @@ WRONG_VALUES = [
     (lambda: debias(), "debias needs b1, b2 or both"),
     (lambda: amsgrad(1e-3, convention="tf"), "'torch', 'optax', 'keras', 'paper', got 'tf'"),
     (
-        lambda: adam(1e-3, convention="optax"),
-        "'torch', 'paper', 'keras', got 'optax'",
+        lambda: adam(1e-3, convention="tf1"),
+        "'torch', 'paper', 'keras', 'optax', got 'tf1'",
     ),
     (lambda: adamod(1e-3, convention="torch"), "'reference', 'paper', 'robust', got 'torch'"),
     (lambda: diffgrad(1e-3, friction="abs"), "'absolute', 'signed', 'wide', got 'abs'"),

@@ -36,7 +36,11 @@ CASES = {
 
 def pair(name, arguments):
     rate = {} if name == "scale_by_adam" else {"learning_rate": 1e-2}
-    return (getattr(library, name)(**rate | arguments) for library in (adaptive_opt, optax))
+    ours = {} if name == "scale_by_adam" else {"convention": "optax"}
+    return (
+        getattr(adaptive_opt, name)(**rate | arguments | ours),
+        getattr(optax, name)(**rate | arguments),
+    )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
