@@ -30,26 +30,6 @@ DRAWN = {
     "diffmod": adaptive_opt.diffmod(1e-3, weight_decay=1e-2),
 }
 
-CONVENTIONS = {
-    "adam": ("torch", "keras"),
-    "adamw": ("torch", "keras", "paper", "keras-adamw"),
-    "amsgrad": ("torch", "optax", "keras", "paper"),
-    "adamod": ("reference", "paper", "robust"),
-    "diffgrad": (),
-    "diffmod": ("reference", "robust"),
-    "adabound": (),
-    "amsbound": (),
-    "radam": ("torch", "optax", "reference"),
-    "nadam": ("torch", "keras", "optax"),
-    "nadamw": ("torch", "keras", "optax", "keras-adamw"),
-    "sgd": ("torch", "keras"),
-    "sgdw": ("paper", "torch"),
-    "rmsprop": ("torch", "optax", "keras", "tf1"),
-    "adagrad": ("torch", "optax", "keras"),
-    "adadelta": (),
-    "adamax": ("torch", "optax", "keras"),
-    "ranger": (),
-}
 BEGIN, END = "<!-- stages: begin -->\n", "<!-- stages: end -->\n"
 GROUPS = {
     "moments": ("#CFE3F2", ("first_moment", "second_moment", "debias", "amsgrad_max")),
@@ -94,8 +74,8 @@ def listing(recipe: optax.GradientTransformation) -> str:
 def table() -> str:
     """Every recipe in every convention as a list of stages: the table of the README."""
     lines = ["| recipe | stages |", "|---|---|"]
-    for name, conventions in CONVENTIONS.items():
-        recipe = getattr(adaptive_opt, name)
+    for name, recipe in adaptive_opt.RECIPES.items():
+        conventions = recipe.choices.get("convention", ())
         momentum = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
         lists: dict[str, list[str]] = {}
         for convention in conventions or (None,):

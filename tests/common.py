@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -13,44 +14,50 @@ import pytest
 
 import adaptive_opt
 
-ADAMS = {
-    name: getattr(adaptive_opt, name)
-    for name in (
-        "adam", "adamw", "amsgrad", "adamod", "diffgrad", "diffmod", "radam", "nadam", "nadamw",
-    )
-} | {
-    # With a schedule or a traced rate these want to know what rate the bounds are meant for.
-    name: functools.partial(getattr(adaptive_opt, name), base_learning_rate=1e-2)
-    for name in ("adabound", "amsbound")
-}  # fmt: skip
-"""The recipes with b1, b2 and eps."""
+SHOWING = {
+    "sgd": {"momentum": 0.9},
+    "sgdw": {"convention": "torch"},  # whose learning rate may be a schedule
+    "rmsprop": {"centered": True, "momentum": 0.9},
+}
+"""Settings with which a recipe shows all it has, where the defaults do not."""
 
-RECIPES = ADAMS | {
-    "sgd": functools.partial(adaptive_opt.sgd, momentum=0.9),
-    "sgdw": functools.partial(adaptive_opt.sgdw, convention="torch"),
-    "rmsprop": functools.partial(adaptive_opt.rmsprop, centered=True, momentum=0.9),
-    "rmsprop of the tree": functools.partial(adaptive_opt.rmsprop, scope="tree"),
-    "adagrad": adaptive_opt.adagrad,
-    "adadelta": adaptive_opt.adadelta,
-    "adamax": adaptive_opt.adamax,
-    "ranger": adaptive_opt.ranger,
+
+def _arguments(name):
+    return inspect.signature(adaptive_opt.RECIPES[name]).parameters
+
+
+def _as_tested(name):
+    settings = dict(SHOWING.get(name, {}))
+    if "base_learning_rate" in _arguments(name):
+        # With a schedule or a traced rate they want to know what rate the bounds are meant for.
+        settings["base_learning_rate"] = 1e-2
+    return functools.partial(adaptive_opt.RECIPES[name], **settings)
+
+
+REGISTERED = tuple(
+    name
+    for name, recipe in adaptive_opt.RECIPES.items()
+    if recipe.__module__.startswith("adaptive_opt.")
+)
+"""The recipes of this library; tests may register others."""
+
+RECIPES = {name: _as_tested(name) for name in REGISTERED} | {
+    "rmsprop of the tree": functools.partial(adaptive_opt.rmsprop, scope="tree")
 }
 """Every recipe, as a function of the learning rate."""
 
+ADAMS = {name: RECIPES[name] for name in REGISTERED if {"b1", "b2", "eps"} <= {*_arguments(name)}}
+"""The recipes with b1, b2 and eps."""
+
 CONVENTIONS = {
-    "adam": ("torch", "keras"),
-    "adamw": ("torch", "keras", "paper", "keras-adamw"),
-    "amsgrad": ("torch", "optax", "keras", "paper"),
-    "adamod": ("reference", "paper", "robust"),
-    "diffmod": ("reference", "robust"),
-    "radam": ("torch", "optax", "reference"),
-    "nadam": ("torch", "keras", "optax"),
-    "nadamw": ("torch", "keras", "optax", "keras-adamw"),
-    "sgd": ("torch", "keras"),
-    "sgdw": ("torch", "paper"),
-    "rmsprop": ("torch", "optax", "keras", "tf1"),
-    "adagrad": ("torch", "optax", "keras"),
-    "adamax": ("torch", "optax", "keras"),
+    name: tuple(
+        sorted(
+            choices["convention"],
+            key=lambda c, n=name: c != SHOWING.get(n, {}).get("convention", c),
+        )
+    )
+    for name in REGISTERED
+    if "convention" in (choices := adaptive_opt.RECIPES[name].choices)
 }
 """The conventions of the recipes that have several; the first is the one in `RECIPES`."""
 
@@ -67,18 +74,29 @@ EACH_OFTEN_ONCE = [
 ]
 """Every recipe often, its further conventions among the slow tests; for ``parametrize``."""
 
-NEED_PARAMS = ("adamw", "nadamw", "sgdw", "ranger")
-
-BUFFERS = (
-    "mu", "nu", "nu_max", "rate_ema", "previous_gradient", "velocity", "sum_of_squares",
-    "infinity_norm", "mean_gradient", "step_ema", "momentum_product", "slow",
-)  # fmt: skip
+NEED_PARAMS = (
+    "ranger",
+    *(
+        n
+        for n in REGISTERED
+        if "weight_decay" in _arguments(n) and _arguments(n)["weight_decay"].default
+    ),
+)
+"""The recipes whose update needs the parameters: they decay by default, or look back at them."""
 
 
 def buffers_of(state):
     """Every named buffer in a state, by name."""
-    found = {name: optax.tree.get_all_with_path(state, name) for name in BUFFERS}
-    return {name: hits[0][1] for name, hits in found.items() if hits}
+    found = {}
+    for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+        names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
+        if "buffers" in names:
+            name = names[names.index("buffers") + 1]
+        else:
+            name = next((n for n in names if n in ("mu", "nu", "slow")), None)
+        if name is not None and name not in found:
+            found[name] = optax.tree.get_all_with_path(state, name)[0][1]
+    return found
 
 
 SHAPES = {"dense": {"kernel": (17, 9), "bias": (9,)}, "scale": ()}

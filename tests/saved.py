@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from common import EVERY_CONVENTION
 
@@ -23,7 +24,13 @@ WRAPPED = {
     ),
     "low_memory": low_memory(adamod(1e-2), min_size=1),
 }
-SAVED_BY_FORMAT_1 = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()} | WRAPPED
+MADE = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()} | WRAPPED
+"""What could be saved; of recipes that came later there is no checkpoint of format 1."""
+
+with np.load(FORMAT_1) as _recorded:
+    SAVED_BY_FORMAT_1 = {
+        name: MADE[name] for name in dict.fromkeys(key.split("/")[0] for key in _recorded)
+    }
 
 
 def small_tree():
