@@ -4,58 +4,29 @@ The recipes (``adam`` to ``sgdw``) are ordinary optax optimizers. What they are 
 too: ``describe`` shows it, ``adaptive`` puts stages together anew, ``stage`` makes a new one.
 """
 
-from adaptive_opt.adam import scale_by_adam
-from adaptive_opt.bracket import AdaptiveState, OpenStepState, adaptive, close_step, open_step
-from adaptive_opt.checkpoint import (
+from adaptive_opt.checkpoints.headers import (
     CheckpointMismatch,
     check_checkpoint,
     checkpoint_header,
     from_bytes,
     to_bytes,
 )
-from adaptive_opt.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
-from adaptive_opt.describe import Description, describe
-from adaptive_opt.friction import diffgrad_friction
-from adaptive_opt.groups import (
-    Group,
-    ParameterGroups,
-    decay_mask,
-    gradual_unfreezing,
-    layerwise_learning_rates,
+from adaptive_opt.checkpoints.moving import convert_state, import_torch_state
+from adaptive_opt.core.bracket import AdaptiveState, OpenStepState, adaptive, close_step, open_step
+from adaptive_opt.core.describe import Description, describe
+from adaptive_opt.core.observe import Observation, observer
+from adaptive_opt.core.recipe import RECIPES, recipe
+from adaptive_opt.core.stage import WholeTree, stage
+from adaptive_opt.core.step import AdaptiveStep, RateRule
+from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.memory.low_memory import LowMemoryState, low_memory
+from adaptive_opt.memory.packing import Packing
+from adaptive_opt.memory.single_pass import (
+    enable_single_pass,
+    single_pass,
+    single_pass_stands_aside,
 )
-from adaptive_opt.guard import SkipNonfiniteState, skip_nonfinite
-from adaptive_opt.lookahead import LookaheadState, lookahead, ranger
-from adaptive_opt.low_memory import LowMemoryState, low_memory
-from adaptive_opt.moments import (
-    amsgrad_max,
-    centered_moment,
-    debias,
-    first_moment,
-    heavy_ball,
-    infinity_moment,
-    nadam_moment,
-    nesterov_moment,
-    second_moment,
-    sum_of_squares,
-)
-from adaptive_opt.moving import convert_state, import_torch_state
-from adaptive_opt.observe import Observation, observer
-from adaptive_opt.packing import Packing
-from adaptive_opt.rates import (
-    adabound_dynamic_bound,
-    adadelta_units,
-    adamod_momental_bound,
-    apply_rate,
-    debias_rate,
-    inverse_rate,
-    mute_unseen,
-    per_weight_rate,
-    radam_rectifier,
-    scale_rate,
-    uniform_rate,
-)
-from adaptive_opt.recipe import RECIPES, recipe
-from adaptive_opt.recipes import (
+from adaptive_opt.recipes.adam import (
     adabound,
     adam,
     adamod,
@@ -68,26 +39,60 @@ from adaptive_opt.recipes import (
     nadamw,
     radam,
 )
-from adaptive_opt.schedules import OneCycle, normalized_weight_decay, one_cycle, warm_restarts
-from adaptive_opt.sharding import init_sharded, state_shardings
-from adaptive_opt.single_pass import (
-    enable_single_pass,
-    single_pass,
-    single_pass_stands_aside,
+from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
+from adaptive_opt.sharding.state import init_sharded, state_shardings
+from adaptive_opt.sharding.zero import zero1
+from adaptive_opt.stages.adam import scale_by_adam
+from adaptive_opt.stages.directions import diffgrad_friction
+from adaptive_opt.stages.moments import (
+    amsgrad_max,
+    centered_moment,
+    debias,
+    first_moment,
+    heavy_ball,
+    infinity_moment,
+    nadam_moment,
+    nesterov_moment,
+    second_moment,
+    sum_of_squares,
 )
-from adaptive_opt.stage import WholeTree, stage
-from adaptive_opt.step import AdaptiveStep, RateRule
-from adaptive_opt.sweep import Sweep, sweep
-from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
-from adaptive_opt.train_step import train_step
-from adaptive_opt.tree import OpenStep
-from adaptive_opt.weight_decay import (
+from adaptive_opt.stages.rates import (
+    adabound_dynamic_bound,
+    adadelta_units,
+    adamod_momental_bound,
+    apply_rate,
+    debias_rate,
+    inverse_rate,
+    mute_unseen,
+    per_weight_rate,
+    radam_rectifier,
+    scale_rate,
+    uniform_rate,
+)
+from adaptive_opt.stages.weight_decay import (
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
     scale_by_learning_rate,
 )
-from adaptive_opt.zero import zero1
+from adaptive_opt.watching.sweep import Sweep, sweep
+from adaptive_opt.watching.telemetry import rate_histograms, read_telemetry, telemetry
+from adaptive_opt.wrappers.groups import (
+    Group,
+    ParameterGroups,
+    decay_mask,
+    gradual_unfreezing,
+    layerwise_learning_rates,
+)
+from adaptive_opt.wrappers.guard import SkipNonfiniteState, skip_nonfinite
+from adaptive_opt.wrappers.lookahead import LookaheadState, lookahead, ranger
+from adaptive_opt.wrappers.schedules import (
+    OneCycle,
+    normalized_weight_decay,
+    one_cycle,
+    warm_restarts,
+)
+from adaptive_opt.wrappers.train_step import train_step
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ import optax
 from tqdm import tqdm
 
 import adaptive_opt
-from adaptive_opt import plots
+from adaptive_opt.watching import plots
 
 matplotlib.use("Agg")
 

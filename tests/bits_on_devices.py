@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 import adaptive_opt
 from adaptive_opt import adam, adamw, decay_mask, init_sharded, state_shardings, zero1
-from adaptive_opt.zero import UNIT
+from adaptive_opt.sharding.zero import UNIT
 
 WRAPPED = ELEMENTWISE | {
     "ranger": adaptive_opt.ranger(1e-2, centralize=False),

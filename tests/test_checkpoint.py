@@ -23,7 +23,6 @@ from adaptive_opt import (
     adamw,
     amsgrad,
     check_checkpoint,
-    checkpoint,
     checkpoint_header,
     diffmod,
     from_bytes,
@@ -34,6 +33,7 @@ from adaptive_opt import (
     skip_nonfinite,
     to_bytes,
 )
+from adaptive_opt.checkpoints.headers import STATE_FORMAT
 
 CYCLE = one_cycle(0.1, 10)
 IN_THE_MIDDLE = {
@@ -271,7 +271,7 @@ def test_another_format_no_header_and_a_damaged_file_are_refused():
     for other in (flax.serialization.to_bytes(state), *damaged):
         with pytest.raises(CheckpointMismatch, match="cut short or damaged, or have no header"):
             from_bytes(optimizer, state, other)
-    later = checkpoint_header(optimizer, state) | {"state_format": checkpoint.STATE_FORMAT + 1}
+    later = checkpoint_header(optimizer, state) | {"state_format": STATE_FORMAT + 1}
     with pytest.raises(CheckpointMismatch, match=r"has state format 2, this version .* reads 1"):
         check_checkpoint(later, optimizer, state)
     with pytest.raises(CheckpointMismatch, match="it has no leaves, optimizer, state_format"):
@@ -294,4 +294,4 @@ def test_a_checkpoint_of_format_1_is_read_and_goes_on_as_it_did(name):
 
 def test_there_are_checkpoints_of_format_1_of_49_optimizers():
     assert len(SAVED_BY_FORMAT_1) == 49
-    assert checkpoint.STATE_FORMAT == 1
+    assert STATE_FORMAT == 1

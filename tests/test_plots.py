@@ -14,8 +14,10 @@ import pytest
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 
-from adaptive_opt import observer, plots, read_telemetry, telemetry
-from adaptive_opt.plots import (
+from adaptive_opt import observer, read_telemetry, telemetry
+from adaptive_opt.recipes.adam import adam, amsgrad
+from adaptive_opt.watching import plots
+from adaptive_opt.watching.plots import (
     Recorder,
     limited_fractions,
     loss_curves,
@@ -23,8 +25,7 @@ from adaptive_opt.plots import (
     schedules,
     sensitivity_curve,
 )
-from adaptive_opt.recipes import adam, amsgrad
-from adaptive_opt.telemetry import BIN_EDGES
+from adaptive_opt.watching.telemetry import BIN_EDGES
 
 
 @pytest.fixture(autouse=True)

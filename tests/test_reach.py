@@ -15,7 +15,7 @@ from devices import mesh_of, whole
 
 import adaptive_opt
 from adaptive_opt import Packing, adam, low_memory, skip_nonfinite, stage, telemetry, zero1
-from adaptive_opt.reach import counts_as_per_weight, reach
+from adaptive_opt.core.reach import counts_as_per_weight, reach
 
 SHAPES = {"vector": (257,), "matrix": (131, 129), "convolution": (3, 5, 7), "small": (11, 13)}
 """Of distinct sizes and ranks; a matrix is large enough for second moments to be factored."""

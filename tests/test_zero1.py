@@ -26,7 +26,7 @@ from adaptive_opt import (
     telemetry,
     zero1,
 )
-from adaptive_opt.zero import UNIT
+from adaptive_opt.sharding.zero import UNIT
 
 ODD = {"dense": {"kernel": (17, 9), "bias": (9,)}, "convolution": (3, 3, 1, 5), "scale": ()}
 """No size is a multiple of 8."""

@@ -1,0 +1,1 @@
+"""Saving, and moving in and out."""

@@ -1,0 +1,598 @@
+"""The open step of one array: what flows between the stages of an optimizer, and what it knows.
+
+The papers tell one story: average the gradient, average its square, derive from that a learning
+rate for every single weight, multiply. They differ in one line each. Here the quantities that the
+lines speak of travel together, for one array at a time, and a line reads some of them and sets
+others. The step remembers who made a quantity and what has become of it since, and so it refuses
+an order of lines that makes no sense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from adaptive_opt.core import policies
+from adaptive_opt.core.memory import Memory
+from adaptive_opt.core.policies import Hyperparameter
+
+Field = Literal["gradient", "direction", "second_moment", "rate"]
+
+_WHERE_IT_COMES_FROM = {
+    "second_moment": "second_moment(b2) or scale_by_adam(...)",
+    "rate": "per_weight_rate(eps) or scale_by_adam(...), and before apply_rate()",
+}
+_DECAY_OF = {"direction": "b1", "second_moment": "b2"}
+
+
+class WrongOrder(ValueError):  # noqa: N818 (says what it is)
+    """Stages in an order that makes no sense; the message says where the stage belongs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RateRule:
+    """The rate of every weight as a rule over the second moment: one over a function of it.
+
+    A rule follows the second moment: a stage that replaces ``v`` later changes the rate too. Where
+    the denominator is 0 (a weight without any gradient, and eps = 0), the rate is 0, not infinity.
+
+    Attributes:
+      denominator: from the second moment of a leaf to the denominator of its rate.
+    """
+
+    denominator: Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass
+class Known:
+    """What is known of a quantity: who made it, and what it still owes."""
+
+    by: str | None = None
+    owes: tuple[Hyperparameter, ...] = ()
+    """The decays of the averages in it that still carry their start at zero."""
+    changed_by: str | None = None
+    """Who changed it since it became an average; of a rate: who did more than multiply it."""
+    values_since: str | None = None
+    """Of a rate: who made values of the rule."""
+
+
+class Correction(NamedTuple):
+    """Of how many steps ahead, and whether in optax's arithmetic, which rounds ``b`` first.
+
+    ``1 - b^t`` with ``b`` in float32 is off by 7e-6 at 0.999 and of no use at 0.99999999; as
+    ``-expm1(t log b)`` it is right to rounding.
+    """
+
+    ahead: int = 0
+    as_in_optax: bool = False
+
+
+class Now:
+    """What is the same for all leaves: the count, the extra arguments, the stages so far."""
+
+    def __init__(
+        self,
+        count: jax.Array,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        looking: bool = False,
+        lenient: bool = False,
+    ) -> None:
+        self.count, self.extra = count, dict(extra or {})
+        self.looking, self.lenient = looking, lenient
+        self.begin(None, "", {})
+        self.keepers: dict[str, object] = {}
+        """Whose turn it was when the buffer of a name was first recalled."""
+        self.averages: dict[int, tuple[Any, Hyperparameter]] = {}
+        """The averages that owe, by identity: the value, its decay."""
+        self.kept: dict[int, Any] = {}
+        """What was kept, by identity: the value, its spec."""
+        self.limits: dict[object, str] = {}
+        """The stages that limit something, by their turn."""
+        self.scalars: dict[tuple[int, Correction | None], tuple[Hyperparameter, Any]] = {}
+        """What was calculated once for all leaves, by whose it is (kept, so that its id stays its
+        own): the values of hyperparameters, and the corrections of averages."""
+
+    def begin(self, turn: object, stage: str, settings: Mapping[str, Any]) -> None:
+        self.turn, self.stage, self.settings, self.paying = turn, stage, settings, ""
+        self.clash: WrongOrder | None = None
+
+    def copy(self) -> Now:
+        """The same for somebody else to change."""
+        new = Now(self.count, self.extra, looking=self.looking, lenient=self.lenient)
+        new.keepers, new.limits = dict(self.keepers), dict(self.limits)
+        new.averages = dict(self.averages)
+        return new
+
+    @functools.cached_property
+    def some_scalar(self) -> jax.Array:
+        """What stands for scalars in a look."""
+        return jnp.ones((), float)
+
+    def at(self, hyperparameter: Hyperparameter) -> Any:
+        """The value of a hyperparameter; a schedule is asked once a step, for ``count - 1``."""
+        if not callable(hyperparameter):
+            return policies.value_at(hyperparameter, self.count)
+        key = id(hyperparameter), None
+        if key not in self.scalars:
+            # A user's function need not bear a look.
+            value = self.some_scalar if self.looking else hyperparameter(self.count - 1)
+            self.scalars[key] = hyperparameter, value
+        return self.scalars[key][1]
+
+    def correction(self, decay: Hyperparameter, which: Correction) -> Any:
+        """``1 - decay^t``, which an average with this decay owes for its start at zero."""
+        key = id(decay), which
+        if key not in self.scalars:
+            value = self.some_scalar if self.looking else self._correction(decay, which)
+            self.scalars[key] = decay, value
+        return self.scalars[key][1]
+
+    def _correction(self, decay: Hyperparameter, which: Correction) -> Any:
+        count, b = self.count, self.at(decay)
+        for _ in range(which.ahead):
+            count = optax.safe_increment(count)
+        t = jnp.asarray(count, float)
+        return 1 - b**t if which.as_in_optax else one_minus_power(b, t)
+
+    def calculate(
+        self, asked: Iterable[tuple[tuple[int, Correction | None], Hyperparameter]]
+    ) -> None:
+        """The scalars that somebody else has asked for."""
+        for (_, which), hyperparameter in asked:
+            if which is None:
+                self.at(hyperparameter)
+            else:
+                self.correction(hyperparameter, which)
+
+
+class Remembering:
+    """The verbs that a step of one array and the step of the whole tree share."""
+
+    now: Now
+    memory: Memory
+    width: Any
+
+    @property
+    def count(self) -> jax.Array:
+        """The number of gradients seen, this one included (t = 1, 2, ...); an int32 scalar."""
+        return self.now.count
+
+    def at(self, value: Hyperparameter) -> Any:
+        """The value of a hyperparameter at this step, or a scalar, in the width of the arrays.
+
+        A Python number stays one, so that ``1 - b`` is rounded once. A schedule sees ``count - 1``,
+        as in optax.
+        """
+        return policies.scalar_at(self.now.at(value), self.width)
+
+    def extra(self, name: str) -> Any:
+        """What ``update`` was given under this name (``value=loss``); an error if it was not."""
+        if self.now.looking:
+            return jnp.zeros((), self.width)
+        if name not in self.now.extra:
+            raise ValueError(
+                f"{self.now.stage} needs {name}: call update(gradients, state, params, {name}=...)."
+            )
+        return self.now.extra[name]
+
+    def recall(
+        self, name: str, like: Any, *, initial: Any = 0.0, dtype: DTypeLike | None = None
+    ) -> jax.Array:
+        """What was kept under this name at the step before.
+
+        Args:
+          name: of the buffer, in the state.
+          like: a value of its shape.
+          initial: what it holds before the first step: a number, or ``step.param``.
+          dtype: the buffer's, for whoever asked for one.
+        """
+        now = self.now
+        if self.memory.stored is not None and name not in self.memory.stored:
+            raise ValueError(
+                f"{now.stage}: the state should hold the buffers {name}, but holds"
+                f" {', '.join(sorted(self.memory.stored)) or 'none'}. A state belongs to the"
+                " optimizer that initialised it."
+            )
+        if now.keepers.setdefault(name, now.turn) is not now.turn:
+            now.clash = WrongOrder(
+                f"two stages keep a buffer called {name!r}. Give one of them another:"
+                f" {now.stage}(..., name={name + '_2'!r}); scale_by_adam(...), which has fixed"
+                " names, can be replaced by the stages it is made of."
+            )
+        return self.memory.recall(name, like, initial, dtype, self.width)
+
+    def keep(self, name: str, value: jax.Array) -> jax.Array:
+        """Keep a value for the next step under a name that was recalled."""
+        self.memory.keep(name, value)
+        self.now.kept[id(value)] = value, self.memory.specs.get(name)
+        return value
+
+    def remember(
+        self,
+        name: str,
+        function: Callable[[jax.Array, Any], jax.Array],
+        value: Any,
+        *,
+        initial: Any = 0.0,
+        dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """``function(what was kept, value)``, which is kept in turn.
+
+        ``initial`` is a number, the parameter, or a function of the first value, whose result
+        stands for the first step's.
+        """
+        start = 0.0 if callable(initial) else initial
+        new = function(self.recall(name, value, initial=start, dtype=dtype), value)
+        if callable(initial):
+            new = jnp.where(self.count == 1, initial(value), new)
+        self.memory.note_kind(name, self.kind_of(value))
+        return self.keep(name, new)
+
+    def average(
+        self,
+        name: str,
+        value: Any,
+        decay: Hyperparameter,
+        *,
+        initial: Any = 0.0,
+        dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """The moving average ``(1 - decay) value + decay kept``, which is kept in turn.
+
+        One that starts at zero owes the correction for it, until somebody makes it.
+        """
+        b = self.at(decay)
+        new = self.remember(
+            name, lambda old, x: (1 - b) * x + b * old, value, initial=initial, dtype=dtype
+        )
+        if policies.is_zero(initial):
+            self.now.averages[id(new)] = new, decay
+        return new
+
+    def kind_of(self, value: Any) -> str | None:
+        return None
+
+
+class AdaptiveStep(Remembering):
+    """One step of an adaptive optimizer for one array, on its way through the stages.
+
+    What a line may read is one array, by construction. Everything is in one width, float32 at
+    least. The verbs raise an error where a line stands in a place that makes no sense, and name
+    that place.
+
+    Attributes:
+      gradient: g_t.
+      direction: what is followed: g_t, then m_t, its corrected or damped form; shaped like it.
+      second_moment: v_t, or what replaced it; real.
+      rate: the learning rate of every single weight, as values.
+      param: the parameter.
+      count: the number of gradients seen, this one included.
+    """
+
+    def __init__(self, now: Now, gradient: Any, param: Any, memory: Memory) -> None:
+        self.now, self.memory = now, memory
+        if param is not None and jnp.shape(param) != jnp.shape(gradient):
+            raise ValueError(
+                f"gradient and parameter{memory.where()} differ in shape: {jnp.shape(gradient)},"
+                f" {jnp.shape(param)}. Give update the parameters that the gradient is of."
+            )
+        self.update_dtype = policies.update_dtype(gradient, param)
+        self.width = policies.real(policies.wide(self.update_dtype))
+        gradient = policies.at_width(gradient, self.width)
+        self._param, self.shape, self.inputs = param, gradient.shape, (gradient, param)
+        self.values: dict[str, Any] = {"gradient": gradient, "direction": gradient}
+        self._known = {"gradient": Known(), "direction": Known()}
+        self._read: set[str] = set()
+        self._rate_values: jax.Array | None = None
+        self.notes: dict[str, Any] = {}
+        self.limited: dict[object, tuple[Any, Any]] = {}
+        """What was limited, before and after, by turn."""
+
+    def begin(self, memory: Memory | None = None) -> None:
+        """Before every line: nothing has been read yet."""
+        self.memory = memory or self.memory
+        self._read = set()
+        self.memory.remembered = False
+
+    def copy(self, now: Now) -> AdaptiveStep:
+        """The same step for somebody else to change."""
+        new = object.__new__(AdaptiveStep)
+        new.__dict__.update(self.__dict__)
+        new.now = now
+        new._values, new._known = dict(self.values), dict(self._known)
+        new.notes, new.limited = dict(self.notes), dict(self.limited)
+        return new
+
+    # --- reading ------------------------------------------------------------------------------
+
+    @property
+    def gradient(self) -> jax.Array:
+        return self._get("gradient")
+
+    @property
+    def direction(self) -> jax.Array:
+        return self._get("direction")
+
+    @property
+    def second_moment(self) -> jax.Array:
+        return self._get("second_moment")
+
+    @property
+    def rate(self) -> jax.Array:
+        value = self._get("rate")
+        if not isinstance(value, RateRule):
+            return value
+        if self._rate_values is None:
+            self._rate_values = _divide(1.0, value.denominator(self.values["second_moment"]))
+        return self._rate_values
+
+    @property
+    def param(self) -> jax.Array:
+        if self._param is None:
+            raise ValueError(
+                f"{self.now.stage} needs the parameters: call update(gradients, state, params)."
+            )
+        return policies.at_width(self._param, self.width)
+
+    def raw(self, field: Field) -> jax.Array:
+        """What no stage has changed: an average as it was made, a rate that was only multiplied."""
+        value, known, stage = getattr(self, field), self._known[field], self._called()
+        if self.now.lenient:
+            return value
+        if field == "rate" and known.changed_by is not None:
+            raise WrongOrder(
+                f"{stage} corrects a rate on which {known.changed_by} has acted already. Put"
+                f" {self.now.stage} before {known.changed_by}."
+            )
+        if field != "rate":
+            self._require_average(field, stage)
+            if known.changed_by is not None:
+                raise WrongOrder(
+                    f"{stage} needs the {field} as the average it was made; another stage has"
+                    f" changed it since. Put {stage} right after the stage that averages."
+                )
+        return value
+
+    def correction(
+        self,
+        field: Literal["direction", "second_moment"],
+        decay: Hyperparameter,
+        *,
+        as_in_optax: bool = False,
+    ) -> Any:
+        """``1 - decay^t``, which the average in this field owes for its start at zero, once."""
+        self.pay(field, decay)
+        return self.at(self.now.correction(decay, Correction(0, as_in_optax)))
+
+    def pay(self, field: Literal["direction", "second_moment"], decay: Hyperparameter) -> None:
+        """The average in this field is corrected for its start at zero, in whatever way."""
+        self.now.paying = _DECAY_OF[field]
+        if not self.now.lenient:
+            known, stage = self._known.get(field, Known()), self._called()
+            self._require_average(field, stage)
+            (own, *others) = known.owes
+            if others:
+                raise WrongOrder(
+                    f"{stage} corrects one average, but the {field} is an average of averages. Put"
+                    " one correction right after each of them."
+                )
+            if policies.are_different_numbers(own, decay):
+                raise WrongOrder(
+                    f"{stage} was given the decay {decay}, but the {field} is an average with the"
+                    f" decay {own}. Give both the same."
+                )
+            self._known[field] = dataclasses.replace(known, owes=())
+
+    def correction_ahead(self, decay: Hyperparameter, *, as_in_optax: bool = False) -> Any:
+        """``1 - decay^(t+1)``: what the average will owe at the next step."""
+        return self.at(self.now.correction(decay, Correction(1, as_in_optax)))
+
+    def noted(self, name: str) -> Any:
+        """What an earlier stage has left under this name."""
+        if name not in self.notes and not self.now.lenient:
+            raise WrongOrder(
+                f"{self.now.stage} reads the note {name!r}, which no stage before it has left;"
+                f" there are {', '.join(sorted(self.notes)) or 'none'}."
+            )
+        return self.notes.get(name, self.values["gradient"])
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def set(self, **fields: Any) -> AdaptiveStep:
+        """The step with some of its quantities set; what it has already must have been read."""
+        for field, value in fields.items():
+            self._set(field, value)
+        return self
+
+    def limit(self, **fields: Any) -> AdaptiveStep:
+        """The same for a stage that changes a quantity only where something is exceeded.
+
+        Telemetry counts where.
+        """
+        for field, value in fields.items():
+            before = getattr(self, field)
+            self._set(field, value)
+            self.limited[self.now.turn] = before, self.values[field]
+            self.now.limits[self.now.turn] = self.now.stage
+            if field == "rate":
+                self._known[field].changed_by = self.now.stage
+        return self
+
+    def without(self, *fields: Field) -> AdaptiveStep:
+        """The step after some of its quantities have been used up."""
+        for field in fields:
+            if field == "rate":
+                self.note(rate=self.rate)
+                self._rate_values = None
+            self.values.pop(field, None)
+            self._known.pop(field, None)
+        return self
+
+    def note(self, **notes: Any) -> AdaptiveStep:
+        """Leave something for later stages (``step.noted``) and observers; it changes no update."""
+        self.notes |= notes
+        return self
+
+    def close(self) -> jax.Array:
+        """The plain update: direction times rate, in the dtype it was promised."""
+        direction, rate = self.values["direction"], self.values.get("rate")
+        if "second_moment" in self.values and rate is None:
+            raise WrongOrder(
+                "close_step() was given a second moment that no rate uses. Put per_weight_rate(eps)"
+                " after the stages that change the second moment, or drop them."
+            )
+        if isinstance(rate, RateRule):
+            update = _divide(direction, rate.denominator(self.values["second_moment"]))
+        else:  # a copy: perhaps it is the very array that a stage keeps
+            update = jnp.copy(direction) if rate is None else direction * rate
+        dtype = self.update_dtype
+        if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
+            dtype = policies.with_both_parts(dtype)
+        return update.astype(dtype)
+
+    def peek(self, field: str) -> Any:
+        """What a field holds, for an observer; a rate as values."""
+        return self.rate if field == "rate" else self.values[field]
+
+    # --- what it knows ------------------------------------------------------------------------
+
+    def kind_of(self, value: Any) -> str | None:
+        """The field that holds this very value."""
+        if value is self._rate_values:
+            return "rate"
+        return next((field for field, held in self.values.items() if held is value), None)
+
+    def _get(self, field: str) -> Any:
+        self._read.add(field)
+        if field in self.values:
+            return self.values[field]
+        if self.now.lenient:  # a stage of a flat chain, which is initialised by itself
+            self._known[field] = Known("an earlier stage")
+            self.values[field] = policies.real_part(self.values["gradient"])
+            return self.values[field]
+        raise WrongOrder(
+            f"{self.now.stage} reads the {field} of the step, which is not set yet. Put"
+            f" {self.now.stage} after {_WHERE_IT_COMES_FROM[field]}."
+        )
+
+    def _set(self, field: str, value: Any) -> None:
+        if field not in ("gradient", "direction", "second_moment", "rate"):
+            raise TypeError(
+                f"{self.now.stage} sets {field!r}: a step has gradient, direction, second_moment"
+                " and rate; leave anything else with step.note(...)."
+            )
+        if isinstance(value, RateRule) and field != "rate":
+            raise TypeError(f"{self.now.stage} sets the {field} to a RateRule, which is a rate.")
+        stage, known, rate = self.now.stage, self._known.get(field), self.values.get("rate")
+        is_read = field in self._read
+        if known is not None and known.by is not None and not is_read:
+            raise WrongOrder(
+                f"{stage} would overwrite the {field} that an earlier stage has set. Keep one of"
+                " the two; a stage that changes a field must come after the one that sets it."
+            )
+        if field == "second_moment" and rate is not None and not isinstance(rate, RateRule):
+            values_since = self._known["rate"].values_since
+            raise WrongOrder(
+                f"{stage} changes the second moment, but the rate no longer follows it: it became"
+                f" values in {values_since}. Put {stage} before {values_since}."
+            )
+        before, known = known or Known(), Known(stage)
+        if isinstance(value, RateRule):
+            _ = self.second_moment  # there must be one
+        else:
+            value = self._checked(field, value)
+            held = self.now.averages.get(id(value))
+            inherited = before.owes if is_read else ()
+            if held is not None:
+                known.owes = (*inherited, held[1])
+            elif inherited or is_read:
+                known.owes = inherited
+                known.changed_by = stage if inherited else before.changed_by
+            if field == "rate":
+                known.values_since = before.values_since or stage
+                more = self.memory.remembered and is_read
+                known.changed_by = stage if more else before.changed_by
+            _, spec = self.now.kept.get(id(value), (None, None))
+            if spec is not None:
+                spec.kind = field
+        self.values[field], self._known[field] = value, known
+        self._read.add(field)
+        if field in ("rate", "second_moment"):
+            self._rate_values = None
+
+    def _checked(self, field: str, value: Any) -> jax.Array:
+        """A value in the width of the leaf, and of the shape that its field has."""
+        value = policies.at_width(value, self.width)
+        stage, gradient = self.now.stage, self.values["gradient"]
+        shape = gradient.shape if field in ("gradient", "direction") else None
+        if field in self.values and field not in ("gradient", "direction"):
+            held = self.values[field]
+            shape = (self.values["second_moment"] if isinstance(held, RateRule) else held).shape
+        if shape is not None and value.shape != shape:
+            raise WrongOrder(
+                f"{stage} makes the {field}{self.memory.where()} an array of shape {value.shape},"
+                f" but it has the shape {shape}. Second moment and rate keep the shape in which"
+                " they were made (the scope of second_moment), a direction that of the gradient."
+                f" Put {stage} where both are alike, or drop it."
+            )
+        if field in ("second_moment", "rate") and jnp.iscomplexobj(value):
+            raise TypeError(f"{stage} makes the {field} complex, which is real: take its absolute.")
+        return value
+
+    def _require_average(self, field: str, stage: str) -> None:
+        if field in _WHERE_IT_COMES_FROM and field not in self.values:
+            self._get(field)
+        if not self._known[field].owes:
+            raise WrongOrder(
+                f"{stage} corrects the {field} for its start at zero, but that is no moving"
+                " average here, or has been corrected already. Put it once, after"
+                " first_moment(b1) and second_moment(b2); scale_by_adam(...) corrects by itself."
+            )
+
+    def _called(self) -> str:
+        """The stage that speaks, with the decay it is busy with where it has several."""
+        stage, paying = self.now.stage, self.now.paying
+        several = {"b1", "b2"} <= set(self.now.settings)
+        return f"{stage}({paying})" if several and paying else stage
+
+
+def one_minus_power(b: Any, t: jax.Array) -> jax.Array:
+    """``1 - b^t`` to rounding, for a decay ``b``; the logarithm of a Python number in double."""
+    if isinstance(b, jax.Array):
+        log, rest = jnp.log1p(b - 1), 0.0  # the difference is exact for b of at least 1/2
+    elif b <= 0:
+        return jnp.ones_like(t)
+    else:
+        log = np.asarray(math.log(b), t.dtype).item()
+        rest = math.log(b) - log
+    x = t * log
+    if t.dtype == np.float64:
+        return -jnp.expm1(x)
+    # XLA's expm1 is 3e-7 off in float32. Taylor's series for x > -1, with the last rounding last.
+    near, series = jnp.maximum(x, -1.0), 0.0
+    for n in range(12, 1, -1):
+        series = (1 + series) * (near / n)
+    power = jnp.exp(x)
+    return jnp.where(x > -1, -(near + near * series), 1 - power) - power * (t * rest)
+
+
+def _divide(x: Any, y: jax.Array) -> jax.Array:
+    """x / y, and 0 where y is 0.
+
+    The quotient comes last: XLA:CPU would store the root as well if its test for 0 were left over.
+    An array x is left as it comes, so that ``m / c / y`` is rounded as in optax.
+    """
+    zero = y == 0
+    if isinstance(x, jax.Array):
+        return x / jnp.where(zero, jnp.inf, y)
+    return jnp.where(zero, 0, x) / jnp.where(zero, 1, y)

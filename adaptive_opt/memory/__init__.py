@@ -1,0 +1,1 @@
+"""Fewer bytes, and fewer passes over them."""

@@ -1,0 +1,167 @@
+"""Arrays in fewer bits: bfloat16 with stochastic rounding, and 8 bits in blocks.
+
+Rounding to nearest loses what an average is made of: with b2 = 0.999 an increment is smaller than
+half the distance of two bfloat16 numbers, and the average stands still. Stochastic rounding is
+right in the mean. Its noise is a hash of position and step: reproducible, no key to carry along.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 256
+"""How many numbers share a scale in 8 bits."""
+
+
+class Blocks(NamedTuple):
+    """An array in 8 bits: codes of its shape, and a float32 scale for each block of 256.
+
+    int8 codes are ``value / scale`` in steps of 1/127; uint8 codes are ``sqrt(value) / scale`` in
+    steps of 1/255. Blocks lie along the last axis if they divide it, which the scales then have
+    divided by 256; else in the flattened array, and the scales are of the shape (blocks, 1).
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+def noise(shape: tuple[int, ...], count: jax.Array, salt: int) -> jax.Array:
+    """32 random bits for every element: a hash of its position, of the step and of ``salt``."""
+    index = jnp.full(shape, salt & 0xFFFFFFFF, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index += place * np.uint32(stride & 0xFFFFFFFF)
+        stride *= shape[axis]
+    return _mixed(index * np.uint32(0x9E3779B1) ^ _mixed(count.astype(jnp.uint32)))
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """The last step of MurmurHash3 (Appleby, public domain): every bit depends on all others."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
+    """float32 to one of the two bfloat16 neighbours, the nearer one more often; exact if it can be.
+
+    To the nearest without ``bits``. NaN and infinity stay what they are; nothing finite becomes
+    infinite.
+    """
+    nearest = x.astype(jnp.bfloat16)
+    if bits is None:
+        return nearest
+    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    up = (raw + (bits >> 16)) & np.uint32(0xFFFF0000)
+    down = raw & np.uint32(0xFFFF0000)
+    up, down = (jax.lax.bitcast_convert_type(y, jnp.float32) for y in (up, down))
+    rounded = jnp.where(jnp.isfinite(up), up, down).astype(jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, nearest)
+
+
+def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
+    """Signed values in blocks: at most one step, 1/127 of the largest in the block, off."""
+    scales = jnp.max(jnp.abs(_in_blocks(x)), axis=-1)
+    code = 127 * (x / _spread(jnp.where(scales == 0, 1, scales), x.shape))
+    code = jnp.floor(code + (0.5 if bits is None else _uniform(bits)))
+    return Blocks(jnp.clip(code, -127, 127).astype(jnp.int8), scales)
+
+
+def to_sqrt8(x: jax.Array, bits: jax.Array | None) -> Blocks:
+    """Values of at least 0 in blocks, as codes of their square root.
+
+    The root of the decoded value is at most one step off, 1/255 of the largest root in the block.
+    What is greater than 0 stays so: a second moment of 0 beside a first moment that is not would
+    be a division by 0.
+    """
+    scales = jnp.sqrt(jnp.max(_in_blocks(x), axis=-1))
+    ratio = x / jnp.square(_spread(jnp.where(scales == 0, 1, scales), x.shape))
+    squared = jnp.square(255.0) * ratio
+    below = jnp.clip(jnp.floor(jnp.sqrt(squared)), 0, 255)
+    # The chance of the step above is such that the mean of the squares is right.
+    above = (squared - jnp.square(below)) / (2 * below + 1) > (
+        0.5 if bits is None else _uniform(bits)
+    )
+    code = jnp.clip(below + above, jnp.where(x > 0, 1, 0), 255)
+    return Blocks(code.astype(jnp.uint8), scales)
+
+
+def from_blocks(blocks: Blocks) -> jax.Array:
+    """float32 values of what ``to_int8`` or ``to_sqrt8`` made.
+
+    ValueError for scales that are not those of the codes, as in a part of an array whose split does
+    not go between blocks.
+    """
+    codes = blocks.codes.astype(jnp.float32)
+    expected = jax.eval_shape(_in_blocks, codes).shape[:-1]
+    if jnp.shape(blocks.scales) != expected:
+        raise ValueError(
+            f"codes of shape {codes.shape} need scales of shape {expected}, got"
+            f" {jnp.shape(blocks.scales)}. Under shard_map and vmap an array can be in 8 bits only"
+            f" where the last dimension of every part is a multiple of {BLOCK}, and the scales are"
+            " split as the codes are (state_shardings): keep it in bfloat16, or use jit."
+        )
+    scales = _spread(blocks.scales, codes.shape)
+    if blocks.codes.dtype == jnp.int8:
+        return codes * (scales / 127)
+    return jnp.square(codes * (scales / 255))
+
+
+def own_bits(x: jax.Array) -> jax.Array:
+    """The bits of a bfloat16 array, uint16: what was no float32 array is not taken for one."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def decoded(state: Any) -> Any:
+    """The inner state of ``low_memory`` as the optimizer inside knows it.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adam, low_memory
+    >>> from adaptive_opt.memory import codecs
+    >>> state = low_memory(adam(1e-3)).init(jnp.ones(10_000))
+    >>> print(state.inner_state[0].mu.dtype, codecs.decoded(state.inner_state)[0].mu.dtype)
+    bfloat16 float32
+    """
+
+    def decode(x: Any) -> Any:
+        if isinstance(x, Blocks):
+            return from_blocks(x)
+        dtype = getattr(x, "dtype", None)
+        if dtype == jnp.uint16:
+            return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+        return x.astype(jnp.float32) if dtype == jnp.bfloat16 else x
+
+    return jax.tree.map(decode, state, is_leaf=is_blocks)
+
+
+def is_blocks(x: Any) -> bool:
+    """For ``is_leaf``."""
+    return isinstance(x, Blocks)
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """Numbers in [0, 1) of 24 bits."""
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _along_last_axis(shape: tuple[int, ...]) -> bool:
+    return bool(shape) and shape[-1] % BLOCK == 0
+
+
+def _in_blocks(x: jax.Array) -> jax.Array:
+    if _along_last_axis(x.shape):  # so that an array split over devices stays where it is
+        return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+    return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, 1, BLOCK)
+
+
+def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The scale of each element."""
+    each = jnp.broadcast_to(scales[..., None], (*scales.shape, BLOCK))
+    if _along_last_axis(shape):
+        return each.reshape(shape)
+    return each.reshape(-1)[: int(np.prod(shape))].reshape(shape)

@@ -1,0 +1,345 @@
+"""One pass over memory on the CPU: gradient, parameters and state are read and written once.
+
+An optimizer step is bound by memory traffic. XLA:CPU writes every output array with a loop of its
+own, and each reads its inputs again: 40 bytes per float32 parameter for Adam, where 28 would do.
+It has a pass that merges loops, but only loops whose outputs do not depend on one another. So here
+every output is calculated from a separate copy of the inputs. The copies exist for the compiler
+only: they are told apart by ``jax.lax.optimization_barrier``, which is gone when loops are merged,
+and the merged loop holds every value once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, gensym, jaxpr_as_fun
+
+from adaptive_opt.core.describe import described_around
+from adaptive_opt.core.policies import Tree, calculated
+from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
+
+OPTION = "xla_cpu_use_multi_output_fusion"
+_FLAG = "--xla_backend_extra_options="
+_TOO_LATE = (
+    "enable_single_pass() comes too late: JAX has started its backend, which reads its options"
+    " once. Call it before the first array is made, right after the imports, or start Python with"
+    f' XLA_FLAGS="{_FLAG}{OPTION}".'
+)
+
+
+# --- the option of XLA ----------------------------------------------------------------------------
+
+
+def enable_single_pass() -> None:
+    """Ask XLA for the option that ``single_pass`` needs; before JAX makes its first array.
+
+    Appends ``--xla_backend_extra_options=xla_cpu_use_multi_output_fusion`` to the environment
+    variable ``XLA_FLAGS``, which may as well be set before Python starts. It holds for every
+    program that this process compiles for the CPU, and for its child processes. Nothing happens if
+    it is there already.
+
+    RuntimeError if JAX has started its backend: XLA reads its options once.
+
+    >>> import os, subprocess, sys
+    >>> program = "from adaptive_opt import enable_single_pass; enable_single_pass();"
+    >>> program += "import os; print(os.environ['XLA_FLAGS'])"
+    >>> environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    >>> subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True).stdout
+    b'--xla_backend_extra_options=xla_cpu_use_multi_output_fusion\\n'
+    """
+    if _asked_for():
+        return
+    setting = "jax_num_cpu_devices"  # which JAX refuses to change once its backend has started
+    value = getattr(jax.config, setting)
+    try:
+        jax.config.update(setting, value + 2)
+    except RuntimeError:
+        raise RuntimeError(_TOO_LATE) from None
+    jax.config.update(setting, value)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}{OPTION}".strip()
+
+
+def single_pass_stands_aside() -> str | None:
+    """Why ``single_pass`` leaves optimizers as they are in this process; None where it acts.
+
+    Starts JAX's backend and, where the option is set, compiles a small program twice to see whether
+    it helps.
+
+    >>> from adaptive_opt import single_pass_stands_aside
+    >>> reason = single_pass_stands_aside()
+    >>> reason is None or "single_pass" in reason
+    True
+    """
+    device = getattr(jax.config, "jax_default_device")  # noqa: B009 (unknown to type checkers)
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    if platform != "cpu":
+        return f"single_pass is for the CPU; on {platform} XLA merges loops by itself."
+    if not _asked_for():
+        return (
+            "single_pass needs an option of XLA: call adaptive_opt.enable_single_pass() before the"
+            f' first array is made, or start Python with XLA_FLAGS="{_FLAG}{OPTION}".'
+        )
+    if not _helps():
+        return (
+            f"single_pass does not lessen the memory traffic of Adam here (jax {jax.__version__}):"
+            f" XLA_FLAGS was changed after JAX had started, or this XLA knows no {OPTION}."
+        )
+    return None
+
+
+def _asked_for() -> bool:
+    options = [
+        option.split("=")[0]
+        for flag in os.environ.get("XLA_FLAGS", "").split()
+        if flag.startswith(_FLAG)
+        for option in flag.removeprefix(_FLAG).split(",")
+    ]
+    return OPTION in options
+
+
+@functools.cache
+def _helps() -> bool:
+    """Whether a compiled Adam moves fewer bytes as a single pass, by XLA's own count."""
+    adam = optax.with_extra_args_support(optax.adam(1e-3))
+    with ThreadPoolExecutor(1) as elsewhere:  # with no mesh, device or dtype of the caller's
+        try:
+            plain, merged = elsewhere.map(_bytes_accessed, (adam, _always_single_pass(adam)))
+        except Exception:  # a jax whose programs are another kind of object
+            return False
+    return merged < plain
+
+
+def _bytes_accessed(optimizer: optax.GradientTransformation) -> float:
+    params = jax.ShapeDtypeStruct((4096,), jnp.float32)
+    state = jax.eval_shape(optimizer.init, params)
+
+    def step(params: Tree, state: Any, gradients: Tree) -> Any:
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    cost: Any = compiled.cost_analysis()
+    return cost["bytes accessed"]
+
+
+# --- the wrapper ----------------------------------------------------------------------------------
+
+
+@described_around
+def single_pass(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The same optimizer, compiled for the CPU to one loop over each parameter and its state.
+
+    Same parameters and state up to rounding: bit for bit for Adam and its near kin, within 1 unit
+    in the last place for AdaMod and DiffMod, 4 for NAdam, centered RMSprop and Ranger, where XLA
+    contracts another sum of products. What the compiled update and ``apply_updates`` move, with
+    parameters and state donated, falls from 40 to 28 bytes per float32 parameter for Adam, from 64
+    to 36 for AdaMod. Wrap the whole optimizer, once, at the outside::
+
+        adaptive_opt.enable_single_pass()  # before the first array
+        optimizer = adaptive_opt.single_pass(adaptive_opt.adamod(1e-3))
+
+    It looks at the operations of ``inner.update``, whatever it is made of. Those that act on each
+    weight by itself are repeated for every output, those inside a ``jit`` too; all others (norms,
+    products of matrices, ``cond``, ``scan``) are done once, as before. A buffer
+    that is a plain copy of the gradient is written in the same loop.
+
+    It stands aside, and the program is that of ``inner``: without the option of XLA that
+    ``enable_single_pass`` sets, on an accelerator, where XLA's own count says that it does not
+    help, and outside ``jit``. ``single_pass_stands_aside`` says why.
+
+    Args:
+      inner: any optax transformation; extra arguments of ``update`` are passed on to it.
+
+    State: that of ``inner``; checkpoints may go from one to the other.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adam, single_pass
+    >>> optimizer = single_pass(adam(0.1))
+    >>> x = jnp.zeros(2)
+    >>> updates, state = optimizer.update(jnp.array([1.0, -2.0]), optimizer.init(x), x)
+    >>> print(updates.round(3))
+    [-0.1  0.1]
+    """
+    inner = optax.with_extra_args_support(inner)
+    merged = _always_single_pass(inner)
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state, params)))
+        act = traced and single_pass_stands_aside() is None
+        return (merged if act else inner).update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _always_single_pass(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> Any:
+        leaves, structure = jax.tree.flatten((state, updates, params, extra))
+        where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+        def outputs(*arrays: Any) -> Any:
+            given = list(leaves)
+            for i, array in zip(where, arrays, strict=True):
+                given[i] = array
+            state, updates, params, extra = jax.tree.unflatten(structure, given)
+            return inner.update(updates, state, params, **extra)
+
+        arrays = [leaves[i] for i in where]
+        program, shapes = jax.make_jaxpr(outputs, return_shape=True)(*arrays)
+        of_state = sum(i < len(jax.tree.leaves(state)) for i in where)
+        results = _from_separate_copies(_inlined(program), arrays, of_state)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+# --- the program, output by output ----------------------------------------------------------------
+
+
+def _inlined(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program with the equations of every ``jit`` in place of it."""
+    variable = gensym()
+    constants: dict[Any, Any] = {}
+    equations: list[Any] = []
+
+    def renamed(program: ClosedJaxpr, given: Sequence[Any]) -> list[Any]:
+        """Appends the equations, whose variables another call may use too; returns the results."""
+        jaxpr = program.jaxpr
+        held = [variable(var.aval) for var in jaxpr.constvars]
+        constants.update(zip(held, program.consts, strict=True))
+        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *given), strict=True))
+
+        def read(var: Any) -> Any:
+            return var if isinstance(var, Literal) else known[var]
+
+        for equation in jaxpr.eqns:
+            operands = [*map(read, equation.invars)]
+            if _is_plain_call(equation):
+                results = renamed(_inside(equation), operands)
+            else:
+                results = [variable(var.aval) for var in equation.outvars]
+                equations.append(equation.replace(invars=operands, outvars=results))
+            known.update(zip(equation.outvars, results, strict=True))
+        return [*map(read, jaxpr.outvars)]
+
+    inputs = [variable(var.aval) for var in program.jaxpr.invars]
+    outputs = renamed(program, inputs)
+    jaxpr = program.jaxpr.replace(
+        constvars=[*constants], invars=inputs, eqns=equations, outvars=outputs
+    )
+    return ClosedJaxpr(jaxpr, [*constants.values()])
+
+
+def _inside(equation: Any) -> Any:
+    return equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+
+
+def _is_plain_call(equation: Any) -> bool:
+    """Whether it is a ``jit`` that asks for nothing but its own equations."""
+    settings = equation.params
+    names = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
+    placed = (place for name in names for place in settings.get(name) or ())
+    return (
+        equation.primitive.name in CALLS
+        and isinstance(_inside(equation), ClosedJaxpr)
+        and all(place is None or type(place).__name__ == "UnspecifiedValue" for place in placed)
+        and not settings.get("compiler_options_kvs")
+    )
+
+
+def _is_elementwise(equation: Any) -> bool:
+    settings = equation.params
+    if settings.get("branches_platforms"):  # of which the compiler sees one
+        return all(_all_elementwise(branch) for branch in settings["branches"])
+    if equation.primitive.name in CUSTOM or _is_plain_call(equation):
+        inside = _inside(equation)
+        return isinstance(inside, ClosedJaxpr) and _all_elementwise(inside)
+    return equation.primitive.name in ELEMENTWISE
+
+
+def _is_copy(equation: Any) -> bool:
+    if equation.params.get("branches_platforms"):
+        return any(all(map(_is_copy, branch.jaxpr.eqns)) for branch in equation.params["branches"])
+    return equation.primitive.name in ("copy", "copy_p")
+
+
+def _all_elementwise(program: ClosedJaxpr) -> bool:
+    return all(map(_is_elementwise, program.jaxpr.eqns))
+
+
+def _from_separate_copies(
+    program: ClosedJaxpr, arrays: Sequence[jax.Array], of_state: int
+) -> list[jax.Array]:
+    """The outputs of a program, each calculated from copies of the arrays it depends on.
+
+    The first ``of_state`` arrays are the state, whose buffers may be handed on as they are.
+    """
+    jaxpr = program.jaxpr
+    makers = {
+        var: (place, equation)
+        for place, equation in enumerate(jaxpr.eqns)
+        if _is_elementwise(equation) and equation.outvars[0].aval.shape
+        for var in equation.outvars
+    }
+    parts = [_part(jaxpr, output, makers) for output in jaxpr.outvars]
+    sources = list(dict.fromkeys(source for part in parts for source in part.invars))
+    made_once = _values(jaxpr.replace(outvars=sources), arrays, program.consts)
+    latest = dict(zip(sources, made_once, strict=True))
+    used: set[Any] = set()
+    fresh = set(jaxpr.invars[of_state:])
+
+    def alone(part: Jaxpr) -> jax.Array:
+        is_copy = all(map(_is_copy, part.eqns))
+        is_fresh = bool(fresh.intersection(part.invars))
+        if is_fresh or not is_copy:
+            again = [source for source in part.invars if source in used]
+            copies = jax.lax.optimization_barrier([latest[source] for source in again])
+            latest.update(zip(again, copies, strict=True))
+            used.update(source for source in part.invars if _can_be_copied(source.aval))
+        (result,) = _values(part, [latest[source] for source in part.invars])
+        if is_copy and is_fresh and jnp.issubdtype(result.dtype, jnp.inexact):
+            return calculated(result, result)  # a plain copy would be written apart
+        return result
+
+    return [alone(part) for part in parts]
+
+
+def _part(jaxpr: Jaxpr, output: Any, makers: Mapping[Any, tuple[int, Any]]) -> Jaxpr:
+    """The elementwise operations that make an output, from what they start with."""
+    needed: dict[int, Any] = {}
+    sources: dict[Any, None] = {}
+    to_do = [output]
+    while to_do:
+        var = to_do.pop()
+        if isinstance(var, Literal):
+            continue
+        if var not in makers:
+            sources[var] = None
+            continue
+        place, equation = makers[var]
+        if place not in needed:
+            needed[place] = equation
+            to_do.extend(equation.invars)
+    equations = [needed[place] for place in sorted(needed)]
+    return jaxpr.replace(constvars=[], invars=list(sources), outvars=[output], eqns=equations)
+
+
+def _values(jaxpr: Jaxpr, arrays: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*arrays)
+
+
+def _can_be_copied(aval: Any) -> bool:
+    """Not scalars, which cost nothing, nor random keys."""
+    return bool(aval.shape) and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)

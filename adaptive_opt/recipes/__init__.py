@@ -1,0 +1,1 @@
+"""The algorithms, each a list of lines."""

@@ -1,0 +1,374 @@
+"""What came before and beside Adam: SGD, RMSprop, AdaGrad, AdaDelta, Adamax.
+
+The conventions are those of ``recipes``, which see: every recipe is an ``optax.chain``,
+``learning_rate`` is a number, a traced scalar or a schedule, other numbers may be schedules too,
+``observers`` watch, ``state_dtype`` is the dtype of the buffers, and ``convention`` chooses among
+public implementations of one name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import optax
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.bracket import adaptive
+from adaptive_opt.core.observe import Observers
+from adaptive_opt.core.policies import (
+    Hyperparameter,
+    Scope,
+    are_different_numbers,
+    check_decay,
+    check_nonnegative,
+    is_zero,
+)
+from adaptive_opt.core.recipe import recipe
+from adaptive_opt.stages.moments import (
+    centered_moment,
+    debias,
+    first_moment,
+    heavy_ball,
+    infinity_moment,
+    second_moment,
+    sum_of_squares,
+)
+from adaptive_opt.stages.rates import (
+    adadelta_units,
+    apply_rate,
+    inverse_rate,
+    per_weight_rate,
+    scale_rate,
+    uniform_rate,
+)
+from adaptive_opt.stages.weight_decay import (
+    Mask,
+    decays,
+    l2_regularization,
+    scale_by_learning_rate,
+)
+
+Optimizer = optax.GradientTransformationExtraArgs
+Parts = tuple[optax.GradientTransformation, ...]
+
+
+@recipe
+def sgd(
+    learning_rate: Hyperparameter,
+    momentum: Hyperparameter | None = None,
+    nesterov: bool = False,
+    *,
+    dampening: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    convention: Literal["torch", "keras"] = "torch",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Gradient descent with momentum.
+
+    Args:
+      learning_rate, mask, state_dtype: see the module.
+      momentum: in [0, 1). None, and the number 0, mean none and no buffer.
+      nesterov: look one step ahead.
+      dampening: of what momentum adds up, except the first gradient; in [0, 1).
+      weight_decay: L2, added to the gradient; at least 0.
+      convention: "torch": ``w_t = momentum w_{t-1} + (1 - dampening) g_t``, ``x - lr w_t``; equals
+        ``torch.optim.SGD`` and ``optax.sgd``.
+        "keras": the learning rate is inside, ``w_t = momentum w_{t-1} + lr_t g_t``, ``x - w_t``, so
+        that a change of it acts with a delay; equals ``keras.optimizers.SGD``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import sgd
+    >>> x = jnp.array([1.0])
+    >>> optimizer = sgd(0.125, momentum=0.9)
+    >>> updates, state = optimizer.update(jnp.array([2.0]), optimizer.init(x), x)
+    >>> float(optax.apply_updates(x, updates)[0])
+    0.75
+    """
+    ball = _momentum(momentum, nesterov, dampening)
+    listings = {
+        "torch": (*ball, uniform_rate(learning_rate)),
+        "keras": (uniform_rate(learning_rate), apply_rate(), *ball),
+    }
+    return (
+        l2_regularization(weight_decay, mask),
+        adaptive(*listings[convention], state_dtype=state_dtype),
+        optax.scale(-1.0),
+    )
+
+
+def _momentum(
+    momentum: Hyperparameter | None, nesterov: bool, dampening: Hyperparameter = 0.0
+) -> tuple[Optimizer, ...]:
+    check_decay(dampening=dampening, **({} if momentum is None else {"momentum": momentum}))
+    if momentum is None or is_zero(momentum):
+        if nesterov or are_different_numbers(dampening, 0.0):
+            raise ValueError("nesterov and dampening need a momentum greater than 0.")
+        return ()
+    return (heavy_ball(momentum, dampening=dampening, nesterov=nesterov),)
+
+
+@recipe
+def sgdw(
+    learning_rate: Hyperparameter,
+    momentum: Hyperparameter | None = 0.9,
+    nesterov: bool = False,
+    weight_decay: Hyperparameter = 1e-4,
+    mask: Mask | None = None,
+    *,
+    l1: Hyperparameter | None = None,
+    dampening: Hyperparameter = 0.0,
+    convention: Literal["paper", "torch"] = "paper",
+    schedule: optax.Schedule | None = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """SGD with momentum and decoupled weight decay.
+
+    Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 1. torch_optimizer.SGDW subtracts the
+    constant ``lr wd`` from every weight, whatever it is; that is not copied.
+
+    Args:
+      learning_rate, mask, state_dtype: see the module.
+      momentum, nesterov, dampening: see ``sgd``.
+      weight_decay: at least 0; a number or a schedule.
+      l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
+        ``decoupled_l1_decay``.
+      convention: "paper": ``w_t = momentum w_{t-1} + eta_t lr g_t``, ``x - w_t - eta_t wd x``: the
+        learning rate is inside the buffer, and the decay follows the multiplier only; equals
+        ``SGDW`` of the package ``keras-adamw``. ``learning_rate`` is then a number.
+        "torch": ``x - lr_t (w_t + wd x)`` with the buffer of ``torch.optim.SGD``: the decay follows
+        the learning rate; equals ``SGDW`` of the package ``pytorch_optimizer``.
+      schedule: the multiplier eta_t of the "paper" convention, for instance ``warm_restarts``;
+        default: 1.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import sgdw
+    >>> x = jnp.array([1.0])
+    >>> optimizer = sgdw(0.125, weight_decay=0.25)
+    >>> updates, state = optimizer.update(jnp.array([2.0]), optimizer.init(x), x)
+    >>> float(optax.apply_updates(x, updates)[0])
+    0.5
+    """
+    check_nonnegative(learning_rate=learning_rate)
+    ball = _momentum(momentum, nesterov, dampening)
+    if convention == "paper" and callable(learning_rate):
+        raise ValueError(
+            'convention="paper" multiplies the base learning rate, but not the decay, by'
+            " learning_rate: give a number, and its course as schedule=."
+        )
+    if convention != "paper" and schedule is not None:
+        raise ValueError(
+            'schedule= belongs to convention="paper"; under "torch" give the schedule as'
+            " learning_rate."
+        )
+    eta = 1.0 if schedule is None else schedule
+    listings = {
+        "paper": (uniform_rate(learning_rate), scale_rate(eta), apply_rate(), *ball),
+        "torch": (*ball, uniform_rate(learning_rate)),
+    }
+    times = eta if convention == "paper" else learning_rate
+    return (
+        adaptive(*listings[convention], state_dtype=state_dtype),
+        *decays(weight_decay, l1, mask, learning_rate=times),
+        optax.scale(-1.0),
+    )
+
+
+@recipe
+def rmsprop(
+    learning_rate: Hyperparameter,
+    b2: Hyperparameter = 0.9,
+    eps: Hyperparameter = 1e-8,
+    *,
+    centered: bool = False,
+    momentum: Hyperparameter | None = None,
+    nesterov: bool = False,
+    scope: Scope = "weight",
+    reduce: Literal["sum", "mean"] = "sum",
+    axis_name: str | tuple[str, ...] | None = None,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    convention: Literal["torch", "optax", "keras", "tf1"] = "torch",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """The gradient over the root of the average of its squares: ``x - lr g / (sqrt(v) + eps)``.
+
+    Tieleman & Hinton 2012; centered: Graves 2013, arXiv:1308.0850. With the scope "tree" all
+    weights share one rate and the step has the gradient's direction: the choice of Su Jianlin's ODE
+    view of RMSprop. With b2 = 0 and eps = 0 it is sign descent per weight, normalised gradient
+    descent for the tree. None of the forms corrects the bias of v.
+
+    Args:
+      learning_rate, mask, state_dtype: see the module.
+      b2: decay in [0, 1): 0.99 is PyTorch's default, 0.9 that of the others.
+      eps: at least 0; defaults elsewhere: 1e-8 (PyTorch, optax), 1e-7 (Keras), 1e-10 (TF1).
+      centered: divide by the standard deviation, see ``centered_moment``.
+      momentum: in [0, 1). None, and the number 0, mean none and no buffer.
+      nesterov: look one step ahead.
+      scope, reduce, axis_name: see ``second_moment``.
+      weight_decay: L2, added to the gradient; at least 0.
+      convention: "torch": eps outside the root; the momentum adds up steps without the learning
+        rate; equals ``torch.optim.RMSprop``.
+        "optax", "keras": eps inside the root; the momentum adds up steps with the learning rate;
+        equal ``optax.rmsprop`` and ``keras.optimizers.RMSprop``.
+        "tf1": the same with v starting at 1; the formulas of
+        ``tf.compat.v1.train.RMSPropOptimizer``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import rmsprop
+    >>> x = jnp.array([3.0, -3.0, 3.0, 3.0])
+    >>> optimizer = rmsprop(0.5, b2=0.0, eps=0.0, scope="tree")
+    >>> print(optimizer.update(x, optimizer.init(x), x)[0])
+    [-0.25  0.25 -0.25 -0.25]
+    """
+    if centered and scope != "weight":
+        raise ValueError(f'centered=True is defined for scope="weight", got scope={scope!r}.')
+    initial = 1.0 if convention == "tf1" else 0.0
+    moments = (
+        second_moment(b2, scope=scope, reduce=reduce, axis_name=axis_name, initial=initial),
+        *((centered_moment(b2),) if centered else ()),
+    )
+    ball = _momentum(momentum, nesterov)
+    used = (apply_rate(), *ball) if ball else ()
+    l2 = l2_regularization(weight_decay, mask)
+    if convention == "torch":
+        return (
+            l2,
+            adaptive(*moments, per_weight_rate(eps), *used, state_dtype=state_dtype),
+            scale_by_learning_rate(learning_rate),
+        )
+    rate = (per_weight_rate(0.0, eps), scale_rate(learning_rate))
+    return l2, adaptive(*moments, *rate, *used, state_dtype=state_dtype), optax.scale(-1.0)
+
+
+@recipe
+def adagrad(
+    learning_rate: Hyperparameter,
+    initial_accumulator_value: float = 0.0,
+    eps: Hyperparameter = 1e-10,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    convention: Literal["torch", "optax", "keras"] = "torch",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """The gradient over the root of all its squares: ``x - lr g / (sqrt(sum g^2) + eps)``.
+
+    Duchi, Hazan & Singer 2011, JMLR 12.
+
+    Args:
+      learning_rate, mask, state_dtype: see the module. ``torch.optim.Adagrad(lr_decay=d)`` is the
+        schedule ``lr / (1 + d t)``.
+      initial_accumulator_value: where the sum starts, at least 0: 0 in PyTorch, 0.1 in optax and
+        Keras.
+      eps: at least 0: 1e-10 in PyTorch, 1e-7 in optax and Keras.
+      weight_decay: L2, added to the gradient; at least 0.
+      convention: "torch": eps outside the root; equals ``torch.optim.Adagrad``.
+        "optax", "keras": eps inside the root; equal ``optax.adagrad`` and
+        ``keras.optimizers.Adagrad``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adagrad
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adagrad(0.25)
+    >>> updates, state = optimizer.update(jnp.array([2.0]), optimizer.init(x), x)
+    >>> float(optax.apply_updates(x, updates)[0])
+    0.75
+    """
+    rate = per_weight_rate(eps) if convention == "torch" else per_weight_rate(0.0, eps)
+    return (
+        l2_regularization(weight_decay, mask),
+        adaptive(sum_of_squares(initial=initial_accumulator_value), rate, state_dtype=state_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@recipe
+def adadelta(
+    learning_rate: Hyperparameter = 1.0,
+    rho: Hyperparameter = 0.9,
+    eps: Hyperparameter = 1e-6,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """The gradient in the units of the parameters: ``x - lr sqrt(s + eps) / sqrt(v + eps) g``.
+
+    Zeiler 2012, arXiv:1212.5701, Algorithm 1. Equals ``torch.optim.Adadelta``, ``optax.adadelta``
+    and ``keras.optimizers.Adadelta``, given the same numbers (Keras defaults to rho 0.95, eps 1e-7
+    and lr 1e-3).
+
+    Args:
+      learning_rate, mask, state_dtype: see the module; 1 is the paper's.
+      rho: decay of both averages, in [0, 1).
+      eps: at least 0; the first steps are of size ``lr sqrt(eps)``.
+      weight_decay: L2, added to the gradient; at least 0.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adadelta
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adadelta(0.5, rho=0.0, eps=1.0)
+    >>> print(optimizer.update(jnp.array([1e6]), optimizer.init(x), x)[0].round(4))
+    [-0.5]
+    """
+    return (
+        l2_regularization(weight_decay, mask),
+        adaptive(
+            second_moment(rho),
+            per_weight_rate(0.0, eps),
+            adadelta_units(rho, eps),
+            state_dtype=state_dtype,
+        ),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@recipe
+def adamax(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    convention: Literal["torch", "optax", "keras"] = "torch",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Adam with the largest recent gradient in place of the second moment: ``x - lr m^ / u``.
+
+    Kingma & Ba 2015, arXiv:1412.6980, Algorithm 2.
+
+    Args:
+      learning_rate, mask, state_dtype: see the module.
+      b1, b2: decays of the moment and of the largest gradient, in [0, 1).
+      eps: at least 0; 1e-7 in Keras.
+      weight_decay: L2, added to the gradient; at least 0.
+      convention: "torch", "optax": ``u = max(b2 u, |g| + eps)``; equal ``torch.optim.Adamax`` and
+        ``optax.adamax``.
+        "keras": ``u = max(b2 u, |g|)`` and eps in the denominator; equals
+        ``keras.optimizers.Adamax``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adamax
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adamax(0.25)
+    >>> updates, state = optimizer.update(jnp.array([2.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 5)
+    0.75
+    """
+    in_the_maximum = (infinity_moment(b2, eps), inverse_rate())
+    in_the_denominator = (infinity_moment(b2), inverse_rate(eps))
+    largest = in_the_denominator if convention == "keras" else in_the_maximum
+    return (
+        l2_regularization(weight_decay, mask),
+        adaptive(first_moment(b1), debias(b1), *largest, state_dtype=state_dtype),
+        scale_by_learning_rate(learning_rate),
+    )

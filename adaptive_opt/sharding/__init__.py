@@ -1,0 +1,1 @@
+"""Where a state lives on many devices."""

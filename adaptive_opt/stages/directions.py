@@ -1,0 +1,65 @@
+"""Stages that weigh the direction by how much the gradient changes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.policies import choose
+from adaptive_opt.core.stage import OneArray, stage
+from adaptive_opt.core.step import AdaptiveStep
+
+FRICTIONS = {
+    "absolute": lambda g, before: jax.nn.sigmoid(jnp.abs(before - g)),
+    "signed": lambda g, before: jax.nn.sigmoid(before - g),
+    "wide": lambda g, before: 9 * jax.nn.sigmoid(jnp.abs(before - g) / 2) - 4,
+}
+
+
+@stage
+def diffgrad_friction(
+    kind: str = "absolute", *, name: str = "previous_gradient", dtype: DTypeLike | None = None
+) -> OneArray:
+    """The direction times a friction that grows with the change of the gradient.
+
+    ``d_t * xi_t`` with, of the change ``c = g_{t-1} - g_t`` and ``g_0 = 0``:
+
+    * ``"absolute"``: ``xi = sigmoid(|c|)``, in [1/2, 1]; diffGrad (Dubey et al. 2020,
+      arXiv:1909.11015, equation 11).
+    * ``"signed"``: ``xi = sigmoid(c)``, in [0, 1]; version 1 of lessw2020's published code.
+    * ``"wide"``: ``xi = 9 sigmoid(|c| / 2) - 4``, in [1/2, 5]; version 2 of the same.
+
+    Reads ``gradient`` and ``direction``, replaces ``direction``. Where the gradient stands still
+    the friction is 1/2, so that diffGrad is close to Adam at half the learning rate; the change has
+    the units of a gradient, so the friction depends on how the loss is scaled.
+
+    Args:
+      kind: which of the three; "signed" is undefined for complex gradients.
+      name: the name of its buffer ``previous_gradient``: one array per parameter, zeros at first.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    The buffer is a copy. The first published diffGrad code and lessw2020's keep a reference to the
+    gradient, so that the change is always 0 where gradients are written in place; that is not
+    copied.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, diffgrad_friction
+    >>> rule = adaptive(diffgrad_friction())
+    >>> _, state = rule.update(jnp.array([3.0]), rule.init(jnp.zeros(1)))
+    >>> print(rule.update(jnp.array([3.0]), state)[0].round(4))
+    [1.5]
+    """
+    friction = choose("friction", kind, FRICTIONS)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        g, before = step.gradient, step.recall(name, like=step.gradient, dtype=dtype)
+        if kind == "signed" and jnp.iscomplexobj(g):
+            raise TypeError(
+                'friction "signed" has no meaning for complex gradients: use "absolute" or "wide".'
+            )
+        xi = friction(g, before)
+        step.keep(name, g)
+        return step.set(direction=step.direction * xi).note(friction=xi)
+
+    return line

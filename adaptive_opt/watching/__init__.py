@@ -1,0 +1,1 @@
+"""Seeing what an optimizer does."""

@@ -1,0 +1,1 @@
+"""What goes around an optimizer, or beside it in a training script."""

@@ -1,0 +1,175 @@
+"""Lookahead as a drop-in: plain parameters in, plain parameters out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.describe import described_around
+from adaptive_opt.core.observe import Observers
+from adaptive_opt.core.policies import (
+    Hyperparameter,
+    Tree,
+    buffer_dtype,
+    check_fraction,
+    check_optimizer,
+    check_whole,
+    dtype_of,
+    keep_dtype,
+    map_leaves,
+    map_none,
+    update_dtypes,
+    wide,
+)
+from adaptive_opt.core.recipe import recipe
+from adaptive_opt.recipes.adam import radam
+
+
+class LookaheadState(NamedTuple):
+    """The number of steps, the slow weights, and the state of the inner optimizer."""
+
+    count: jax.Array
+    slow: Tree
+    inner_state: Any
+
+
+@described_around
+def lookahead(
+    inner: optax.GradientTransformation,
+    sync_period: int = 6,
+    slow_step_size: Hyperparameter = 0.5,
+    *,
+    state_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Every so many steps of the inner optimizer, go back to a point between: k steps forward, 1
+    back.
+
+    Slow weights ``s`` start where the parameters do. After the steps k, 2k, ... of the inner
+    optimizer ``s = s + a (x - s)``, and the parameters go to ``s``; in between the inner update
+    passes through unchanged. The inner state is kept. Zhang, Lucas, Hinton & Ba 2019,
+    arXiv:1907.08610; as in lessw2020's Ranger and fastai. (``optax.lookahead`` is the same with the
+    slow weights among the parameters; torch_optimizer's takes them after the first step and syncs
+    at steps 1, k + 1, ...)
+
+    Unlike optax's it takes and returns ordinary parameters, so that it works inside ``optax.chain``
+    (as the last part: it must see the whole update), ``partition`` and ``inject_hyperparams``.
+    Evaluate with ``state.slow``, or right after a synchronisation.
+
+    Args:
+      inner: any optimizer; extra arguments of ``update`` are passed on to it.
+      sync_period: k, a whole number of at least 1: 6 in Ranger and fastai, 5 in other libraries.
+      slow_step_size: a, in [0, 1]; 0.5 everywhere.
+      state_dtype: the dtype of the slow weights; default: the parameter's, float32 for 16-bit
+        parameters.
+
+    State: ``LookaheadState(count, slow, inner_state)``; initialised with shapes
+      (``jax.ShapeDtypeStruct``), ``slow`` is shapes too. ValueError if ``update`` gets no
+      parameters.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import lookahead, sgd
+    >>> optimizer = lookahead(sgd(1.0), sync_period=2)
+    >>> x = jnp.array([0.0])
+    >>> state = optimizer.init(x)
+    >>> for _ in range(2):
+    ...     updates, state = optimizer.update(jnp.array([-1.0]), state, x)
+    ...     x = optax.apply_updates(x, updates)
+    >>> print(x, state.slow)
+    [1.] [1.]
+    """
+    check_optimizer("lookahead", inner)
+    check_whole(1, sync_period=sync_period)
+    check_fraction(slow_step_size=slow_step_size)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Tree) -> LookaheadState:
+        def dtype(own: Any) -> Any:
+            return wide(own) if state_dtype is None else buffer_dtype(state_dtype, wide(own))
+
+        def copy(p: Any) -> Any:
+            if isinstance(p, jax.ShapeDtypeStruct):
+                return p.update(dtype=dtype(p.dtype))
+            return jnp.array(p, dtype(dtype_of(p)), copy=True)
+
+        slow = jax.tree.map(copy, params)
+        return LookaheadState(jnp.zeros([], jnp.int32), slow, inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if params is None:
+            raise ValueError(
+                "lookahead needs the parameters: call update(gradients, state, params)."
+            )
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
+        dtypes = update_dtypes(updates, params)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        syncs = count % sync_period == 0
+        a = slow_step_size(count - 1) if callable(slow_step_size) else slow_step_size
+        synced = map_leaves(
+            lambda u, x, s, *, a: s + a * (x + u - s), updates, updates, params, state.slow, a=a
+        )
+        slow = map_leaves(lambda new, s: jnp.where(syncs, new, s), updates, synced, state.slow)
+        updates = map_leaves(
+            lambda u, x, new: jnp.where(syncs, new - x, u), updates, updates, params, synced
+        )
+        updates = map_none(lambda u, dtype: jnp.asarray(u, dtype), updates, dtypes)
+        slow = keep_dtype(state.slow, slow, "the slow weights")
+        return updates, LookaheadState(count, slow, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@recipe
+def ranger(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.95,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-5,
+    *,
+    sync_period: int = 6,
+    slow_step_size: Hyperparameter = 0.5,
+    centralize: bool = True,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Any = None,
+    convention: Literal["torch", "optax", "reference"] = "torch",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> tuple[optax.GradientTransformation, ...]:
+    """RAdam inside Lookahead.
+
+    Equals lessw2020's ``Ranger/ranger.py`` (which calculates in float32) for vectors; for arrays of
+    rank 2 and more, the same formulas after its gradient centralisation (``optax.centralize``: they
+    lose the mean over all but the first axis; there kernels are stored with the output first, in
+    Flax last).
+
+    Args:
+      learning_rate, b1, b2, eps, weight_decay, mask, convention, observers, state_dtype: see
+        ``radam``; the weight decay is decoupled.
+      sync_period, slow_step_size: see ``lookahead``.
+      centralize: whether the gradients of arrays of rank 2 and more are centralised.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import ranger
+    >>> x = jnp.array([1.0])
+    >>> optimizer = ranger(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.97
+    """
+    rectified = radam(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        convention=convention,
+        weight_decay=weight_decay,
+        mask=mask,
+        decay="decoupled",
+        observers=observers,
+        state_dtype=state_dtype,
+    )
+    centralized = (optax.centralize(),) if centralize else ()
+    return *centralized, lookahead(rectified, sync_period, slow_step_size, state_dtype=state_dtype)
