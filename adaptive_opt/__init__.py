@@ -26,20 +26,10 @@ from adaptive_opt.memory.single_pass import (
     single_pass,
     single_pass_stands_aside,
 )
-from adaptive_opt.recipes.adam import (
-    adabound,
-    adam,
-    adamod,
-    adamw,
-    amsbound,
-    amsgrad,
-    diffgrad,
-    diffmod,
-    nadam,
-    nadamw,
-    radam,
-)
+from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
+from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
+from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
@@ -85,7 +75,7 @@ from adaptive_opt.wrappers.groups import (
     layerwise_learning_rates,
 )
 from adaptive_opt.wrappers.guard import SkipNonfiniteState, skip_nonfinite
-from adaptive_opt.wrappers.lookahead import LookaheadState, lookahead, ranger
+from adaptive_opt.wrappers.lookahead import LookaheadState, lookahead
 from adaptive_opt.wrappers.schedules import (
     OneCycle,
     normalized_weight_decay,

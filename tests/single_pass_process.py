@@ -16,7 +16,7 @@ from traffic import SIZE, compiled_step, loops, traffic, ulps_at_the_scale_of
 
 import adaptive_opt
 from adaptive_opt import single_pass
-from adaptive_opt.core.policies import copied
+from adaptive_opt.core.trees import copied
 
 
 def of_a_large_leaf(plain):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from adaptive_opt import adam, amsgrad, low_memory
-from adaptive_opt.core.policies import calculated, copied
+from adaptive_opt.core.trees import calculated, copied
 from benchmarks import accelerators
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import pytest
 from common import gradient_trees, normal_tree, train
 
 from adaptive_opt import RECIPES, adaptive, debias, first_moment
-from adaptive_opt.core.step import Correction, Now
+from adaptive_opt.core.now import Correction, Now
 
 DECAYS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.99999999)
 STEPS = (1, 2, 10, 100, 1000, 100_000)

@@ -19,9 +19,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.core.checks import needed
 from adaptive_opt.core.describe import Description, describe, shown
-from adaptive_opt.core.policies import Tree, dtype_of, needed
 from adaptive_opt.core.recipe import RECIPES
+from adaptive_opt.core.trees import Tree, dtype_of
 
 STATE_FORMAT = 1
 """Raised whenever the state of some recipe changes its meaning."""

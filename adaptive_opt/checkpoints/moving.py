@@ -16,7 +16,7 @@ import optax
 
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.observe import Observation
-from adaptive_opt.core.policies import Tree, dtype_of
+from adaptive_opt.core.trees import Tree, dtype_of
 from adaptive_opt.memory import codecs
 from adaptive_opt.memory.low_memory import LowMemoryState
 

@@ -10,17 +10,13 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.describe import described, transformation
+from adaptive_opt.core.look import init_buffers, look_at_some_leaf
+from adaptive_opt.core.now import Now
 from adaptive_opt.core.observe import Watch, init_observations, observe
-from adaptive_opt.core.policies import Tree
 from adaptive_opt.core.stage import Stage, lines_of
-from adaptive_opt.core.step import Now
-from adaptive_opt.core.tree import (
-    OpenStep,
-    check_names,
-    init_buffers,
-    look_at_some_leaf,
-    update_leaves,
-)
+from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.core.trees import Tree
+from adaptive_opt.core.update import check_names, update_leaves
 
 
 class OpenStepState(NamedTuple):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from adaptive_opt.core import policies
+from adaptive_opt.core import trees
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Spec:
         asked = self.asked if self.asked is not None else state_dtype
         if asked is None:
             return self.own
-        chosen = policies.buffer_dtype(asked, self.own)
+        chosen = trees.buffer_dtype(asked, self.own)
         if self.kind == "second_moment":
             if jnp.finfo(chosen).minexp > -126:
                 raise ValueError(
@@ -47,7 +47,7 @@ class Spec:
                 )
             return chosen
         small = self.kind == "rate" or not self.is_like_gradient
-        return policies.wide(chosen) if small else chosen
+        return trees.wide(chosen) if small else chosen
 
 
 class Memory:
@@ -83,9 +83,9 @@ class Memory:
         self.remembered = True
         if name in self._recalled:
             return self._recalled[name]
-        shape, dtype = jnp.shape(like), policies.dtype_of(like)
+        shape, dtype = jnp.shape(like), trees.dtype_of(like)
         if self.stored is None:
-            own = policies.at_width_of(dtype, width)
+            own = trees.at_width_of(dtype, width)
             self.specs[name] = Spec(shape, own, initial, asked, shape == self.like)
             value = (
                 like if isinstance(like, jax.Array) and like.dtype == own else jnp.zeros(shape, own)
@@ -98,7 +98,7 @@ class Memory:
     def _checked(
         self, name: str, held: Any, shape: tuple[int, ...], asked: DTypeLike | None, width: Any
     ) -> jax.Array:
-        if not policies.is_array(held):
+        if not trees.is_array(held):
             raise ValueError(
                 f"there is a gradient{self.where()}, but the state holds no array {name!r} there."
                 " Initialise the optimizer with the parameters it is to update."
@@ -112,7 +112,7 @@ class Memory:
                 " every buffer is shaped like its parameter: a second moment of another scope"
                 " belongs into adaptive(...).)"
             )
-        dtype = policies.dtype_of(held)
+        dtype = trees.dtype_of(held)
         if asked is None and self.state_dtype is None and dtype.itemsize * 8 < 32:
             if name not in self.warned:
                 self.warned.add(name)
@@ -122,9 +122,9 @@ class Memory:
                     " it stays as it is.",
                     stacklevel=2,
                 )
-            dtype = policies.wide(dtype)
+            dtype = trees.wide(dtype)
         self._dtypes[name] = dtype
-        return policies.at_width(held, max(width, policies.real(policies.wide(dtype)), key=_size))
+        return trees.at_width(held, max(width, trees.real(trees.wide(dtype)), key=_size))
 
     def keep(self, name: str, value: Any) -> None:
         if name not in self._recalled:
@@ -137,9 +137,7 @@ class Memory:
                 " with; initialise a new one."
             )
         if self.stored is None:
-            self.specs[name].own = policies.at_width_of(
-                policies.dtype_of(value), policies.real(old.dtype)
-            )
+            self.specs[name].own = trees.at_width_of(trees.dtype_of(value), trees.real(old.dtype))
         self.new[name] = value
 
     def note_kind(self, name: str, kind: str | None) -> None:
@@ -152,7 +150,7 @@ class Memory:
         for name, old in self._recalled.items():
             value, dtype = self.new.get(name, old), self._dtypes[name]
             if any(value is other for other in taken):
-                value = policies.copied(value, old)
+                value = trees.copied(value, old)
             taken.append(value)
             if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, np.complexfloating):
                 raise TypeError(

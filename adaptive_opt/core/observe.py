@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from adaptive_opt.core.checks import Hyperparameter, check_whole, value_at
 from adaptive_opt.core.describe import describe
-from adaptive_opt.core.policies import Hyperparameter, Tree, check_whole, value_at
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
 from adaptive_opt.core.tree import OpenStep, run
+from adaptive_opt.core.trees import Tree
 
 Shapes: TypeAlias = Any
 """A tree of ``jax.ShapeDtypeStruct``: what an observer keeps."""

@@ -26,9 +26,10 @@ import optax
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from adaptive_opt.core import policies
+from adaptive_opt.core import trees
+from adaptive_opt.core.checks import SCOPES, Scope
 from adaptive_opt.core.describe import describe
-from adaptive_opt.core.policies import SCOPES, Scope, Tree, dtype_of
+from adaptive_opt.core.trees import Tree, dtype_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -467,7 +468,7 @@ def _place(optimizer: optax.GradientTransformation, cause: tuple[Any, ...]) -> s
     description = describe(optimizer)
     stages = {part.name for part in description.stages()}
     wrappers = {part.name for part in description.walk()}
-    libraries = tuple(os.path.dirname(str(m.__file__)) for m in (jax, optax, os, policies))
+    libraries = tuple(os.path.dirname(str(m.__file__)) for m in (jax, optax, os, trees))
     own = (f for f in frames if not f.file_name.startswith(libraries))
     lines = [f"{os.path.basename(f.file_name)}:{f.line_num}" for f in own]
     named = [name for name in makers if name in stages]

@@ -10,11 +10,11 @@ from typing import Any, Literal, ParamSpec, get_args, get_origin
 
 import optax
 
-from adaptive_opt.core import policies
+from adaptive_opt.core import checks
 from adaptive_opt.core.bracket import adaptive
+from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.describe import Optimizer, bound, made_of, transformation
 from adaptive_opt.core.observe import product_of, told
-from adaptive_opt.core.policies import Hyperparameter
 
 P = ParamSpec("P")
 Part = optax.GradientTransformation
@@ -58,7 +58,7 @@ def recipe(factory: Callable[P, Part | tuple[Part, ...]]) -> Callable[P, Optimiz
         given = bound(signature, name, args, kwargs)
         for argument, allowed in choices().items():
             if given[argument] is not None or None in allowed:
-                policies.choose(argument, given[argument], dict.fromkeys(allowed))
+                checks.choose(argument, given[argument], dict.fromkeys(allowed))
         parts = factory(*args, **kwargs)
         parts = (parts,) if isinstance(parts, optax.GradientTransformation) else tuple(parts)
         if given.get("observers", ()) != ():

@@ -3,7 +3,7 @@
 A stage is an ``optax.GradientTransformationExtraArgs`` whose updates are an open step.
 :func:`stage` makes one from a function of a few lines. Everything a stage must get right besides
 its formula is elsewhere, once: what the step knows, in ``step``; buffers, in ``memory``; trees,
-dtypes and None, in ``bracket`` and ``policies``.
+dtypes and None, in ``tree`` and ``trees``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import jax
 import optax
 
 from adaptive_opt.core.describe import bound, made_of, transformation
+from adaptive_opt.core.look import init_buffers
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.tree import OpenStep, init_buffers, run
+from adaptive_opt.core.tree import OpenStep, run
 
 P = ParamSpec("P")
 Stage = optax.GradientTransformationExtraArgs

@@ -10,20 +10,16 @@ an order of lines that makes no sense.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.typing import DTypeLike
 
-from adaptive_opt.core import policies
+from adaptive_opt.core import checks, trees
+from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.memory import Memory
-from adaptive_opt.core.policies import Hyperparameter
+from adaptive_opt.core.now import Correction, Now, Remembering, WrongOrder
 
 Field = Literal["gradient", "direction", "second_moment", "rate"]
 
@@ -32,10 +28,6 @@ _WHERE_IT_COMES_FROM = {
     "rate": "per_weight_rate(eps) or scale_by_adam(...), and before apply_rate()",
 }
 _DECAY_OF = {"direction": "b1", "second_moment": "b2"}
-
-
-class WrongOrder(ValueError):  # noqa: N818 (says what it is)
-    """Stages in an order that makes no sense; the message says where the stage belongs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,204 +57,6 @@ class Known:
     """Of a rate: who made values of the rule."""
 
 
-class Correction(NamedTuple):
-    """Of how many steps ahead, and whether in optax's arithmetic, which rounds ``b`` first.
-
-    ``1 - b^t`` with ``b`` in float32 is off by 7e-6 at 0.999 and of no use at 0.99999999; as
-    ``-expm1(t log b)`` it is right to rounding.
-    """
-
-    ahead: int = 0
-    as_in_optax: bool = False
-
-
-class Now:
-    """What is the same for all leaves: the count, the extra arguments, the stages so far."""
-
-    def __init__(
-        self,
-        count: jax.Array,
-        extra: Mapping[str, Any] | None = None,
-        *,
-        looking: bool = False,
-        lenient: bool = False,
-    ) -> None:
-        self.count, self.extra = count, dict(extra or {})
-        self.looking, self.lenient = looking, lenient
-        self.begin(None, "", {})
-        self.keepers: dict[str, object] = {}
-        """Whose turn it was when the buffer of a name was first recalled."""
-        self.averages: dict[int, tuple[Any, Hyperparameter]] = {}
-        """The averages that owe, by identity: the value, its decay."""
-        self.kept: dict[int, Any] = {}
-        """What was kept, by identity: the value, its spec."""
-        self.limits: dict[object, str] = {}
-        """The stages that limit something, by their turn."""
-        self.scalars: dict[tuple[int, Correction | None], tuple[Hyperparameter, Any]] = {}
-        """What was calculated once for all leaves, by whose it is (kept, so that its id stays its
-        own): the values of hyperparameters, and the corrections of averages."""
-
-    def begin(self, turn: object, stage: str, settings: Mapping[str, Any]) -> None:
-        self.turn, self.stage, self.settings, self.paying = turn, stage, settings, ""
-        self.clash: WrongOrder | None = None
-
-    def copy(self) -> Now:
-        """The same for somebody else to change."""
-        new = Now(self.count, self.extra, looking=self.looking, lenient=self.lenient)
-        new.keepers, new.limits = dict(self.keepers), dict(self.limits)
-        new.averages = dict(self.averages)
-        return new
-
-    @functools.cached_property
-    def some_scalar(self) -> jax.Array:
-        """What stands for scalars in a look."""
-        return jnp.ones((), float)
-
-    def at(self, hyperparameter: Hyperparameter) -> Any:
-        """The value of a hyperparameter; a schedule is asked once a step, for ``count - 1``."""
-        if not callable(hyperparameter):
-            return policies.value_at(hyperparameter, self.count)
-        key = id(hyperparameter), None
-        if key not in self.scalars:
-            # A user's function need not bear a look.
-            value = self.some_scalar if self.looking else hyperparameter(self.count - 1)
-            self.scalars[key] = hyperparameter, value
-        return self.scalars[key][1]
-
-    def correction(self, decay: Hyperparameter, which: Correction) -> Any:
-        """``1 - decay^t``, which an average with this decay owes for its start at zero."""
-        key = id(decay), which
-        if key not in self.scalars:
-            value = self.some_scalar if self.looking else self._correction(decay, which)
-            self.scalars[key] = decay, value
-        return self.scalars[key][1]
-
-    def _correction(self, decay: Hyperparameter, which: Correction) -> Any:
-        count, b = self.count, self.at(decay)
-        for _ in range(which.ahead):
-            count = optax.safe_increment(count)
-        t = jnp.asarray(count, float)
-        return 1 - b**t if which.as_in_optax else one_minus_power(b, t)
-
-    def calculate(
-        self, asked: Iterable[tuple[tuple[int, Correction | None], Hyperparameter]]
-    ) -> None:
-        """The scalars that somebody else has asked for."""
-        for (_, which), hyperparameter in asked:
-            if which is None:
-                self.at(hyperparameter)
-            else:
-                self.correction(hyperparameter, which)
-
-
-class Remembering:
-    """The verbs that a step of one array and the step of the whole tree share."""
-
-    now: Now
-    memory: Memory
-    width: Any
-
-    @property
-    def count(self) -> jax.Array:
-        """The number of gradients seen, this one included (t = 1, 2, ...); an int32 scalar."""
-        return self.now.count
-
-    def at(self, value: Hyperparameter) -> Any:
-        """The value of a hyperparameter at this step, or a scalar, in the width of the arrays.
-
-        A Python number stays one, so that ``1 - b`` is rounded once. A schedule sees ``count - 1``,
-        as in optax.
-        """
-        return policies.scalar_at(self.now.at(value), self.width)
-
-    def extra(self, name: str) -> Any:
-        """What ``update`` was given under this name (``value=loss``); an error if it was not."""
-        if self.now.looking:
-            return jnp.zeros((), self.width)
-        if name not in self.now.extra:
-            raise ValueError(
-                f"{self.now.stage} needs {name}: call update(gradients, state, params, {name}=...)."
-            )
-        return self.now.extra[name]
-
-    def recall(
-        self, name: str, like: Any, *, initial: Any = 0.0, dtype: DTypeLike | None = None
-    ) -> jax.Array:
-        """What was kept under this name at the step before.
-
-        Args:
-          name: of the buffer, in the state.
-          like: a value of its shape.
-          initial: what it holds before the first step: a number, or ``step.param``.
-          dtype: the buffer's, for whoever asked for one.
-        """
-        now = self.now
-        if self.memory.stored is not None and name not in self.memory.stored:
-            raise ValueError(
-                f"{now.stage}: the state should hold the buffers {name}, but holds"
-                f" {', '.join(sorted(self.memory.stored)) or 'none'}. A state belongs to the"
-                " optimizer that initialised it."
-            )
-        if now.keepers.setdefault(name, now.turn) is not now.turn:
-            now.clash = WrongOrder(
-                f"two stages keep a buffer called {name!r}. Give one of them another:"
-                f" {now.stage}(..., name={name + '_2'!r}); scale_by_adam(...), which has fixed"
-                " names, can be replaced by the stages it is made of."
-            )
-        return self.memory.recall(name, like, initial, dtype, self.width)
-
-    def keep(self, name: str, value: jax.Array) -> jax.Array:
-        """Keep a value for the next step under a name that was recalled."""
-        self.memory.keep(name, value)
-        self.now.kept[id(value)] = value, self.memory.specs.get(name)
-        return value
-
-    def remember(
-        self,
-        name: str,
-        function: Callable[[jax.Array, Any], jax.Array],
-        value: Any,
-        *,
-        initial: Any = 0.0,
-        dtype: DTypeLike | None = None,
-    ) -> jax.Array:
-        """``function(what was kept, value)``, which is kept in turn.
-
-        ``initial`` is a number, the parameter, or a function of the first value, whose result
-        stands for the first step's.
-        """
-        start = 0.0 if callable(initial) else initial
-        new = function(self.recall(name, value, initial=start, dtype=dtype), value)
-        if callable(initial):
-            new = jnp.where(self.count == 1, initial(value), new)
-        self.memory.note_kind(name, self.kind_of(value))
-        return self.keep(name, new)
-
-    def average(
-        self,
-        name: str,
-        value: Any,
-        decay: Hyperparameter,
-        *,
-        initial: Any = 0.0,
-        dtype: DTypeLike | None = None,
-    ) -> jax.Array:
-        """The moving average ``(1 - decay) value + decay kept``, which is kept in turn.
-
-        One that starts at zero owes the correction for it, until somebody makes it.
-        """
-        b = self.at(decay)
-        new = self.remember(
-            name, lambda old, x: (1 - b) * x + b * old, value, initial=initial, dtype=dtype
-        )
-        if policies.is_zero(initial):
-            self.now.averages[id(new)] = new, decay
-        return new
-
-    def kind_of(self, value: Any) -> str | None:
-        return None
-
-
 class AdaptiveStep(Remembering):
     """One step of an adaptive optimizer for one array, on its way through the stages.
 
@@ -286,9 +80,9 @@ class AdaptiveStep(Remembering):
                 f"gradient and parameter{memory.where()} differ in shape: {jnp.shape(gradient)},"
                 f" {jnp.shape(param)}. Give update the parameters that the gradient is of."
             )
-        self.update_dtype = policies.update_dtype(gradient, param)
-        self.width = policies.real(policies.wide(self.update_dtype))
-        gradient = policies.at_width(gradient, self.width)
+        self.update_dtype = trees.update_dtype(gradient, param)
+        self.width = trees.real(trees.wide(self.update_dtype))
+        gradient = trees.at_width(gradient, self.width)
         self._param, self.shape, self.inputs = param, gradient.shape, (gradient, param)
         self.values: dict[str, Any] = {"gradient": gradient, "direction": gradient}
         self._known = {"gradient": Known(), "direction": Known()}
@@ -342,7 +136,7 @@ class AdaptiveStep(Remembering):
             raise ValueError(
                 f"{self.now.stage} needs the parameters: call update(gradients, state, params)."
             )
-        return policies.at_width(self._param, self.width)
+        return trees.at_width(self._param, self.width)
 
     def raw(self, field: Field) -> jax.Array:
         """What no stage has changed: an average as it was made, a rate that was only multiplied."""
@@ -386,7 +180,7 @@ class AdaptiveStep(Remembering):
                     f"{stage} corrects one average, but the {field} is an average of averages. Put"
                     " one correction right after each of them."
                 )
-            if policies.are_different_numbers(own, decay):
+            if checks.are_different_numbers(own, decay):
                 raise WrongOrder(
                     f"{stage} was given the decay {decay}, but the {field} is an average with the"
                     f" decay {own}. Give both the same."
@@ -457,7 +251,7 @@ class AdaptiveStep(Remembering):
             update = jnp.copy(direction) if rate is None else direction * rate
         dtype = self.update_dtype
         if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
-            dtype = policies.with_both_parts(dtype)
+            dtype = trees.with_both_parts(dtype)
         return update.astype(dtype)
 
     def peek(self, field: str) -> Any:
@@ -478,7 +272,7 @@ class AdaptiveStep(Remembering):
             return self.values[field]
         if self.now.lenient:  # a stage of a flat chain, which is initialised by itself
             self._known[field] = Known("an earlier stage")
-            self.values[field] = policies.real_part(self.values["gradient"])
+            self.values[field] = trees.real_part(self.values["gradient"])
             return self.values[field]
         raise WrongOrder(
             f"{self.now.stage} reads the {field} of the step, which is not set yet. Put"
@@ -532,7 +326,7 @@ class AdaptiveStep(Remembering):
 
     def _checked(self, field: str, value: Any) -> jax.Array:
         """A value in the width of the leaf, and of the shape that its field has."""
-        value = policies.at_width(value, self.width)
+        value = trees.at_width(value, self.width)
         stage, gradient = self.now.stage, self.values["gradient"]
         shape = gradient.shape if field in ("gradient", "direction") else None
         if field in self.values and field not in ("gradient", "direction"):
@@ -564,26 +358,6 @@ class AdaptiveStep(Remembering):
         stage, paying = self.now.stage, self.now.paying
         several = {"b1", "b2"} <= set(self.now.settings)
         return f"{stage}({paying})" if several and paying else stage
-
-
-def one_minus_power(b: Any, t: jax.Array) -> jax.Array:
-    """``1 - b^t`` to rounding, for a decay ``b``; the logarithm of a Python number in double."""
-    if isinstance(b, jax.Array):
-        log, rest = jnp.log1p(b - 1), 0.0  # the difference is exact for b of at least 1/2
-    elif b <= 0:
-        return jnp.ones_like(t)
-    else:
-        log = np.asarray(math.log(b), t.dtype).item()
-        rest = math.log(b) - log
-    x = t * log
-    if t.dtype == np.float64:
-        return -jnp.expm1(x)
-    # XLA's expm1 is 3e-7 off in float32. Taylor's series for x > -1, with the last rounding last.
-    near, series = jnp.maximum(x, -1.0), 0.0
-    for n in range(12, 1, -1):
-        series = (1 + series) * (near / n)
-    power = jnp.exp(x)
-    return jnp.where(x > -1, -(near + near * series), 1 - power) - power * (t * rest)
 
 
 def _divide(x: Any, y: jax.Array) -> jax.Array:

@@ -9,19 +9,18 @@ distinct shape, and not once for each leaf.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from adaptive_opt.core import policies
-from adaptive_opt.core.memory import Memory, Spec
-from adaptive_opt.core.policies import Tree
-from adaptive_opt.core.step import AdaptiveStep, Now, Remembering, WrongOrder
+from adaptive_opt.core import trees
+from adaptive_opt.core.memory import Memory
+from adaptive_opt.core.now import Now, Remembering
+from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.trees import Tree
 
 
 class _SaysWhatToDo(type):
@@ -50,7 +49,7 @@ class OpenStep(Remembering, metaclass=_SaysWhatToDo):
     def __init__(
         self, now: Now, gradient: Tree, params: Tree | None, state_dtype: DTypeLike | None = None
     ) -> None:
-        leaves, self.structure = jax.tree.flatten(gradient, is_leaf=policies.is_none)
+        leaves, self.structure = jax.tree.flatten(gradient, is_leaf=trees.is_none)
         self.now, self.params, self.extra_notes = now, params, {}
         self.steps = [
             None if g is None else AdaptiveStep(now, g, p, Memory({}))
@@ -113,7 +112,7 @@ class OpenStep(Remembering, metaclass=_SaysWhatToDo):
 
     def map(self, function: Callable[..., Any], *trees: Tree, **scalars: Any) -> Tree:
         """``function(*leaves, **scalars)`` for every leaf that has a gradient, in one width."""
-        return policies.map_leaves(function, self.gradient, *trees, **scalars)
+        return trees.map_leaves(function, self.gradient, *trees, **scalars)
 
     def copy(self) -> OpenStep:
         """The same for somebody else to change."""
@@ -186,12 +185,12 @@ def run(
 
     An observer among the lines is shown the step where it stands.
     """
-    memories, of_tree = _memories(step, buffers, state_dtype)
-    _through(lines, step, memories, of_tree, show)
+    memories, of_tree = memories_of(step, buffers, state_dtype)
+    take_through(lines, step, memories, of_tree, show)
     return {} if buffers is None else _collected(step, buffers, memories, of_tree)
 
 
-def _through(
+def take_through(
     lines: Sequence[Any],
     step: OpenStep,
     memories: Sequence[Memory],
@@ -214,10 +213,10 @@ def _through(
             for each, memory in there:
                 each.begin(memory)
             for each in [step] if line.is_of_the_tree else [each for each, _ in there]:
-                _run(line, each, turn)
+                run_line(line, each, turn)
 
 
-def _run(line: Any, step: Any, turn: object) -> None:
+def run_line(line: Any, step: Any, turn: object) -> None:
     """One line on one step, of a leaf or of the tree; ``turn`` is its place in the list."""
     step.now.begin(turn, line.stage, line.settings)
     result = line.function(step)
@@ -227,7 +226,7 @@ def _run(line: Any, step: Any, turn: object) -> None:
         raise step.now.clash
 
 
-def _memories(
+def memories_of(
     step: OpenStep, buffers: Mapping[str, Tree] | None, state_dtype: DTypeLike | None
 ) -> tuple[list[Memory], Memory]:
     warned: set[str] = set()
@@ -253,7 +252,7 @@ def _column(structure: Any, buffer: Tree, leaves: int) -> list[Any] | None:
     alone = jax.tree.structure(0)
     if jax.tree.structure(buffer) == alone != structure:
         return None
-    return policies.leaves_like(structure, buffer)
+    return trees.leaves_like(structure, buffer)
 
 
 def _collected(
@@ -265,217 +264,17 @@ def _collected(
     for name, old in buffers.items():
         if name in new:
             continue
-        column = policies.leaves_like(step.structure, old)
+        column = trees.leaves_like(step.structure, old)
         leaves = [made.get(name, kept) for made, kept in zip(finished, column, strict=True)]
         new[name] = step.structure.unflatten(leaves)
     return {name: new[name] for name in buffers}
-
-
-def update_leaves(
-    lines: Sequence[Any],
-    now: Now,
-    gradient: Tree,
-    buffers: Mapping[str, Tree],
-    params: Tree | None,
-    state_dtype: DTypeLike | None,
-) -> tuple[Tree, dict[str, Tree]]:
-    """A whole step from plain gradient to plain update, and the new buffers."""
-    if any(line.is_of_the_tree for line in lines) or not _is_staged():
-        step = OpenStep(now, gradient, params)
-        new = run(lines, step, buffers, state_dtype)
-        return step.close(), new
-
-    leaves, structure = jax.tree.flatten(gradient, is_leaf=policies.is_none)
-    of_params = leaves_of_params(params, structure, leaves)
-    columns = {name: policies.leaves_like(structure, buffer) for name, buffer in buffers.items()}
-    warned: set[str] = set()
-    place = 0
-
-    def where() -> str:
-        paths = jax.tree_util.tree_flatten_with_path(gradient, is_leaf=policies.is_none)[0]
-        return f" at {jax.tree_util.keystr(paths[place][0]) or 'the only leaf'}"
-
-    # What leaves have in common is calculated here, once. (A quotient by a scalar of its own XLA
-    # writes as a product with the inverse.)
-    first = next((i for i, g in enumerate(leaves) if g is not None), None)
-    if first is not None:
-        now.calculate(scalars_of(lines, leaves[first], of_params[first]))
-    arrays = {k: pair for k, pair in now.scalars.items() if isinstance(pair[1], jax.Array)}
-    of_whom = [hyperparameter for hyperparameter, _ in arrays.values()]
-    scalars = [value for _, value in arrays.values()]
-
-    @jax.jit
-    def one_leaf(
-        count: jax.Array, scalars: list[Any], gradient: Any, param: Any, stored: dict[str, Any]
-    ) -> Any:
-        own = Now(count, now.extra)
-        own.scalars = dict(zip(arrays, zip(of_whom, scalars, strict=True), strict=True))
-        memory = Memory(stored, state_dtype, where, warned, jnp.shape(gradient))
-        step = AdaptiveStep(own, gradient, param, memory)
-        with jax.numpy_dtype_promotion("standard"):
-            for line in lines:
-                step.begin()
-                _run(line, step, object())
-            return step.close(), memory.finished(*step.inputs)
-
-    updates: list[Any] = list(leaves)
-    new = {name: list(column) for name, column in columns.items()}
-    for place, (g, p) in enumerate(zip(leaves, of_params, strict=True)):
-        if g is None:
-            continue
-        stored = {name: column[place] for name, column in columns.items()}
-        updates[place], kept = one_leaf(now.count, scalars, g, p, stored)
-        for name, value in kept.items():
-            new[name][place] = value
-    return structure.unflatten(updates), {k: structure.unflatten(v) for k, v in new.items()}
-
-
-def _is_staged() -> bool:
-    """Whether a program is being traced (jit, scan), and not merely a function transformed.
-
-    There a ``jit`` of one leaf saves tracing; elsewhere it would compile anew at every step.
-    """
-    return isinstance(jnp.zeros((), np.int32), Tracer)
 
 
 def leaves_of_params(params: Tree | None, structure: Any, leaves: Sequence[Any]) -> list[Any]:
     """The parameter of every leaf; None where there are none."""
     if params is None:
         return [None] * len(leaves)
-    same = jax.tree.leaves(params, is_leaf=policies.is_none)
+    same = jax.tree.leaves(params, is_leaf=trees.is_none)
     if len(same) == len(leaves):
         return same  # perhaps in another container, a FrozenDict for a dict, say
-    return policies.leaves_like(structure, params)
-
-
-# --- the look -------------------------------------------------------------------------------------
-
-
-class Look(NamedTuple):
-    """What the lines keep, limit and ask for, found without computing anything."""
-
-    leaves: list[dict[str, Spec]]
-    of_tree: dict[str, Spec]
-    limits: tuple[str, ...]
-    asked: tuple[Any, ...]
-
-    def names(self) -> set[str]:
-        return {name for specs in (*self.leaves, self.of_tree) for name in specs}
-
-
-def look(
-    lines: Sequence[Any], params: Tree, *, lenient: bool = False, closing: bool = False
-) -> Look:
-    """One abstract step for parameters like these."""
-    found: list[Look] = []
-
-    def step(params: Tree, count: Any) -> Any:
-        now = Now(count, looking=True, lenient=lenient)
-        step = OpenStep(now, params, params)
-        memories, of_tree = _memories(step, None, None)
-        _through(lines, step, memories, of_tree)
-        if closing:
-            step.close()
-        asked = tuple((key, h) for key, (h, _) in now.scalars.items())
-        limits = tuple(now.limits.values())
-        found.append(Look([m.specs for m in memories], of_tree.specs, limits, asked))
-        return ()
-
-    jax.eval_shape(step, params, jax.ShapeDtypeStruct((), np.int32))
-    return found[0]
-
-
-def scalars_of(lines: Sequence[Any], gradient: Any, param: Any) -> tuple[Any, ...]:
-    """The scalars that the lines ask for on a leaf like this."""
-    dtype = policies.wide(policies.update_dtype(gradient, param))
-    return look(lines, jax.ShapeDtypeStruct(jnp.shape(gradient), dtype)).asked
-
-
-_SOME_LEAF = jax.ShapeDtypeStruct((3, 2), np.float32)
-
-
-def look_at_some_leaf(lines: Sequence[Any], *, lenient: bool = False) -> Look | None:
-    """What can be said before there are parameters; an error for an impossible order of lines.
-
-    None where a line does not bear a matrix of three by two.
-    """
-    try:
-        return look(lines, _SOME_LEAF, lenient=lenient, closing=not lenient)
-    except (WrongOrder, LineError):
-        raise
-    except Exception:
-        return None
-
-
-def init_buffers(
-    lines: Sequence[Any],
-    params: Tree,
-    state_dtype: DTypeLike | None = None,
-    *,
-    lenient: bool = False,
-) -> dict[str, Tree]:
-    """The buffers of all the lines before the first step, where the parameters are."""
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=policies.is_none)
-    shapes = []
-    for path, param in with_paths:
-        try:
-            dtype = None if param is None else policies.dtype_of(param)
-            shapes.append(param if dtype is None else _struct(param, dtype))
-        except TypeError as error:
-            raise TypeError(
-                f"at {jax.tree_util.keystr(path) or 'the only leaf'}: {error}"
-            ) from None
-    if any(line.is_of_the_tree for line in lines):
-        found = look(lines, structure.unflatten(shapes), lenient=lenient)
-    else:
-        alike: dict[Any, dict[str, Spec]] = {}
-        for shape in shapes:
-            key = None if shape is None else (shape.shape, shape.dtype)
-            if key is not None and key not in alike:
-                alike[key] = look(lines, shape, lenient=lenient).leaves[0]
-        found = Look([{} if s is None else alike[s.shape, s.dtype] for s in shapes], {}, (), ())
-    names = found.names()
-    if not any(found.leaves):  # no parameters, or something that stands for them
-        some = look_at_some_leaf(lines, lenient=lenient)
-        names |= some.names() if some else set()
-    buffers: dict[str, Tree] = {}
-    for name in sorted(names):
-        if name in found.of_tree:
-            spec = found.of_tree[name]
-            buffers[name] = jnp.full((), spec.initial, spec.dtype(name, state_dtype))
-        else:
-            buffers[name] = structure.unflatten(
-                _initial(name, specs.get(name), param, state_dtype)
-                for specs, (_, param) in zip(found.leaves, with_paths, strict=True)
-            )
-    return buffers
-
-
-def _struct(param: Any, dtype: np.dtype) -> jax.ShapeDtypeStruct:
-    policies.wide(dtype)
-    return jax.ShapeDtypeStruct(np.shape(param), dtype)
-
-
-def _initial(name: str, spec: Spec | None, param: Any, state_dtype: DTypeLike | None) -> Any:
-    if spec is None:
-        return None
-    dtype = spec.dtype(name, state_dtype)
-    if isinstance(spec.initial, jax.Array):
-        return jnp.array(param, dtype, copy=True)
-    if spec.is_like_gradient:
-        return jnp.full_like(param, spec.initial, dtype=dtype)
-    return jnp.full(spec.shape, spec.initial, dtype)
-
-
-def check_names(lines: Iterable[Any], expected: Iterable[str], given: Iterable[str]) -> None:
-    """Whether a state holds just the buffers of the lines."""
-    if set(expected) != set(given):
-        stages = dict.fromkeys(line.stage for line in lines)
-        raise ValueError(
-            f"{', '.join(stages)}: the state should hold the buffers {_listed(expected)}, but holds"
-            f" {_listed(given)}. A state belongs to the optimizer that initialised it."
-        )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return trees.leaves_like(structure, params)

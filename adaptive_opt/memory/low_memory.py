@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adaptive_opt.core.checks import check_optimizer, check_whole, choose
 from adaptive_opt.core.describe import described_around
-from adaptive_opt.core.policies import Tree, check_optimizer, check_whole, choose
 from adaptive_opt.core.reach import counts_as_per_weight
+from adaptive_opt.core.trees import Tree
 from adaptive_opt.memory import codecs
 from adaptive_opt.memory.codecs import Blocks
 

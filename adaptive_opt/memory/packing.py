@@ -19,10 +19,11 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.core.checks import check_whole
 from adaptive_opt.core.describe import Description, describe, shown
-from adaptive_opt.core.policies import Tree, check_whole, dtype_of
 from adaptive_opt.core.reach import reach
-from adaptive_opt.wrappers.groups import ParameterGroups, path_of
+from adaptive_opt.core.trees import Tree, dtype_of, path_of
+from adaptive_opt.wrappers.groups import ParameterGroups
 
 PAD = 1024
 """Buffers are a multiple of so many numbers long: an odd length loses vector instructions."""

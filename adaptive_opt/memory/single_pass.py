@@ -23,8 +23,8 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, gensym, jaxpr_as_fun
 
 from adaptive_opt.core.describe import described_around
-from adaptive_opt.core.policies import Tree, calculated
 from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
+from adaptive_opt.core.trees import Tree, calculated
 
 OPTION = "xla_cpu_use_multi_output_fusion"
 _FLAG = "--xla_backend_extra_options="

@@ -14,8 +14,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.bracket import adaptive
-from adaptive_opt.core.observe import Observers
-from adaptive_opt.core.policies import (
+from adaptive_opt.core.checks import (
     Hyperparameter,
     Scope,
     are_different_numbers,
@@ -23,6 +22,7 @@ from adaptive_opt.core.policies import (
     check_nonnegative,
     is_zero,
 )
+from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
 from adaptive_opt.stages.moments import (
     centered_moment,

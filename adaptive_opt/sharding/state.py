@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from adaptive_opt.core.policies import Tree, axes_of
+from adaptive_opt.core.trees import Tree, axes_of
 from adaptive_opt.memory.codecs import BLOCK, Blocks, is_blocks
 
 

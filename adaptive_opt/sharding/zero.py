@@ -13,9 +13,10 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from adaptive_opt.core.checks import choose
 from adaptive_opt.core.describe import transformation
-from adaptive_opt.core.policies import Tree, axes_of, axes_split, choose, dtype_of, map_none
 from adaptive_opt.core.reach import reach
+from adaptive_opt.core.trees import Tree, axes_of, axes_split, dtype_of, map_none
 from adaptive_opt.sharding.state import SplitOverAxis, is_placeholder
 
 UNIT = 128

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.policies import Hyperparameter, Tree
+from adaptive_opt.core.checks import Hyperparameter
+from adaptive_opt.core.look import init_buffers
+from adaptive_opt.core.now import Now
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
-from adaptive_opt.core.step import Now
-from adaptive_opt.core.tree import OpenStep, init_buffers, run, update_leaves
+from adaptive_opt.core.tree import OpenStep, run
+from adaptive_opt.core.trees import Tree
+from adaptive_opt.core.update import update_leaves
 from adaptive_opt.stages.moments import debias, first_moment, nesterov_moment, second_moment
 from adaptive_opt.stages.rates import per_weight_rate
 

@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.policies import (
+from adaptive_opt.core.checks import (
     SCOPES,
     Hyperparameter,
     Scope,
-    axes_of,
-    axes_split,
     check_decay,
     check_nonnegative,
     choose,
     given,
     value_at,
 )
+from adaptive_opt.core.now import Remembering
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
-from adaptive_opt.core.step import AdaptiveStep, Remembering
+from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.core.trees import axes_of, axes_split
 
 
 def absolute_square(x: jax.Array) -> jax.Array:

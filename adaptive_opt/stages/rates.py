@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.policies import (
+from adaptive_opt.core.checks import (
     Hyperparameter,
     check_at_least,
     check_at_least_one,

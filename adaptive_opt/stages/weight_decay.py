@@ -10,17 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adaptive_opt.core.checks import Hyperparameter, check_nonnegative, is_number, value_at
 from adaptive_opt.core.describe import described
-from adaptive_opt.core.policies import (
-    Hyperparameter,
-    Tree,
-    check_nonnegative,
-    is_number,
-    map_leaves,
-    map_none,
-    update_dtypes,
-    value_at,
-)
+from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 
 Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""

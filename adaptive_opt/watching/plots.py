@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_opt.core.policies import needed
+from adaptive_opt.core.checks import needed
 from adaptive_opt.watching.telemetry import BIN_EDGES, rate_histograms, read_telemetry, seen_at
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_opt.core.policies import Tree, check_whole, downhill
+from adaptive_opt.core.checks import check_whole
+from adaptive_opt.core.trees import Tree, downhill
 
 
 @dataclasses.dataclass(frozen=True)

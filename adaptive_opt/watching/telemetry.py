@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import HYPERPARAMETERS, Observation, watching
-from adaptive_opt.core.policies import Hyperparameter, axes_of, axes_split, is_none
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
-from adaptive_opt.wrappers.groups import path_of
+from adaptive_opt.core.trees import axes_of, axes_split, is_none, path_of
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 LOW, HIGH, PER_DECADE = -12, 6, 8

@@ -18,17 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_opt.core.policies import (
+from adaptive_opt.core.checks import (
     Hyperparameter,
-    Tree,
     check_constant,
     check_nonnegative,
     check_whole,
-    is_none,
-    map_none,
     scaled,
-    update_dtypes,
 )
+from adaptive_opt.core.trees import Tree, is_none, map_none, path_of, update_dtypes
 
 NOT_DECAYED = ("bias", "b", "scale", "offset", "gamma", "beta")
 """What biases and the weights of normalisations are called."""
@@ -312,16 +309,6 @@ def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return inner.update(promoted, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def path_of(path: Any) -> str:
-    """A key path as in the patterns: keys joined by slashes.
-
-    Without the last ``value``, if that is the attribute in which nnx keeps a variable's array.
-    """
-    if path and path[-1] == jax.tree_util.GetAttrKey("value") and len(path) > 1:
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_opt.core.describe import described_around
-from adaptive_opt.core.policies import Tree
+from adaptive_opt.core.trees import Tree
 
 
 class SkipNonfiniteState(NamedTuple):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_opt.core.policies import (
+from adaptive_opt.core.checks import (
     check_at_least_one,
     check_nonnegative,
     check_positive,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from adaptive_opt.core.policies import downhill
+from adaptive_opt.core.trees import downhill
 
 
 def train_step(

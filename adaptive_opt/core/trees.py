@@ -1,52 +1,23 @@
-"""What holds for every stage and every transformation, written once.
+"""What holds for the leaves of every tree, written once.
 
 * Width: arithmetic is done in float32 at least; float64 and complex stay what they are.
 * Buffers keep the dtype they were created with; an update leaves in the dtype it was promised.
 * None: a leaf without a gradient (None) is left alone, and so are its buffers.
-* Hyperparameters: a number, a traced scalar, or a schedule of the 0-based step number.
-* Errors say what was given, what is allowed and what to do.
+* Errors name the leaf by its path.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
 Tree: TypeAlias = Any
 """A pytree like the parameters."""
-
-Hyperparameter: TypeAlias = float | jax.Array | optax.Schedule
-"""A number, a scalar array (traced or not), or a schedule ``step -> scalar``."""
-
-Scope: TypeAlias = Literal["weight", "tensor", "tree"]
-"""What has a number of its own: every weight, every tensor, or the tree as a whole."""
-
-SCOPES: dict[str, Scope] = {name: name for name in get_args(Scope)}
-
-T = TypeVar("T")
-
-
-def needed(module: str, extra: str, who: str) -> Any:
-    """A module of an extra, imported where it is used; an error that names the extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{who} need {module.split('.')[0]}, which is not installed: pip install"
-            f" 'adaptive_opt[{extra}]'."
-        ) from error
-
-
-# --- leaves -------------------------------------------------------------------------------------
 
 
 def is_none(x: Any) -> bool:
@@ -130,30 +101,6 @@ def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
     if jnp.issubdtype(own, jnp.complexfloating):
         return with_both_parts(asked)
     return asked
-
-
-def full_like(
-    params: Tree, value: Any, dtype: Callable[[np.dtype], DTypeLike], scope: Scope = "weight"
-) -> Tree:
-    """``value`` in the shape, and on the devices, of the parameters; ``dtype`` maps their dtypes.
-
-    A scalar for each parameter with the scope "tensor", a single one with "tree".
-    """
-
-    def full(path: Any, param: Any) -> jax.Array:
-        try:
-            chosen = dtype(dtype_of(param))
-        except TypeError as error:
-            where = jax.tree_util.keystr(path) or "the only leaf"
-            raise TypeError(f"at {where}: {error}") from None
-        if scope == "weight":
-            return jnp.full_like(param, value, dtype=chosen)
-        return jnp.full((), value, chosen)
-
-    if scope == "tree":
-        dtypes = [dtype(dtype_of(p)) for p in jax.tree.leaves(params)] or [dtype(np.dtype("f4"))]
-        return jnp.full((), value, max(dtypes, key=lambda d: np.dtype(d).itemsize))
-    return jax.tree_util.tree_map_with_path(full, params)
 
 
 def copied(x: jax.Array, before: jax.Array) -> jax.Array:
@@ -312,143 +259,11 @@ def scalar_at(value: Any, width: np.dtype) -> Any:
     return value if type(value) in (int, float) else jnp.asarray(value).astype(width)
 
 
-# --- hyperparameters ----------------------------------------------------------------------------
+def path_of(path: Any) -> str:
+    """A key path as in the patterns: keys joined by slashes.
 
-
-def value_at(hyperparameter: Hyperparameter, count: jax.Array) -> Any:
-    """The value at the ``count``-th gradient (1-based); schedules are asked for ``count - 1``."""
-    if callable(hyperparameter):
-        return hyperparameter(count - 1)
-    if isinstance(hyperparameter, (np.generic, np.ndarray)):
-        return hyperparameter.item()  # as precise as a Python number, as it was meant
-    return hyperparameter
-
-
-def scaled(hyperparameter: Hyperparameter, factor: Any) -> Hyperparameter:
-    """A hyperparameter times a number, whether it is a number itself or a schedule."""
-    if callable(hyperparameter):
-        return lambda step: hyperparameter(step) * factor
-    return hyperparameter * factor
-
-
-def given(**values: Any) -> dict[str, Any]:
-    """Those that are not None."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def check_decay(**values: Any) -> None:
-    """Each value is the decay of a moving average: in [0, 1)."""
-    for name, value in values.items():
-        _check(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
-
-
-def check_nonnegative(**values: Any) -> None:
-    """Each value is finite and at least 0."""
-    for name, value in values.items():
-        _check(name, value, lambda x: 0 <= x < math.inf, "finite and at least 0")
-
-
-def check_positive(**values: Any) -> None:
-    """Each value is finite and greater than 0."""
-    for name, value in values.items():
-        _check(name, value, lambda x: 0 < x < math.inf, "finite and greater than 0")
-
-
-def check_at_least_one(**values: Any) -> None:
-    """Each value is finite and at least 1."""
-    check_at_least(1, **values)
-
-
-def check_at_least(least: float, **values: Any) -> None:
-    """Each value is finite and at least so much."""
-    for name, value in values.items():
-        _check(name, value, lambda x: least <= x < math.inf, f"finite and at least {least}")
-
-
-def check_fraction(**values: Any) -> None:
-    """Each value is in [0, 1]."""
-    for name, value in values.items():
-        _check(name, value, lambda x: 0 <= x <= 1, "in [0, 1]")
-
-
-def check_whole(least: int, **values: Any) -> None:
-    """Each value is a whole number of at least so much, and no schedule."""
-    check_constant(**values)
-    for name, value in values.items():
-        whole_and_enough = f"whole and at least {least}"
-        _check(name, value, lambda x: x >= least and x % 1 == 0, whole_and_enough)
-
-
-def check_constant(**values: Any) -> None:
-    """No value is a schedule."""
-    for name, value in values.items():
-        if callable(value):
-            raise TypeError(f"{name} must be a number and not a schedule, got {value!r}.")
-
-
-def check_optimizer(wrapper: str, inner: Any) -> None:
-    """What a wrapper is given is an optimizer, and not, say, the function that makes one."""
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"{wrapper} takes an optimizer, such as {wrapper}(adam(1e-3)), got {inner!r}."
-        )
-
-
-def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) -> None:
-    if callable(value):
-        return
-    if (
-        not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
-        or dtype_of(value) == np.bool_
-    ):
-        raise TypeError(
-            f"{name} must be a number {allowed}, a scalar array or a schedule, got {value!r}."
-        )
-    if np.ndim(value) != 0:
-        raise ValueError(f"{name} must be a scalar, got an array of shape {np.shape(value)}.")
-    dtype = dtype_of(value)
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)) and (
-        jnp.issubdtype(dtype, jnp.complexfloating)
-        or (jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32)
-    ):
-        raise ValueError(
-            f"{name} arrived as {dtype}, which cannot hold hyperparameters (0.999 in bfloat16 is"
-            " 1): pass it as float32. With optax.inject_hyperparams, give"
-            " hyperparam_dtype=jnp.float32."
-        )
-    if is_number(value) and not holds(float(value)):
-        raise ValueError(f"{name} must be {allowed}, got {float(value):g}.")
-
-
-def choose(name: str, value: str, allowed: Mapping[str, T]) -> T:
-    """``allowed[value]``, or an error that lists what is allowed."""
-    if value not in allowed:
-        options = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
-    return allowed[value]
-
-
-def is_number(value: Any) -> TypeGuard[Any]:
-    """Whether the value of a hyperparameter is known before anything runs."""
-    if isinstance(value, jax.Array):
-        return not isinstance(value, Tracer) and value.is_fully_addressable
-    return isinstance(value, (int, float, np.generic, np.ndarray))
-
-
-def is_fixed(value: Any) -> bool:
-    """Whether a hyperparameter is a number, and not an array, which may hold another one later.
-
-    What is decided by a number, a buffer say, must be the same when ``init`` runs on an array and
-    when ``update`` is traced.
+    Without the last ``value``, if that is the attribute in which nnx keeps a variable's array.
     """
-    return is_number(value) and not isinstance(value, jax.Array)
-
-
-def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is the number 0."""
-    return is_fixed(value) and float(value) == 0
-
-
-def are_different_numbers(a: Any, b: Any) -> bool:
-    """Whether two hyperparameters are known to differ."""
-    return is_number(a) and is_number(b) and float(a) != float(b)
+    if path and path[-1] == jax.tree_util.GetAttrKey("value") and len(path) > 1:
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,136 @@
+"""One abstract look at the lines: what they keep, limit and ask for, found without computing it.
+
+A schedule and a collective are stood in for during the look: neither need exist at ``init``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from adaptive_opt.core import trees
+from adaptive_opt.core.memory import Spec
+from adaptive_opt.core.now import Now, WrongOrder
+from adaptive_opt.core.tree import LineError, OpenStep, memories_of, take_through
+from adaptive_opt.core.trees import Tree
+
+
+class Look(NamedTuple):
+    """What the lines keep, limit and ask for, found without computing anything."""
+
+    leaves: list[dict[str, Spec]]
+    of_tree: dict[str, Spec]
+    limits: tuple[str, ...]
+    asked: tuple[Any, ...]
+
+    def names(self) -> set[str]:
+        return {name for specs in (*self.leaves, self.of_tree) for name in specs}
+
+
+def look(
+    lines: Sequence[Any], params: Tree, *, lenient: bool = False, closing: bool = False
+) -> Look:
+    """One abstract step for parameters like these."""
+    found: list[Look] = []
+
+    def step(params: Tree, count: Any) -> Any:
+        now = Now(count, looking=True, lenient=lenient)
+        step = OpenStep(now, params, params)
+        memories, of_tree = memories_of(step, None, None)
+        take_through(lines, step, memories, of_tree)
+        if closing:
+            step.close()
+        asked = tuple((key, h) for key, (h, _) in now.scalars.items())
+        limits = tuple(now.limits.values())
+        found.append(Look([m.specs for m in memories], of_tree.specs, limits, asked))
+        return ()
+
+    jax.eval_shape(step, params, jax.ShapeDtypeStruct((), np.int32))
+    return found[0]
+
+
+def scalars_of(lines: Sequence[Any], gradient: Any, param: Any) -> tuple[Any, ...]:
+    """The scalars that the lines ask for on a leaf like this."""
+    dtype = trees.wide(trees.update_dtype(gradient, param))
+    return look(lines, jax.ShapeDtypeStruct(jnp.shape(gradient), dtype)).asked
+
+
+_SOME_LEAF = jax.ShapeDtypeStruct((3, 2), np.float32)
+
+
+def look_at_some_leaf(lines: Sequence[Any], *, lenient: bool = False) -> Look | None:
+    """What can be said before there are parameters; an error for an impossible order of lines.
+
+    None where a line does not bear a matrix of three by two.
+    """
+    try:
+        return look(lines, _SOME_LEAF, lenient=lenient, closing=not lenient)
+    except (WrongOrder, LineError):
+        raise
+    except Exception:
+        return None
+
+
+def init_buffers(
+    lines: Sequence[Any],
+    params: Tree,
+    state_dtype: DTypeLike | None = None,
+    *,
+    lenient: bool = False,
+) -> dict[str, Tree]:
+    """The buffers of all the lines before the first step, where the parameters are."""
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=trees.is_none)
+    shapes = []
+    for path, param in with_paths:
+        try:
+            dtype = None if param is None else trees.dtype_of(param)
+            shapes.append(param if dtype is None else _struct(param, dtype))
+        except TypeError as error:
+            raise TypeError(
+                f"at {jax.tree_util.keystr(path) or 'the only leaf'}: {error}"
+            ) from None
+    if any(line.is_of_the_tree for line in lines):
+        found = look(lines, structure.unflatten(shapes), lenient=lenient)
+    else:
+        alike: dict[Any, dict[str, Spec]] = {}
+        for shape in shapes:
+            key = None if shape is None else (shape.shape, shape.dtype)
+            if key is not None and key not in alike:
+                alike[key] = look(lines, shape, lenient=lenient).leaves[0]
+        found = Look([{} if s is None else alike[s.shape, s.dtype] for s in shapes], {}, (), ())
+    names = found.names()
+    if not any(found.leaves):  # no parameters, or something that stands for them
+        some = look_at_some_leaf(lines, lenient=lenient)
+        names |= some.names() if some else set()
+    buffers: dict[str, Tree] = {}
+    for name in sorted(names):
+        if name in found.of_tree:
+            spec = found.of_tree[name]
+            buffers[name] = jnp.full((), spec.initial, spec.dtype(name, state_dtype))
+        else:
+            buffers[name] = structure.unflatten(
+                _initial(name, specs.get(name), param, state_dtype)
+                for specs, (_, param) in zip(found.leaves, with_paths, strict=True)
+            )
+    return buffers
+
+
+def _struct(param: Any, dtype: np.dtype) -> jax.ShapeDtypeStruct:
+    trees.wide(dtype)
+    return jax.ShapeDtypeStruct(np.shape(param), dtype)
+
+
+def _initial(name: str, spec: Spec | None, param: Any, state_dtype: DTypeLike | None) -> Any:
+    if spec is None:
+        return None
+    dtype = spec.dtype(name, state_dtype)
+    if isinstance(spec.initial, jax.Array):
+        return jnp.array(param, dtype, copy=True)
+    if spec.is_like_gradient:
+        return jnp.full_like(param, spec.initial, dtype=dtype)
+    return jnp.full(spec.shape, spec.initial, dtype)

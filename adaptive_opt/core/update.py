@@ -1,0 +1,101 @@
+"""A whole step from plain gradients to plain updates, traced once for each distinct shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from adaptive_opt.core import trees
+from adaptive_opt.core.look import scalars_of
+from adaptive_opt.core.memory import Memory
+from adaptive_opt.core.now import Now
+from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.tree import OpenStep, leaves_of_params, run, run_line
+from adaptive_opt.core.trees import Tree
+
+
+def update_leaves(
+    lines: Sequence[Any],
+    now: Now,
+    gradient: Tree,
+    buffers: Mapping[str, Tree],
+    params: Tree | None,
+    state_dtype: DTypeLike | None,
+) -> tuple[Tree, dict[str, Tree]]:
+    """A whole step from plain gradient to plain update, and the new buffers."""
+    if any(line.is_of_the_tree for line in lines) or not _is_staged():
+        step = OpenStep(now, gradient, params)
+        new = run(lines, step, buffers, state_dtype)
+        return step.close(), new
+
+    leaves, structure = jax.tree.flatten(gradient, is_leaf=trees.is_none)
+    of_params = leaves_of_params(params, structure, leaves)
+    columns = {name: trees.leaves_like(structure, buffer) for name, buffer in buffers.items()}
+    warned: set[str] = set()
+    place = 0
+
+    def where() -> str:
+        paths = jax.tree_util.tree_flatten_with_path(gradient, is_leaf=trees.is_none)[0]
+        return f" at {jax.tree_util.keystr(paths[place][0]) or 'the only leaf'}"
+
+    # What leaves have in common is calculated here, once. (A quotient by a scalar of its own XLA
+    # writes as a product with the inverse.)
+    first = next((i for i, g in enumerate(leaves) if g is not None), None)
+    if first is not None:
+        now.calculate(scalars_of(lines, leaves[first], of_params[first]))
+    arrays = {k: pair for k, pair in now.scalars.items() if isinstance(pair[1], jax.Array)}
+    of_whom = [hyperparameter for hyperparameter, _ in arrays.values()]
+    scalars = [value for _, value in arrays.values()]
+
+    @jax.jit
+    def one_leaf(
+        count: jax.Array, scalars: list[Any], gradient: Any, param: Any, stored: dict[str, Any]
+    ) -> Any:
+        own = Now(count, now.extra)
+        own.scalars = dict(zip(arrays, zip(of_whom, scalars, strict=True), strict=True))
+        memory = Memory(stored, state_dtype, where, warned, jnp.shape(gradient))
+        step = AdaptiveStep(own, gradient, param, memory)
+        with jax.numpy_dtype_promotion("standard"):
+            for line in lines:
+                step.begin()
+                run_line(line, step, object())
+            return step.close(), memory.finished(*step.inputs)
+
+    updates: list[Any] = list(leaves)
+    new = {name: list(column) for name, column in columns.items()}
+    for place, (g, p) in enumerate(zip(leaves, of_params, strict=True)):
+        if g is None:
+            continue
+        stored = {name: column[place] for name, column in columns.items()}
+        updates[place], kept = one_leaf(now.count, scalars, g, p, stored)
+        for name, value in kept.items():
+            new[name][place] = value
+    return structure.unflatten(updates), {k: structure.unflatten(v) for k, v in new.items()}
+
+
+def _is_staged() -> bool:
+    """Whether a program is being traced (jit, scan), and not merely a function transformed.
+
+    There a ``jit`` of one leaf saves tracing; elsewhere it would compile anew at every step.
+    """
+    return isinstance(jnp.zeros((), np.int32), Tracer)
+
+
+def check_names(lines: Iterable[Any], expected: Iterable[str], given: Iterable[str]) -> None:
+    """Whether a state holds just the buffers of the lines."""
+    if set(expected) != set(given):
+        stages = dict.fromkeys(line.stage for line in lines)
+        raise ValueError(
+            f"{', '.join(stages)}: the state should hold the buffers {_listed(expected)}, but holds"
+            f" {_listed(given)}. A state belongs to the optimizer that initialised it."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,67 @@
+"""Ranger: a recipe around a recipe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import optax
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.checks import Hyperparameter
+from adaptive_opt.core.observe import Observers
+from adaptive_opt.core.recipe import recipe
+from adaptive_opt.recipes.adam import radam
+from adaptive_opt.wrappers.lookahead import lookahead
+
+
+@recipe
+def ranger(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.95,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-5,
+    *,
+    sync_period: int = 6,
+    slow_step_size: Hyperparameter = 0.5,
+    centralize: bool = True,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Any = None,
+    convention: Literal["torch", "optax", "reference"] = "torch",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> tuple[optax.GradientTransformation, ...]:
+    """RAdam inside Lookahead.
+
+    Equals lessw2020's ``Ranger/ranger.py`` (which calculates in float32) for vectors; for arrays of
+    rank 2 and more, the same formulas after its gradient centralisation (``optax.centralize``: they
+    lose the mean over all but the first axis; there kernels are stored with the output first, in
+    Flax last).
+
+    Args:
+      learning_rate, b1, b2, eps, weight_decay, mask, convention, observers, state_dtype: see
+        ``radam``; the weight decay is decoupled.
+      sync_period, slow_step_size: see ``lookahead``.
+      centralize: whether the gradients of arrays of rank 2 and more are centralised.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import ranger
+    >>> x = jnp.array([1.0])
+    >>> optimizer = ranger(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.97
+    """
+    rectified = radam(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        convention=convention,
+        weight_decay=weight_decay,
+        mask=mask,
+        decay="decoupled",
+        observers=observers,
+        state_dtype=state_dtype,
+    )
+    centralized = (optax.centralize(),) if centralize else ()
+    return *centralized, lookahead(rectified, sync_period, slow_step_size, state_dtype=state_dtype)
