@@ -162,7 +162,8 @@ class Bracket:
 
     @classmethod
     def tree_unflatten(cls, known: Any, children: Any) -> Bracket:
-        return cls(*children, known)
+        listed, state_dtype = children
+        return cls(listed, state_dtype, known)
 
     def init(self, params: Tree) -> AdaptiveState:
         buffers = init_buffers(self.lines, params, self.state_dtype)

@@ -212,10 +212,11 @@ class Remembering:
         ``initial`` is a number, the parameter, or a function of the first value, whose result
         stands for the first step's.
         """
-        start = 0.0 if callable(initial) else initial
+        start: Any = 0.0 if callable(initial) else initial
         new = function(self.recall(name, value, initial=start, dtype=dtype), value)
         if callable(initial):
-            new = jnp.where(self.count == 1, initial(value), new)
+            first: Any = initial(value)
+            new = jnp.where(self.count == 1, first, new)
         self.memory.note_kind(name, self.kind_of(value))
         return self.keep(name, new)
 

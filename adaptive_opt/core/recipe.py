@@ -128,7 +128,7 @@ def _watched(parts: tuple[Part, ...], given: Mapping[str, Any]) -> tuple[Part, .
         "weight_decay": given.get("weight_decay"),
     }
     bracket: Any = made_of(parts[place])
-    stages = bracket.parts if bracket.name == "adaptive" else (parts[place],)
+    stages: Any = bracket.parts if bracket.name == "adaptive" else (parts[place],)
     observers = told(given["observers"], known, tuple(remaining))
     watched = adaptive(*stages, *observers, state_dtype=bracket.settings["state_dtype"])
     return (*parts[:place], watched, *parts[place + 1 :])

@@ -101,9 +101,9 @@ class AdaptiveStep(Remembering):
     def copy(self, now: Now) -> AdaptiveStep:
         """The same step for somebody else to change."""
         new = object.__new__(AdaptiveStep)
-        new.__dict__.update(self.__dict__)
+        vars(new).update(vars(self))
         new.now = now
-        new._values, new._known = dict(self.values), dict(self._known)
+        new.values, new._known = dict(self.values), dict(self._known)
         new.notes, new.limited = dict(self.notes), dict(self.limited)
         return new
 

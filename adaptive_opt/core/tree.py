@@ -110,14 +110,14 @@ class OpenStep(Remembering, metaclass=_SaysWhatToDo):
         new.extra_notes |= notes
         return new
 
-    def map(self, function: Callable[..., Any], *trees: Tree, **scalars: Any) -> Tree:
+    def map(self, function: Callable[..., Any], *others: Tree, **scalars: Any) -> Tree:
         """``function(*leaves, **scalars)`` for every leaf that has a gradient, in one width."""
-        return trees.map_leaves(function, self.gradient, *trees, **scalars)
+        return trees.map_leaves(function, self.gradient, *others, **scalars)
 
     def copy(self) -> OpenStep:
         """The same for somebody else to change."""
         new = object.__new__(OpenStep)
-        new.__dict__.update(self.__dict__)
+        vars(new).update(vars(self))
         new.now = self.now.copy()
         new.steps = [None if step is None else step.copy(new.now) for step in self.steps]
         new.extra_notes = dict(self.extra_notes)

@@ -308,7 +308,7 @@ def adabound_dynamic_bound(
 _H = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000)
 
 
-def simple_average_length(b2: Any, count: Any) -> OneArray:
+def simple_average_length(b2: Any, count: Any) -> jax.Array:
     """RAdam's rho_t: the length of a simple average as reliable as the moving one after t steps.
 
     ``2/(1 - b2) - 1 - 2 t b2^t / (1 - b2^t)`` as it stands is a difference of numbers of the size
