@@ -1,0 +1,168 @@
+"""Records what came after the family, and adds to what is recorded without rewriting it.
+
+    pip install -r tests/references/requirements.txt
+    git clone https://github.com/google/automl
+    python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
+
+Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
+fiftieth step. A method is one function that yields its rows, named in METHODS; it imports what it
+runs itself, so that one method can be recorded where what another needs no longer installs. Rows
+that are recorded stay as they are, to the bit; ``--again`` renews the one it names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import optax
+from record import (
+    BOTH,
+    HERE,
+    LR,
+    Row,
+    commit,
+    installed,
+    load,
+    rows_of,
+    run_optax,
+    run_torch,
+    save,
+    torch_options,
+)
+from record_family import wide
+
+NAME, PARAMETERS_EVERY = "successors", 50
+WHAT_IT_IS = ("source", "recipe", "arguments", "scheduled")
+
+
+def adabelief(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' package in each of its forms, and optax's, which has a second eps."""
+    from adabelief_pytorch import AdaBelief
+
+    sets = {"defaults": BOTH["defaults"] | {"eps": 1e-16}, "far": BOTH["far"]}
+    # At b2 = .999 the maximum changes the updates by less than a hundredth in so few steps.
+    binding = {"binding": {"b1": 0.9, "b2": 0.9, "eps": 1e-16}, "far": BOTH["far"]}
+    plain = {"rectify": False}
+    l2, constant = plain | {"weight_decouple": False}, plain | {"fixed_decay": True}
+
+    def package(name: str, theirs: dict[str, bool], decay: float, **others: Any) -> list[Row]:
+        scalars = wide if theirs["rectify"] else dict
+        rows = rows_of(
+            f"adabelief-package{name}",
+            f"adabelief_pytorch.AdaBelief({', '.join(f'{k}={v}' for k, v in theirs.items())})",
+            "adabelief",
+            lambda h, wd: run_torch(
+                lambda p: AdaBelief(
+                    p, **torch_options(scalars(h)), **wd, **theirs, print_change_log=False
+                )
+            ),
+            decay=decay,
+            **({"sets": sets} | others),
+        )
+        return list(rows)
+
+    # Every second of the three rows is the first and the last, which has all there is.
+    yield from package("", plain, 1.0)
+    yield from package("-l2", l2, 0.1, always_decays=True, decay_form="l2")[::2]
+    yield package("-constant", constant, 0.01, always_decays=True, decay_form="constant")[-1]
+    yield from package("-rectified", {"rectify": True}, 1.0, convention="rectified")
+    amsgrad = plain | {"amsgrad": True}
+    yield from package("-amsgrad", amsgrad, 1.0, sets=binding, convention="amsgrad")[::2]
+    roots = {"defaults": {"eps_root": 1e-16}, "far": {"eps_root": 1e-6}}
+    with_roots = rows_of(
+        "adabelief-optax",
+        "optax.adabelief",
+        "adabelief",
+        lambda h, wd: run_optax(lambda lr: optax.adabelief(lr, **h)),
+        sets={label: h | roots[label] for label, h in sets.items()},
+    )
+    yield from list(with_roots)[::2]
+
+
+def lion(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code and optax's."""
+    sets = {"defaults": {"b1": 0.9, "b2": 0.99}, "far": {"b1": 0.8, "b2": 0.9}}
+    authors = load(checkouts / "automl/lion/lion_pytorch.py", "Lion")
+    yield from rows_of(
+        "lion-reference",
+        "google/automl lion/lion_pytorch.py",
+        "lion",
+        lambda h, wd: run_torch(lambda p: authors(p, lr=LR, betas=(h["b1"], h["b2"]), **wd)),
+        sets=sets,
+        decay=1.0,
+    )
+    yield from rows_of(
+        "lion-optax",
+        "optax.lion",
+        "lion",
+        lambda h, wd: run_optax(lambda lr: optax.lion(lr, **h, **({"weight_decay": 0.0} | wd))),
+        sets=sets,
+        decay=1.0,
+    )
+
+
+METHODS = {method.__name__: method for method in (adabelief, lion)}
+
+
+def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:
+    """The version of a source's package, or the commit of its ``owner/repository``."""
+    first = source.split()[0]
+    if "/" in first:
+        return {first: commit(checkouts / first.split("/")[1])}
+    return installed(first.split(".")[0])
+
+
+def stored(folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """The rows of the manifest by name, and the arrays; empty where nothing is recorded."""
+    manifest = folder / f"{NAME}.json"
+    if not manifest.exists():
+        return {}, {}
+    with np.load(folder / f"{NAME}.npz") as arrays:
+        return {row["name"]: row for row in json.loads(manifest.read_text())}, dict(arrays)
+
+
+def add(rows: Iterable[Row], checkouts: pathlib.Path, again: set[str]) -> None:
+    """Record the rows that are not recorded yet, or named in ``again``, beside the others."""
+    recorded, arrays = stored(HERE)
+    table = {row.name: row for row in rows}
+    if again - table.keys():
+        raise SystemExit(f"no such rows: {', '.join(sorted(again - table.keys()))}")
+    for name in (recorded.keys() & table.keys()) - again:
+        if any(recorded[name][key] != getattr(table[name], key) for key in WHAT_IT_IS):
+            raise SystemExit(f"{name} is recorded, and is another there: --again {name} renews it")
+    wanted = [row for name, row in table.items() if name in again or name not in recorded]
+    versions = {}
+    for row in wanted:
+        versions |= version(row.source, checkouts)
+    with tempfile.TemporaryDirectory() as folder:
+        save(f"{folder}/{NAME}", iter(wanted), versions, PARAMETERS_EVERY)
+        new_rows, new_arrays = stored(pathlib.Path(folder))
+    gradients = new_arrays["gradients"]
+    np.testing.assert_array_equal(arrays.get("gradients", gradients), gradients)
+    np.savez_compressed(HERE / f"{NAME}.npz", **(arrays | new_arrays))
+    manifest = json.dumps(list((recorded | new_rows).values()), indent=1)
+    (HERE / f"{NAME}.json").write_text(manifest + "\n")
+    print(f"now {len(recorded | new_rows)} in {NAME}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--checkouts", type=pathlib.Path, required=True)
+    parser.add_argument("--again", action="append", default=[], metavar="ROW")
+    given = parser.parse_args()
+    rows = [row for name in given.methods or METHODS for row in METHODS[name](given.checkouts)]
+    for row in rows:
+        if "decay_form" in row.arguments:
+            row.arguments["decay"] = row.arguments.pop("decay_form")
+    add(rows, given.checkouts, set(given.again))
+
+
+if __name__ == "__main__":
+    main()
