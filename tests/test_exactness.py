@@ -1,7 +1,7 @@
 """The recipes equal the public implementations their docstrings name: float64, 1e-12, every step.
 
-The trajectories in tests/references were recorded by the scripts next to them: record.py (core) and
-record_family.py (family, one_cycle).
+The trajectories in tests/references were recorded by the scripts next to them: record.py (core),
+record_family.py (family, one_cycle) and record_successors.py (successors). Every manifest is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from adaptive_opt import (
 )
 
 REFERENCES = pathlib.Path(__file__).parent / "references"
-ROWS = {name: json.loads((REFERENCES / f"{name}.json").read_text()) for name in ("core", "family")}
+ROWS = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted(REFERENCES.glob("*.json"))
+    if path.with_suffix(".npz").exists()
+}
 EVERY_ROW = [(name, row) for name, rows in ROWS.items() for row in rows]
 TOLERANCE = 1e-12
 CONVENTIONS = ("torch", "optax", "keras", "paper")
@@ -124,7 +128,8 @@ def _at(x: jax.Array, parameters: np.ndarray, every: int) -> np.ndarray:
 
 def test_the_recorded_gradients_are_hard_enough(recorded):
     gradients = recorded["core"]["gradients"]
-    np.testing.assert_array_equal(gradients, recorded["family"]["gradients"])
+    for others in recorded.values():
+        np.testing.assert_array_equal(gradients, others["gradients"])
     sizes = np.abs(gradients[gradients != 0])
     assert len(gradients) >= 300
     assert sizes.min() < 1e-6
