@@ -30,12 +30,14 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.ranger import ranger
+from adaptive_opt.recipes.successors import adabelief
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.directions import diffgrad_friction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
+    belief_moment,
     centered_moment,
     debias,
     first_moment,
@@ -99,6 +101,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "radam",
     "nadam",
     "nadamw",
+    # Optimizers: what came after.
+    "adabelief",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -143,6 +147,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "sum_of_squares",
     "infinity_moment",
     "centered_moment",
+    "belief_moment",
     "amsgrad_max",
     "debias",
     "nesterov_moment",

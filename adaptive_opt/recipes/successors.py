@@ -1,0 +1,86 @@
+"""What came after: AdaBelief.
+
+The arguments are those of ``recipes.adam``, which see.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import optax
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.bracket import adaptive
+from adaptive_opt.core.checks import Hyperparameter
+from adaptive_opt.core.observe import Observers
+from adaptive_opt.core.recipe import recipe
+from adaptive_opt.stages.moments import amsgrad_max, belief_moment, debias, first_moment
+from adaptive_opt.stages.rates import debias_rate, per_weight_rate, radam_rectifier
+from adaptive_opt.stages.weight_decay import (
+    Mask,
+    decoupled_weight_decay,
+    l2_regularization,
+    scale_by_learning_rate,
+)
+
+Parts = tuple[optax.GradientTransformation, ...]
+
+
+@recipe
+def adabelief(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-16,
+    eps_root: Hyperparameter | None = None,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    convention: Literal["reference", "rectified", "amsgrad"] = "reference",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Adam that trusts a gradient as far as it was expected: ``x - lr m^ / (sqrt(s^) + eps)``.
+
+    ``s`` is the average of ``(g_t - m_t)^2``, see ``belief_moment``. Zhuang et al. 2020,
+    arXiv:2010.07468, Algorithm 2. Equals the authors' package ``adabelief-pytorch`` 0.2.1
+    (juntang-zhuang/Adabelief-Optimizer) and, given its ``eps_root``, ``optax.adabelief``.
+
+    Use it where Adam's steps are too small along directions of large but steady gradients.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      eps_root: added to ``s`` in every step, and kept there; default: ``eps``, as in the package.
+      weight_decay: at least 0.
+      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient
+        (``weight_decouple=False``). "constant": ``- wd x``, times neither (``fixed_decay=True``).
+      convention: "reference": the package with ``rectify=False``. "rectified": its default, with
+        RAdam's factor and eps in the eps-hat form; below the threshold ``lr m^``. "amsgrad": with
+        the largest ``s`` so far (``amsgrad=True, rectify=False``; with ``rectify=True`` the package
+        ignores it).
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adabelief
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adabelief(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.988889
+    """
+    mu, rate = first_moment(b1), per_weight_rate(eps)
+    belief = belief_moment(b2, eps if eps_root is None else eps_root)
+    listings = {
+        "reference": (mu, belief, debias(b1, b2), rate),
+        "rectified": (mu, belief, debias(b1), rate, debias_rate(b2=b2), radam_rectifier(b2)),
+        "amsgrad": (mu, belief, amsgrad_max(), debias(b1, b2), rate),
+    }
+    bracket = adaptive(*listings[convention], state_dtype=state_dtype)
+    scale = scale_by_learning_rate(learning_rate)
+    if decay == "l2":
+        return l2_regularization(weight_decay, mask), bracket, scale
+    decoupled = decoupled_weight_decay(weight_decay, mask)
+    if decay == "decoupled":
+        return bracket, decoupled, scale
+    uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
+    return bracket, uphill, decoupled, optax.scale(-1.0)
