@@ -30,11 +30,11 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.successors import adabelief
+from adaptive_opt.recipes.successors import adabelief, lion
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
-from adaptive_opt.stages.directions import diffgrad_friction
+from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     belief_moment,
@@ -103,6 +103,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "nadamw",
     # Optimizers: what came after.
     "adabelief",
+    "lion",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -164,6 +165,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adabound_dynamic_bound",
     "apply_rate",
     "diffgrad_friction",
+    "lion_direction",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",

@@ -1,4 +1,4 @@
-"""What came after: AdaBelief.
+"""What came after: AdaBelief, Lion.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -14,6 +14,7 @@ from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
+from adaptive_opt.stages.directions import lion_direction
 from adaptive_opt.stages.moments import amsgrad_max, belief_moment, debias, first_moment
 from adaptive_opt.stages.rates import debias_rate, per_weight_rate, radam_rectifier
 from adaptive_opt.stages.weight_decay import (
@@ -84,3 +85,43 @@ def adabelief(
         return bracket, decoupled, scale
     uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
     return bracket, uphill, decoupled, optax.scale(-1.0)
+
+
+@recipe
+def lion(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.99,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """The sign of the momentum: ``x - lr (sign(b1 m + (1 - b1) g) + wd x)``.
+
+    Chen et al. 2023, arXiv:2302.06675, Algorithm 2; see ``lion_direction``. Equals the authors'
+    ``lion_pytorch.py`` and ``lion_optax.py`` (google/automl) and ``optax.lion``, whose weight decay
+    defaults to 1e-3. All weights move by the learning rate: the authors take it 3 to 10 times
+    smaller than AdamW's, and the weight decay as much larger.
+
+    Use it where memory is short: it keeps one array per parameter.
+
+    Args:
+      learning_rate, mask, state_dtype: see ``adam``.
+      b1, b2: see ``lion_direction``; in [0, 1).
+      weight_decay: decoupled, times the learning rate and its schedule; at least 0.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import lion
+    >>> x = jnp.array([1.0])
+    >>> optimizer = lion(0.125, weight_decay=0.5)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> float(optax.apply_updates(x, updates)[0])
+    0.8125
+    """
+    return (
+        adaptive(lion_direction(b1, b2), state_dtype=state_dtype),
+        decoupled_weight_decay(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.checks import choose
+from adaptive_opt.core.checks import Hyperparameter, check_decay, choose
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 
@@ -61,5 +61,39 @@ def diffgrad_friction(
         xi = friction(g, before)
         step.keep(name, g)
         return step.set(direction=step.direction * xi).note(friction=xi)
+
+    return line
+
+
+@stage
+def lion_direction(
+    b1: Hyperparameter, b2: Hyperparameter, *, name: str = "mu", dtype: DTypeLike | None = None
+) -> OneArray:
+    """The sign of a look ahead: ``sign(b1 m_{t-1} + (1 - b1) d_t)``; ``m_t`` is kept with ``b2``.
+
+    Reads and replaces ``direction`` (d_t, the gradient unless a stage has changed it); every weight
+    moves by the same amount, and by none where the look ahead is exactly 0. Lion (Chen et al. 2023,
+    arXiv:2302.06675, Algorithm 2).
+
+    Args:
+      b1: the weight of the average in the look ahead, in [0, 1), or a schedule of it.
+      b2: the decay of the average that is kept, likewise.
+      name: the name of its buffer ``mu``: one array per parameter, zeros at first.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, lion_direction
+    >>> rule = adaptive(lion_direction(0.9, 0.5))
+    >>> update, state = rule.update(jnp.array([4.0, -0.5]), rule.init(jnp.zeros(2)))
+    >>> update.tolist(), state.buffers["mu"].tolist()
+    ([1.0, -1.0], [2.0, -0.25])
+    """
+    check_decay(b1=b1, b2=b2)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        d, b = step.direction, step.at(b1)
+        before = step.recall(name, like=d, dtype=dtype)
+        step.average(name, d, b2, dtype=dtype)
+        return step.set(direction=jnp.sign(b * before + (1 - b) * d))
 
     return line
