@@ -9,14 +9,17 @@ import re
 
 import matplotlib.pyplot as plt
 import pytest
-from common import RECIPES
+from common import RECIPES, REGISTERED
 from mutate import MUTANTS
 
 import adaptive_opt
 
 ROOT = pathlib.Path(__file__).parent.parent
 TYPES = (
+    "RECIPES",
     "AdaptiveStep",
+    "OpenStep",
+    "WholeTree",
     "RateRule",
     "AdaptiveState",
     "OpenStepState",
@@ -47,7 +50,7 @@ def test_python_blocks_run_in_order(document):
 
 def test_the_listings_in_contributing_are_those_of_the_package():
     stage, recipe = blocks("CONTRIBUTING.md", "python")
-    for shown, real in ((stage, adaptive_opt.amsgrad_max), (recipe, adaptive_opt.diffgrad)):
+    for shown, real in ((stage, adaptive_opt.belief_moment), (recipe, adaptive_opt.adabelief)):
         source = inspect.getsource(inspect.unwrap(real))
         body = source[source.rindex('"""') + 3 :]
         assert "".join(body.split()) in "".join(shown.split())
@@ -98,14 +101,14 @@ def test_the_table_of_recipes_in_the_readme_is_what_describe_says(example):
 
 
 def test_the_table_has_every_recipe_in_every_convention(example):
-    conventions = example("draw_stages").CONVENTIONS
-    assert set(conventions) == {name.split()[0] for name in RECIPES}
-    for name, allowed in conventions.items():
-        if allowed:
-            with pytest.raises(ValueError, match="convention must be one of") as raised:
-                getattr(adaptive_opt, name)(1e-3, convention="?")
-            listed = re.findall(r"'([\w-]+)'", str(raised.value).split(", got")[0])
-            assert set(listed) - {"paper"} <= set(allowed) <= set(listed)
+    rows = re.findall(r"^\| `(\w+)`(?: \(([\w, -]+)\))?", example("draw_stages").table(), re.M)
+    listed = {(name, c) for name, which in rows for c in (which or "").split(", ")}
+    assert {name for name, _ in listed} == set(REGISTERED)
+    for name in REGISTERED:
+        for convention in adaptive_opt.RECIPES[name].choices.get("convention", ()):
+            assert (name, convention) in listed
+            with pytest.raises(ValueError, match=f"convention must be one of .*{convention}"):
+                adaptive_opt.RECIPES[name](1e-3, convention="?")
 
 
 def test_the_stages_picture_can_be_drawn_again(tmp_path, example):
