@@ -14,6 +14,7 @@ from adaptive_opt.checkpoint import (
     to_bytes,
 )
 from adaptive_opt.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
+from adaptive_opt.config import config, make
 from adaptive_opt.describe import Description, describe
 from adaptive_opt.friction import diffgrad_friction
 from adaptive_opt.groups import (
@@ -75,7 +76,7 @@ from adaptive_opt.single_pass import (
     single_pass,
     single_pass_stands_aside,
 )
-from adaptive_opt.stage import WholeTree, stage
+from adaptive_opt.stage import STAGES, WholeTree, stage
 from adaptive_opt.step import AdaptiveStep, RateRule
 from adaptive_opt.sweep import Sweep, sweep
 from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
@@ -140,6 +141,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "open_step",
     "close_step",
     "describe",
+    "make",
+    "config",
     # Stages, in the order in which a listing uses them.
     "scale_by_adam",
     "first_moment",
@@ -187,6 +190,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "stage",
     "recipe",
     "RECIPES",
+    "STAGES",
     "AdaptiveStep",
     "OpenStep",
     "WholeTree",

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.config import config_or_reason
 from adaptive_opt.describe import Description, describe, shown
 from adaptive_opt.policies import Tree, dtype_of
 
@@ -52,7 +53,8 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
     Returns:
       A dict of dicts, lists, strings and numbers, for ``json`` or Orbax's ``JsonSave``:
       ``state_format``, ``optimizer`` (names, settings, parts) and ``leaves`` (the path of each
-      array, its shape and dtype).
+      array, its shape and dtype); and ``config``, from which ``make(header)`` builds the optimizer
+      again, or None and in ``config_reason`` why it cannot be data.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adam, checkpoint_header
@@ -70,6 +72,7 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
         "state_format": STATE_FORMAT,
         "optimizer": _as_data(describe(optimizer)),
         "leaves": leaves,
+        **config_or_reason(optimizer),
     }
 
 
@@ -116,7 +119,11 @@ def check_checkpoint(
             f" adaptive_opt reads {STATE_FORMAT}: read it with the version that wrote it."
         )
     differences = [
-        *_optimizers_differ(header["optimizer"], wanted["optimizer"], frozenset(allow))
+        *_optimizers_differ(
+            _of_groups(header["optimizer"], wanted["optimizer"]),
+            wanted["optimizer"],
+            frozenset(allow),
+        )
     ] or [*_leaves_differ(header["leaves"], wanted["leaves"])]
     if differences:
         few = differences[:10]
@@ -195,11 +202,22 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _as_data(description: Description) -> dict[str, Any]:
+    settings, parts = description.settings, description.parts
+    if description.name == "ParameterGroups":  # its settings are those of its parts
+        settings, parts = {}, tuple(sorted(parts, key=lambda part: str(part.key)))
     return {
         "name": description.name,
-        "settings": {name: _plain(value) for name, value in description.settings.items()},
-        "parts": [_as_data(part) for part in description.parts],
+        "settings": {name: _plain(value) for name, value in settings.items()},
+        "parts": [_as_data(part) for part in parts],
     }
+
+
+def _of_groups(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The optimizer of a header; ParameterGroups were once a partition in a partition."""
+    if now["name"] == "ParameterGroups" and saved["name"] == "partition":
+        inner = next((part for part in saved["parts"] if part["name"] == "partition"), saved)
+        return {"name": now["name"], "settings": {}, "parts": inner["parts"]}
+    return saved
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adaptive_opt.describe import transformation
 from adaptive_opt.policies import (
     Hyperparameter,
     Tree,
@@ -252,7 +253,14 @@ class ParameterGroups:
             self._check(params)
             return partition.init(params)
 
-        return optax.GradientTransformationExtraArgs(init, partition.update)
+        return transformation(
+            "ParameterGroups",
+            {"recipe": recipe, "learning_rate": learning_rate, **settings},
+            optax.GradientTransformationExtraArgs(init, partition.update),
+            parts=transforms.values(),
+            labels=self._labels,
+            keys=transforms,
+        )
 
     def _labels(self, tree: Tree) -> Tree:
         """The labels of parameters, or of gradients, some of which may be None."""

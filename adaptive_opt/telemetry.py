@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptive_opt.groups import path_of
 from adaptive_opt.observe import HYPERPARAMETERS, Observation, watching
-from adaptive_opt.policies import Hyperparameter, axes_of, axes_split, is_none
+from adaptive_opt.policies import Hyperparameter, axes_of, axes_split, given, is_none
 from adaptive_opt.stage import Stage
 from adaptive_opt.tree import OpenStep
 
@@ -115,7 +115,9 @@ def telemetry(
 
     own = {"learning_rate": learning_rate, "b1": b1, "weight_decay": weight_decay}
     remaining = () if learning_rate is None else (learning_rate,)
-    settings = {"every": every, "groups": groups}
+    chosen = {"name": name} if name != "telemetry" else {}
+    chosen |= {"axis_name": axis_name} if axis_name else {}
+    settings = {"every": every, "groups": groups, **given(**own), **chosen}
     return watching(look, shapes, every, name, "telemetry", settings, own, remaining)
 
 
