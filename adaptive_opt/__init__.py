@@ -76,7 +76,7 @@ from adaptive_opt.single_pass import (
     single_pass,
     single_pass_stands_aside,
 )
-from adaptive_opt.stage import STAGES, WholeTree, stage
+from adaptive_opt.stage import WholeTree, stage
 from adaptive_opt.step import AdaptiveStep, RateRule
 from adaptive_opt.sweep import Sweep, sweep
 from adaptive_opt.telemetry import rate_histograms, read_telemetry, telemetry
@@ -190,7 +190,6 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "stage",
     "recipe",
     "RECIPES",
-    "STAGES",
     "AdaptiveStep",
     "OpenStep",
     "WholeTree",

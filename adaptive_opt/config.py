@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -156,7 +156,7 @@ def make(
     >>> x = jnp.zeros(2)
     >>> print(optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(x), x)[0].round(2))
     [-0.3 -0.4]
-    >>> make("adamot", learning_rate=1e-3)
+    >>> make("adamot", learning_rate=1e-3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     ValueError: there is no 'adamot'; did you mean 'adamod'? There are adabound, ...
@@ -196,7 +196,7 @@ def config(
     {'name': 'adamw', 'learning_rate': 0.001, 'mask': 'decay_mask'}
     >>> config(adamw(schedule))["learning_rate"]
     {'schedule': 'cosine_decay_schedule', 'init_value': 0.001, 'decay_steps': 100}
-    >>> config(adamw(lambda step: 1e-3 / (step + 1)))
+    >>> config(adamw(lambda step: 1e-3 / (step + 1)))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     ValueError: learning_rate is a function, <lambda>, which cannot be data: hand it in, ...
@@ -396,7 +396,13 @@ def _looked_up(name: str, table: Mapping[str, Any], at: str) -> Callable[..., An
         return table[name]
     near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(_at(at, f"there is no {name!r}{hint} There are {', '.join(sorted(table))}."))
+    raise ValueError(
+        _at(at, f"there is no {name!r}{hint} There are {', '.join(sorted(table, key=str.lower))}.")
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names, key=str.lower))
 
 
 def _check(parameter: inspect.Parameter, value: Any, mark: str, at: str) -> None:
@@ -506,7 +512,9 @@ class _Writer:
             held |= {"mask": None}  # one with a mask is an optax.masked
         function = _OPTAX.get(name)
         if function is None:
-            raise _refused(at, f"optax's {name} is none of {', '.join(sorted(_OPTAX))}")
+            raise _refused(
+                at, f"optax's {name} is none of {', '.join(sorted(_OPTAX, key=str.lower))}"
+            )
         for inner in list(held.values()):
             nested = inspect.isfunction(inner) and package_of(inner) == "optax"
             held = _cells(inner) | held if nested else held
@@ -597,7 +605,7 @@ def _refused(at: str, what: str) -> ValueError:
     )
 
 
-def _innermost(given: optax.GradientTransformation) -> tuple[Any, Any]:
+def _innermost(given: Any) -> tuple[Any, Any]:
     update = inspect.unwrap(given.update)
     while getattr(update, "__qualname__", "").startswith("with_extra_args_support."):
         update = inspect.unwrap(_cells(update)["tx"].update)
@@ -618,7 +626,7 @@ def _equal(data: Any, value: Any, parameter: inspect.Parameter) -> bool:
     if value is default or (isinstance(value, (tuple, list, dict)) and not value and not default):
         return True
     if _is_dtype(parameter.name) and default is not None and value is not None:
-        return np.dtype(value) == np.dtype(default)
+        return data == np.dtype(default).name
     plain = isinstance(data, (bool, int, float, str))
     return plain and isinstance(data, bool) == isinstance(default, bool) and data == default
 
@@ -643,7 +651,8 @@ def _recognised(schedule: Any) -> Scheduled | None:
         return None
     name, held = schedule.__qualname__.split(".")[0], _cells(schedule)
     if name in ("polynomial_schedule", "exponential_decay") and set(held) == {"init_value"}:
-        name, held = "constant_schedule", {"value": held["init_value"]}
+        constant = {"power": 1, "decay_rate": 1.0, "transition_steps": 0, "transition_begin": 0}
+        held |= constant | {"end_value": held["init_value"], "staircase": False}
     if name == "piecewise_interpolate_schedule" and {"boundaries", "scales"} <= set(held):
         kind = getattr(held.get("interpolate_fn"), "__name__", "").split("_")[1:2]
         steps = [int(step) for step in held["boundaries"]]

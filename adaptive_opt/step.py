@@ -293,7 +293,7 @@ class AdaptiveStep(Remembering):
         new = object.__new__(AdaptiveStep)
         new.__dict__.update(self.__dict__)
         new.now = now
-        new._values, new._known = dict(self.values), dict(self._known)
+        new.values, new._known = dict(self.values), dict(self._known)
         new.notes, new.limited = dict(self.notes), dict(self.limited)
         return new
 

@@ -67,7 +67,8 @@ def there_and_back(optimizer, **handed):
     data = config(optimizer, **handed)
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     again = make(json.loads(json.dumps(data)), **handed)
-    assert str(describe(again)) == str(describe(optimizer))
+    before, after = (re.sub(r"0x\w+", "", str(describe(o))) for o in (optimizer, again))
+    assert before == after
     assert config(again, **handed) == data
     return data, again
 
@@ -249,11 +250,11 @@ OURS = {
         apply_rate(), uniform_rate(0.5), telemetry(every=3, name="mine", groups={"name": "kernel"}),
     ),
     "flat": optax.chain(open_step(), first_moment(0.9), close_step()),
-    "dtypes": adamw(1e-2, mu_dtype="bfloat16", **DTYPES),
+    "dtypes": adamw(1e-2, mu_dtype=jnp.dtype("float16"), **DTYPES),
     "observed": adamod(1e-2, observers=[telemetry(every=2), telemetry(name="b", b1=0.5)]),
     "observed once": adamod(1e-2, observers=telemetry(every=2)),
     "momentum": adamw(CYCLE.learning_rate, b1=CYCLE.b1),
-    "mask": adamw(1e-2, mask={"dense": {"kernel": True, "bias": False}, "scale": np.bool_(False)}),
+    "mask": adamw(1e-2, mask={"dense": {"kernel": True, "bias": False}, "scale": False}),
     "mask like data": adamw(1e-2, mask={"dict": {"dense": True, "scale": False}}["dict"]),
     "restarts": adamw(
         1e-2, convention="paper", schedule=warm_restarts(10), weight_decay=jnp.float32(0.5)
@@ -334,18 +335,19 @@ def test_what_cannot_be_data_is_handed_in():
         return {"norm": optax.tree.norm(step.gradient)}
 
     watch = observer(look, {"norm": ()}, name="norm")
-    noise = optax.add_noise(0.1, 0.1, 0)
-    functions = {"mine": mine, "watch": watch, "noise": noise}
-    optimizer = optax.chain(noise, adam(mine, observers=[watch]))
+    lion = optax.scale_by_lion()
+    functions = {"mine": mine, "watch": watch, "lion": lion}
+    optimizer = optax.chain(lion, adam(mine, observers=[watch]))
     data = there_and_back_to_the_bit(optimizer, functions=functions)
+    handed_in = [{"function": "watch"}]
     assert data["chain"] == [
-        {"function": "noise"},
-        {"name": "adam", "learning_rate": {"function": "mine"}, "observers": [{"function": "watch"}]},
+        {"function": "lion"},
+        {"name": "adam", "learning_rate": {"function": "mine"}, "observers": handed_in},
     ]  # fmt: skip
     mesh = jax.make_mesh((1,), ("data",))
     data, _ = there_and_back(zero1(adam(1e-2), mesh), functions={"mesh": mesh})
     assert data["mesh"] == {"function": "mesh"}
-    groups = GROUPS.optimizer(optax.adam, 1e-2)
+    groups = ParameterGroups([], default=Group()).optimizer(optax.adam, 1e-2)
     data = there_and_back_to_the_bit(groups, functions={"adam": optax.adam})
     assert data["recipe"] == {"function": "adam", "learning_rate": 1e-2}
     with pytest.raises(ValueError, match="the function 'mine' is none of decay_mask: hand it in"):
@@ -374,8 +376,11 @@ def namesake():
         (lambda: optax.GradientTransformation(lambda p: (), adam(0.1).update), "another's init"),
         (lambda: optax.GradientTransformation(lambda p: (), OPTAX["chain"].update), "init"),
         (lambda: optax.GradientTransformation(lambda p: (), lambda u, s, p=None: u), "not made"),
-        (lambda: zero1(adam(0.1), jax.make_mesh((1,), ("data",))), "^mesh is of type Mesh"),
-        (lambda: GROUPS.optimizer(optax.adam, 0.1), "^recipe is a function, 'adam', that is not"),
+        (
+            lambda: zero1(adam(0.1), jax.make_mesh((1,), ("data",))),
+            "^mesh is a function, Mesh",
+        ),
+        (lambda: GROUPS.optimizer(optax.adamw, 0.1), "^recipe is a function, 'adamw', that is not"),
         (lambda: sgd(0.1, momentum=jnp.zeros(())), "cannot be data: made again"),
         (lambda: adaptive(observer(lambda s: {}, {}, name="x")), r"stages\[0\]: its argument look"),
         (namesake, r"stages\[0\]: first_moment is no recipe of RECIPES or stage"),
