@@ -154,8 +154,8 @@ def make(
     ...     ]
     ... })
     >>> x = jnp.zeros(2)
-    >>> print(optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(x), x)[0].round(2))
-    [-0.3 -0.4]
+    >>> print(optimizer.update(jnp.array([0.0, 4.0]), optimizer.init(x), x)[0] + 0.0)
+    [ 0.  -0.5]
     >>> make("adamot", learning_rate=1e-3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
