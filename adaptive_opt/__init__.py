@@ -4,6 +4,7 @@ The recipes (``adam`` to ``sgdw``) are ordinary optax optimizers. What they are 
 too: ``describe`` shows it, ``adaptive`` puts stages together anew, ``stage`` makes a new one.
 """
 
+from adaptive_opt.checkpoints.config import config, make
 from adaptive_opt.checkpoints.headers import (
     CheckpointMismatch,
     check_checkpoint,
@@ -140,6 +141,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "open_step",
     "close_step",
     "describe",
+    "make",
+    "config",
     # Stages, in the order in which a listing uses them.
     "scale_by_adam",
     "first_moment",

@@ -101,4 +101,4 @@ except ImportError as error:
 
 def test_no_file_is_long():
     for file in PACKAGE.rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 490, file
+        assert len(file.read_text().splitlines()) <= 500, file

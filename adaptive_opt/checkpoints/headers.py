@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.checkpoints.config import config_or_reason
 from adaptive_opt.core.checks import needed
 from adaptive_opt.core.describe import Description, describe, shown
 from adaptive_opt.core.recipe import RECIPES
@@ -58,7 +59,8 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
     Returns:
       A dict of dicts, lists, strings and numbers, for ``json`` or Orbax's ``JsonSave``:
       ``state_format``, ``optimizer`` (names, settings, parts) and ``leaves`` (the path of each
-      array, its shape and dtype).
+      array, its shape and dtype); and ``config``, from which ``make(header)`` builds the optimizer
+      again, or None and in ``config_reason`` why it cannot be data.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adam, checkpoint_header
@@ -76,6 +78,7 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
         "state_format": STATE_FORMAT,
         "optimizer": _as_data(describe(optimizer)),
         "leaves": leaves,
+        **config_or_reason(optimizer),
     }
 
 
@@ -123,7 +126,11 @@ def check_checkpoint(
             f" adaptive_opt reads {STATE_FORMAT}: read it with the version that wrote it."
         )
     differences = [
-        *_optimizers_differ(header["optimizer"], wanted["optimizer"], frozenset(allow))
+        *_optimizers_differ(
+            _of_groups(header["optimizer"], wanted["optimizer"]),
+            wanted["optimizer"],
+            frozenset(allow),
+        )
     ] or [*_leaves_differ(header["leaves"], wanted["leaves"])]
     differences = list(dict.fromkeys(differences))
     if differences:
@@ -209,11 +216,22 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _as_data(description: Description) -> dict[str, Any]:
+    settings, parts = description.settings, description.parts
+    if description.name == "ParameterGroups":  # its settings are those of its parts
+        settings, parts = {}, tuple(sorted(parts, key=lambda part: str(part.key)))
     return {
         "name": description.name,
-        "settings": {name: _plain(value, name) for name, value in description.settings.items()},
-        "parts": [_as_data(part) for part in description.parts],
+        "settings": {name: _plain(value, name) for name, value in settings.items()},
+        "parts": [_as_data(part) for part in parts],
     }
+
+
+def _of_groups(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The optimizer of a header; ParameterGroups were once a partition in a partition."""
+    if now["name"] == "ParameterGroups" and saved["name"] == "partition":
+        inner = next((part for part in saved["parts"] if part["name"] == "partition"), saved)
+        return {"name": now["name"], "settings": {}, "parts": inner["parts"]}
+    return saved
 
 
 def _plain(value: Any, name: str = "") -> Any:
@@ -230,7 +248,7 @@ def _plain(value: Any, name: str = "") -> Any:
         return {str(key): _plain(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if inspect.isroutine(value) and name != "mask":
+    if callable(value) and not inspect.isclass(value) and name != "mask":
         values = _sampled(value)
         return shown(value) if values is None else {"schedule": shown(value), "values": values}
     return shown(value)

@@ -36,7 +36,8 @@ class Transformation:
       plain: the pair of functions that does the work.
       parts: the transformations it is made of; None: those that ``plain`` holds.
       lines: of a stage.
-      labels: the mask or the labels of a wrapper; no setting.
+      labels: the labels of parameters, of a partition; no setting.
+      keys: the labels of the parts, of a partition.
     """
 
     def __init__(
@@ -46,17 +47,23 @@ class Transformation:
         plain: optax.GradientTransformation,
         parts: Iterable[optax.GradientTransformation] | None = None,
         lines: tuple[Any, ...] = (),
+        labels: Any = None,
+        keys: Iterable[str] | None = None,
     ) -> None:
         self.name, self.settings, self.plain = name, dict(settings), plain
         self.parts = None if parts is None else tuple(parts)
-        self.lines = lines
+        self.lines, self.labels = lines, labels
+        self.keys = None if keys is None else tuple(keys)
 
     def tree_flatten(self) -> Any:
-        return (self.settings, self.plain, self.parts, self.lines), self.name
+        children = (self.settings, self.plain, self.parts, self.lines, self.labels)
+        return children, (self.name, self.keys)
 
     @classmethod
-    def tree_unflatten(cls, name: str, children: Any) -> Transformation:
-        return cls(name, *children)
+    def tree_unflatten(cls, known: Any, children: Any) -> Transformation:
+        name, keys = known
+        settings, plain, parts, lines, labels = children
+        return cls(name, settings, plain, parts, lines, labels, keys)
 
     def as_optax(self) -> Optimizer:
         def init(params: Any) -> Any:
@@ -74,30 +81,38 @@ def transformation(
     plain: optax.GradientTransformation,
     parts: Iterable[optax.GradientTransformation] | None = None,
     lines: tuple[Any, ...] = (),
+    labels: Any = None,
+    keys: Iterable[str] | None = None,
 ) -> Optimizer:
     """``plain`` as a transformation that knows its name, settings and parts."""
     plain = optax.with_extra_args_support(plain)
-    return Transformation(name, settings, plain, parts, lines).as_optax()
+    return Transformation(name, settings, plain, parts, lines, labels, keys).as_optax()
 
 
 def made_of(given: Any) -> Transformation | None:
     """What a transformation of this library is made of; None for anything else."""
     update = inspect.unwrap(getattr(given, "update", given))  # of a jit
-    own = _held(update).get("self") if inspect.isfunction(update) else None
+    own = held_by(update).get("self") if inspect.isfunction(update) else None
     return own if isinstance(own, Transformation) else None
+
+
+_NOT_SHOWN = ("observers", "mesh")
+"""What is a part, or no property of the optimizer but of the machine."""
 
 
 class Description(NamedTuple):
     """A transformation's name, its settings, and the transformations it is made of.
 
     ``labels`` is the mask of an ``optax.masked``, or the labels of an ``optax.partition``; it is
-    no setting, is not printed, and not in checkpoints.
+    no setting, is not printed, and not in checkpoints. ``key`` is the label under which a part
+    stands in ``ParameterGroups``, ``optax.partition`` or ``optax.named_chain``.
     """
 
     name: str
     settings: Mapping[str, Any]
     parts: tuple[Description, ...] = ()
     labels: Any = None
+    key: str | None = None
 
     def stages(self) -> tuple[Description, ...]:
         """The innermost parts, in the order in which they act."""
@@ -113,7 +128,8 @@ class Description(NamedTuple):
 
     def __str__(self) -> str:
         settings = [f"{k}={shown(v)}" for k, v in self.settings.items() if v is not None]
-        lines = [f"{self.name}({', '.join(settings)})" if settings else self.name]
+        name = self.name if self.key is None else f"{self.key}: {self.name}"
+        lines = [f"{name}({', '.join(settings)})" if settings else name]
         for part in self.parts:
             lines += ["  " + line for line in str(part).splitlines()]
         return "\n".join(lines)
@@ -153,16 +169,19 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     own = made_of(transformation)
     if own is not None:
         parts = _inner(own.plain) if own.parts is None else tuple(map(describe, own.parts))
-        return Description(own.name, dict(own.settings), parts)
+        if own.keys is not None:
+            parts = tuple(p._replace(key=k) for k, p in zip(own.keys, parts, strict=True))
+        settings = {k: v for k, v in own.settings.items() if k not in _NOT_SHOWN}
+        return Description(own.name, settings, parts, own.labels)
     update = inspect.unwrap(transformation.update)
-    held = _held(update)
+    held = held_by(update)
     name = getattr(update, "__qualname__", type(update).__name__).split(".<locals>")[0]
     if name == "with_extra_args_support":
         return describe(held["tx"])
     numbers = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
     if name.startswith("MultiSteps"):
         every = held["_every_k_schedule"]
-        numbers = {"every_k_schedule": _held(every).get("every_k_schedule", every)}
+        numbers = {"every_k_schedule": held_by(every).get("every_k_schedule", every)}
     labels = held.get("mask", held.get("param_labels"))
     return Description(name.removesuffix(".update"), numbers, _inner(transformation), labels)
 
@@ -214,12 +233,15 @@ def bound(
 
 def _inner(transformation: optax.GradientTransformation) -> tuple[Description, ...]:
     """What a transformation holds on to that is a transformation itself."""
-    held = {**_held(transformation.init), **_held(inspect.unwrap(transformation.update))}
+    held = {**held_by(transformation.init), **held_by(inspect.unwrap(transformation.update))}
     if "update_fns" in held:  # optax.chain
         updates = held["update_fns"]  # with an init of its own, if somebody has replaced that
         inits = held.get("init_fns", (None,) * len(updates))
         pairs = zip(inits, updates, strict=True)
         return tuple(describe(optax.GradientTransformation(*pair)) for pair in pairs)
+    if "transforms" in held:  # optax.partition, optax.named_chain
+        named = dict(held["transforms"]).items()
+        return tuple(describe(part)._replace(key=str(key)) for key, part in named)
     if "inner_factory" in held:  # optax.inject_hyperparams
         schedules = {k: getattr(v, "schedule_fn", v) for k, v in held["sched_hps"].items()}
         arguments = held["other_hps"] | held["numeric_hps"] | schedules
@@ -230,7 +252,7 @@ def _inner(transformation: optax.GradientTransformation) -> tuple[Description, .
     return tuple(describe(x) for x in leaves if isinstance(x, optax.GradientTransformation))
 
 
-def _held(function: Callable[..., Any]) -> Mapping[str, Any]:
+def held_by(function: Callable[..., Any]) -> Mapping[str, Any]:
     """The variables that a function, or the object it is a method of, holds on to."""
     if inspect.ismethod(function):
         return vars(function.__self__)
@@ -247,6 +269,9 @@ def shown(value: Any) -> str:
         return repr(value.item())
     if inspect.isclass(value):
         return value.__name__
+    if isinstance(value, np.dtype):
+        return value.name
     if callable(value):
+        value = inspect.unwrap(value)
         return getattr(value, "__qualname__", type(value).__name__).split(".<locals>")[0]
     return repr(value)

@@ -63,10 +63,9 @@ def recipe(factory: Callable[P, Part | tuple[Part, ...]]) -> Callable[P, Optimiz
         parts = (parts,) if isinstance(parts, optax.GradientTransformation) else tuple(parts)
         if given.get("observers", ()) != ():
             parts = _watched(parts, given)
-        settings = {k: v for k, v in given.items() if k != "observers"}  # they are parts
         if len(parts) == 1:
-            return transformation(name, settings, parts[0], parts=parts)
-        return transformation(name, settings, optax.chain(*parts))
+            return transformation(name, given, parts[0], parts=parts)
+        return transformation(name, given, optax.chain(*parts))
 
     setattr(make, "choices", _Choices(choices))  # noqa: B010 (functions have no such attribute)
     RECIPES[name] = make

@@ -24,6 +24,10 @@ from adaptive_opt.core.tree import OpenStep, run
 
 P = ParamSpec("P")
 Stage = optax.GradientTransformationExtraArgs
+
+STAGES: dict[str, Callable[..., Stage]] = {}
+"""Every stage by its name, filled by :func:`stage`: this library's, and the user's own."""
+
 OneArray = Callable[[AdaptiveStep], AdaptiveStep]
 
 
@@ -108,7 +112,16 @@ def stage(factory: Callable[P, OneArray | WholeTree]) -> Callable[P, Stage]:
         shown = _without_defaults(settings, signature)
         return stage_of(name, shown, (Line(name, settings, line),))
 
+    held = STAGES.get(name)
+    ours = package_of(stage)
+    if held is None or package_of(held) != ours or package_of(factory) == ours:
+        STAGES[name] = make  # but this library's keep their names
     return make
+
+
+def package_of(function: Any) -> str:
+    """The package in which a function was written."""
+    return (getattr(function, "__module__", None) or "").split(".")[0]
 
 
 def stage_of(

@@ -169,7 +169,9 @@ def zero1(
         return map_none(lambda like, u: gathered(u, like), updates, new), placed(state)
 
     wrapper = optax.GradientTransformationExtraArgs(init, update)
-    return transformation("zero1", {"axis": axis, "gradients": gradients}, wrapper, parts=(inner,))
+    return transformation(
+        "zero1", {"mesh": mesh, "axis": axis, "gradients": gradients}, wrapper, (inner,)
+    )
 
 
 def _is_manual(axes: tuple[str, ...]) -> bool:

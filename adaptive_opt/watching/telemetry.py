@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_opt.core.checks import Hyperparameter
+from adaptive_opt.core.checks import Hyperparameter, given
 from adaptive_opt.core.observe import HYPERPARAMETERS, Observation, watching
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
@@ -115,7 +115,9 @@ def telemetry(
 
     own = {"learning_rate": learning_rate, "b1": b1, "weight_decay": weight_decay}
     remaining = () if learning_rate is None else (learning_rate,)
-    settings = {"every": every, "groups": groups}
+    chosen = {"name": name} if name != "telemetry" else {}
+    chosen |= {"axis_name": axis_name} if axis_name else {}
+    settings = {"every": every, "groups": groups, **given(**own), **chosen}
     return watching(look, shapes, every, name, "telemetry", settings, own, remaining)
 
 

@@ -25,6 +25,7 @@ from adaptive_opt.core.checks import (
     check_whole,
     scaled,
 )
+from adaptive_opt.core.describe import transformation
 from adaptive_opt.core.trees import Tree, is_none, map_none, path_of, update_dtypes
 
 NOT_DECAYED = ("bias", "b", "scale", "offset", "gamma", "beta")
@@ -237,7 +238,9 @@ class ParameterGroups:
                     rate = scaled(learning_rate, group.learning_rate)
                 made = recipe(learning_rate=rate, **own)
             if group.freeze:
-                made = _promoting(optax.conditionally_mask(made, _from(int(group.freeze))))
+                step = int(group.freeze)
+                later = _promoting(optax.conditionally_mask(made, _from(step)))
+                made = transformation("frozen_until", {"step": step}, later, parts=(made,))
             return made
 
         transforms: dict[Any, Any] = {group.pattern: of(group) for group in self.groups}
@@ -249,7 +252,14 @@ class ParameterGroups:
             self._check(params)
             return partition.init(params)
 
-        return optax.GradientTransformationExtraArgs(init, partition.update)
+        return transformation(
+            "ParameterGroups",
+            {"recipe": recipe, "learning_rate": learning_rate, **settings},
+            optax.GradientTransformationExtraArgs(init, partition.update),
+            parts=transforms.values(),
+            labels=self._labels,
+            keys=transforms,
+        )
 
     def _labels(self, tree: Tree) -> Tree:
         """The labels of parameters, or of gradients, some of which may be None."""

@@ -8,13 +8,17 @@ goes on where it was.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from adaptive_opt.core.checks import (
     check_at_least_one,
@@ -23,8 +27,112 @@ from adaptive_opt.core.checks import (
     check_whole,
     choose,
 )
+from adaptive_opt.core.describe import bound
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Anneal = Callable[[Any, Any, Any], Any]
+
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        optax.constant_schedule,
+        optax.linear_schedule,
+        optax.polynomial_schedule,
+        optax.exponential_decay,
+        optax.cosine_decay_schedule,
+        optax.warmup_constant_schedule,
+        optax.warmup_cosine_decay_schedule,
+        optax.warmup_exponential_decay_schedule,
+        optax.piecewise_constant_schedule,
+        optax.piecewise_interpolate_schedule,
+        optax.linear_onecycle_schedule,
+        optax.cosine_onecycle_schedule,
+        optax.sgdr_schedule,
+        optax.join_schedules,
+    )
+}
+"""The functions that make a schedule, by name: optax's, and those of this module."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Scheduled:
+    """A schedule that knows the function of ``SCHEDULES`` that made it, and of which arguments.
+
+    Two are equal if these are. A registered pytree with every argument that is an array in sight.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
+        self.name, self.arguments = name, dict(arguments)
+
+    @functools.cached_property
+    def __wrapped__(self) -> Any:
+        return SCHEDULES[self.name](**self.arguments)
+
+    def __call__(self, step: Any) -> Any:
+        return self.__wrapped__(step)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Scheduled) or self.name != other.name:
+            return False
+        mine, others = self.arguments, other.arguments
+        return set(mine) == set(others) and all(_same(mine[k], others[k]) for k in mine)
+
+    def __hash__(self) -> int:
+        return hash((self.name, frozenset(self.arguments)))
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.arguments.items())})"
+
+    def tree_flatten(self) -> Any:
+        plain = {k: v for k, v in self.arguments.items() if _is_plain(v)}
+        others = {k: v for k, v in self.arguments.items() if k not in plain}
+        return (others,), (self.name, tuple(plain.items()))
+
+    @classmethod
+    def tree_unflatten(cls, known: Any, children: Any) -> Scheduled:
+        name, plain = known
+        return cls(name, dict(plain) | children[0])
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, Tracer) or isinstance(b, Tracer):
+        return a is b
+    return bool(np.all(a == b))
+
+
+def _remembered(factory: Callable[P, T]) -> Callable[P, T]:
+    """What the function returns knows its arguments: a schedule, or each of a tuple of several."""
+    signature, name = inspect.signature(factory), factory.__name__
+
+    @functools.wraps(factory)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Any:
+        arguments = bound(signature, name, args, kwargs)
+        made = factory(*args, **kwargs)
+        if isinstance(made, OneCycle):
+            return OneCycle(*(Scheduled(f"{name}.{field}", arguments) for field in made._fields))
+        return Scheduled(name, arguments) if callable(made) else made
+
+    return make
+
+
+def _registered(name: str, field: str | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Enter a function, or one field of what it returns, into the register."""
+
+    def enter(factory: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(factory)
+        def make(*args: P.args, **kwargs: P.kwargs) -> Any:
+            made = factory(*args, **kwargs)
+            return made if field is None else getattr(made, field)
+
+        SCHEDULES[name] = make
+        return factory
+
+    return enter
 
 
 def _cosine(start: Any, end: Any, fraction: Any) -> Any:
@@ -71,6 +179,9 @@ class OneCycle(NamedTuple):
     """For b1 of Adam and its kin, or the momentum of SGD."""
 
 
+@_remembered
+@_registered("one_cycle.b1", "b1")
+@_registered("one_cycle.learning_rate", "learning_rate")
 def one_cycle(
     max_learning_rate: float,
     total_steps: int,
@@ -167,6 +278,8 @@ def one_cycle(
     )
 
 
+@_remembered
+@_registered("warm_restarts")
 def warm_restarts(
     period: int,
     *,
@@ -215,6 +328,8 @@ def warm_restarts(
     return schedule
 
 
+@_remembered
+@_registered("normalized_weight_decay")
 def normalized_weight_decay(
     weight_decay: float, period: int, *, growth: float = 1.0
 ) -> float | optax.Schedule:
