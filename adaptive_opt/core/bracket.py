@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.describe import described, transformation
-from adaptive_opt.core.look import init_buffers, look_at_some_leaf
+from adaptive_opt.core.look import init_buffers, init_shapes, look_at_some_leaf
 from adaptive_opt.core.now import Now
 from adaptive_opt.core.observe import Watch, init_observations, observe
 from adaptive_opt.core.stage import Stage, lines_of
@@ -184,8 +184,8 @@ class Bracket:
         count = jnp.asarray(optax.safe_increment(state.count))
         now, observers = Now(count, extra), {watch.name for watch in self.watches}
         kept = {name: buffer for name, buffer in state.buffers.items() if name not in observers}
-        if self.names:
-            check_names(self.lines, self.names, kept)
+        if set(self.names) != set(kept):  # of some leaf; these may keep others
+            check_names(self.lines, init_shapes(self.lines, updates), kept)
         seen = {}
         if self.watches:
             step = OpenStep(now, updates, params)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from adaptive_opt.core import trees
-from adaptive_opt.core.memory import Spec
+from adaptive_opt.core.memory import PARAM, Spec
 from adaptive_opt.core.now import Now, WrongOrder
 from adaptive_opt.core.tree import LineError, OpenStep, memories_of, take_through
 from adaptive_opt.core.trees import Tree
@@ -41,13 +41,13 @@ def look(
     def step(params: Tree, count: Any) -> Any:
         now = Now(count, looking=True, lenient=lenient)
         step = OpenStep(now, params, params)
-        memories, of_tree = memories_of(step, None, None)
-        take_through(lines, step, memories, of_tree)
+        memories, common = memories_of(step, None, None)
+        take_through(lines, step, memories, common)
         if closing:
             step.close()
         asked = tuple((key, h) for key, (h, _) in now.scalars.items())
         limits = tuple(now.limits.values())
-        found.append(Look([m.specs for m in memories], of_tree.specs, limits, asked))
+        found.append(Look([m.specs for m in memories], common.specs, limits, asked))
         return ()
 
     jax.eval_shape(step, params, jax.ShapeDtypeStruct((), np.int32))
@@ -120,6 +120,15 @@ def init_buffers(
     return buffers
 
 
+def init_shapes(lines: Sequence[Any], params: Tree) -> dict[str, Tree]:
+    """The same for shapes, of which nothing is made."""
+    return jax.eval_shape(lambda: init_buffers(lines, jax.tree.map(_abstract, params)))
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(jnp.shape(x), trees.dtype_of(x))
+
+
 def _struct(param: Any, dtype: np.dtype) -> jax.ShapeDtypeStruct:
     trees.wide(dtype)
     return jax.ShapeDtypeStruct(np.shape(param), dtype)
@@ -129,7 +138,7 @@ def _initial(name: str, spec: Spec | None, param: Any, state_dtype: DTypeLike | 
     if spec is None:
         return None
     dtype = spec.dtype(name, state_dtype)
-    if isinstance(spec.initial, jax.Array):
+    if spec.initial is PARAM:
         return jnp.array(param, dtype, copy=True)
     if spec.is_like_gradient:
         return jnp.full_like(param, spec.initial, dtype=dtype)

@@ -18,6 +18,9 @@ from jax.typing import DTypeLike
 
 from adaptive_opt.core import trees
 
+PARAM = "param"
+"""In place of an initial value that is the parameter, which a look has not got."""
+
 
 @dataclasses.dataclass
 class Spec:
@@ -86,7 +89,8 @@ class Memory:
         shape, dtype = jnp.shape(like), trees.dtype_of(like)
         if self.stored is None:
             own = trees.at_width_of(dtype, width)
-            self.specs[name] = Spec(shape, own, initial, asked, shape == self.like)
+            start = PARAM if isinstance(initial, jax.Array) else initial
+            self.specs[name] = Spec(shape, own, start, asked, shape == self.like)
             value = (
                 like if isinstance(like, jax.Array) and like.dtype == own else jnp.zeros(shape, own)
             )

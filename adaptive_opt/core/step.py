@@ -89,6 +89,7 @@ class AdaptiveStep(Remembering):
         self._read: set[str] = set()
         self._rate_values: jax.Array | None = None
         self.notes: dict[str, Any] = {}
+        self._noted_from: dict[str, frozenset[str]] = {}
         self.limited: dict[object, tuple[Any, Any]] = {}
         """What was limited, before and after, by turn."""
 
@@ -105,6 +106,7 @@ class AdaptiveStep(Remembering):
         new.now = now
         new.values, new._known = dict(self.values), dict(self._known)
         new.notes, new.limited = dict(self.notes), dict(self.limited)
+        new._noted_from = dict(self._noted_from)
         return new
 
     # --- reading ------------------------------------------------------------------------------
@@ -198,6 +200,7 @@ class AdaptiveStep(Remembering):
                 f"{self.now.stage} reads the note {name!r}, which no stage before it has left;"
                 f" there are {', '.join(sorted(self.notes)) or 'none'}."
             )
+        self._read |= self._noted_from.get(name, set())  # it is made of what was read then
         return self.notes.get(name, self.values["gradient"])
 
     # --- writing ------------------------------------------------------------------------------
@@ -235,6 +238,7 @@ class AdaptiveStep(Remembering):
     def note(self, **notes: Any) -> AdaptiveStep:
         """Leave something for later stages (``step.noted``) and observers; it changes no update."""
         self.notes |= notes
+        self._noted_from |= dict.fromkeys(notes, frozenset(self._read))
         return self
 
     def close(self) -> jax.Array:

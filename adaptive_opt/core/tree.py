@@ -9,7 +9,7 @@ distinct shape, and not once for each leaf.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,21 +74,10 @@ class OpenStep(Remembering, metaclass=_SaysWhatToDo):
 
     # --- for observers ------------------------------------------------------------------------
 
-    @property
-    def gradient(self) -> Tree:
-        return self._tree("gradient")
-
-    @property
-    def direction(self) -> Tree:
-        return self._tree("direction")
-
-    @property
-    def second_moment(self) -> Tree:
-        return self._tree("second_moment")
-
-    @property
-    def rate(self) -> Tree:
-        return self._tree("rate")
+    gradient = property(lambda self: self._tree("gradient"))
+    direction = property(lambda self: self._tree("direction"))
+    second_moment = property(lambda self: self._tree("second_moment"))
+    rate = property(lambda self: self._tree("rate"))
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -177,7 +166,7 @@ class LineError(TypeError):
 def run(
     lines: Sequence[Any],
     step: OpenStep,
-    buffers: Mapping[str, Tree] | None,
+    buffers: Mapping[str, Tree],
     state_dtype: DTypeLike | None = None,
     show: Callable[[Any, OpenStep], None] | None = None,
 ) -> dict[str, Tree]:
@@ -185,19 +174,24 @@ def run(
 
     An observer among the lines is shown the step where it stands.
     """
-    memories, of_tree = memories_of(step, buffers, state_dtype)
-    take_through(lines, step, memories, of_tree, show)
-    return {} if buffers is None else _collected(step, buffers, memories, of_tree)
+    memories, common = memories_of(step, buffers, state_dtype)
+    take_through(lines, step, memories, common, show)
+    new = common.finished()
+    leaves = [
+        {**(memory.stored or {}), **memory.finished(*getattr(each, "inputs", ()))}
+        for each, memory in zip(step.steps, memories, strict=True)
+    ]
+    return of_tree(step.structure, leaves, set(buffers) - set(new)) | new
 
 
 def take_through(
     lines: Sequence[Any],
     step: OpenStep,
     memories: Sequence[Memory],
-    of_tree: Memory,
+    common: Memory,
     show: Callable[[Any, OpenStep], None] | None = None,
 ) -> None:
-    step.memory = of_tree
+    step.memory = common
     there = [(s, memory) for s, memory in zip(step.steps, memories, strict=True) if s is not None]
     with jax.numpy_dtype_promotion("standard"):  # widths are our matter
         for line in lines:
@@ -229,45 +223,30 @@ def run_line(line: Any, step: Any, turn: object) -> None:
 def memories_of(
     step: OpenStep, buffers: Mapping[str, Tree] | None, state_dtype: DTypeLike | None
 ) -> tuple[list[Memory], Memory]:
+    """The memory of every leaf, and that of the tree; without buffers, for a look."""
     warned: set[str] = set()
-    columns = None
-    if buffers is not None:
-        columns = {
-            name: _column(step.structure, buffer, len(step.steps))
-            for name, buffer in buffers.items()
-        }
     memories = []
+    stored = of_leaves(step.structure, buffers) if buffers is not None else None
     for index, each in enumerate(step.steps):
-        stored = None
-        if columns is not None:
-            stored = {name: c[index] for name, c in columns.items() if c is not None}
-        where = (lambda: "") if columns is None else functools.partial(step.where, index)
-        like = None if each is None else each.shape
-        memories.append(Memory(stored, state_dtype, where, warned, like))
-    return memories, Memory(buffers, state_dtype, lambda: "", warned)
+        own = None if stored is None else stored[index]
+        where = (lambda: "") if stored is None else functools.partial(step.where, index)
+        memories.append(Memory(own, state_dtype, where, warned, getattr(each, "shape", None)))
+    return memories, Memory(buffers, state_dtype, warned=warned)
 
 
-def _column(structure: Any, buffer: Tree, leaves: int) -> list[Any] | None:
-    """The leaves of a buffer; None for one that the tree has once."""
-    alone = jax.tree.structure(0)
-    if jax.tree.structure(buffer) == alone != structure:
-        return None
-    return trees.leaves_like(structure, buffer)
+def of_leaves(structure: Any, buffers: Mapping[str, Tree]) -> list[dict[str, Any]]:
+    """The buffers of every leaf, less those that the tree has once."""
+    alone, leaves = jax.tree.structure(0), [{} for _ in range(structure.num_leaves)]
+    for name, buffer in buffers.items():
+        if jax.tree.structure(buffer) != alone or alone == structure:
+            for own, x in zip(leaves, trees.leaves_like(structure, buffer), strict=True):
+                own[name] = x
+    return leaves
 
 
-def _collected(
-    step: OpenStep, buffers: Mapping[str, Tree], memories: list[Memory], of_tree: Memory
-) -> dict[str, Tree]:
-    inputs = [() if each is None else each.inputs for each in step.steps]
-    finished = [memory.finished(*given) for memory, given in zip(memories, inputs, strict=True)]
-    new: dict[str, Tree] = of_tree.finished()
-    for name, old in buffers.items():
-        if name in new:
-            continue
-        column = trees.leaves_like(step.structure, old)
-        leaves = [made.get(name, kept) for made, kept in zip(finished, column, strict=True)]
-        new[name] = step.structure.unflatten(leaves)
-    return {name: new[name] for name in buffers}
+def of_tree(structure: Any, leaves: Sequence[Mapping[str, Any]], names: Iterable[str]) -> Any:
+    """The buffers of the tree again, of those of every leaf."""
+    return {name: structure.unflatten([own[name] for own in leaves]) for name in names}
 
 
 def leaves_of_params(params: Tree | None, structure: Any, leaves: Sequence[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from adaptive_opt.core.look import scalars_of
 from adaptive_opt.core.memory import Memory
 from adaptive_opt.core.now import Now
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.tree import OpenStep, leaves_of_params, run, run_line
+from adaptive_opt.core.tree import OpenStep, leaves_of_params, of_leaves, of_tree, run, run_line
 from adaptive_opt.core.trees import Tree
 
 
@@ -36,7 +36,7 @@ def update_leaves(
 
     leaves, structure = jax.tree.flatten(gradient, is_leaf=trees.is_none)
     of_params = leaves_of_params(params, structure, leaves)
-    columns = {name: trees.leaves_like(structure, buffer) for name, buffer in buffers.items()}
+    stored = of_leaves(structure, buffers)
     warned: set[str] = set()
     place = 0
 
@@ -68,15 +68,11 @@ def update_leaves(
             return step.close(), memory.finished(*step.inputs)
 
     updates: list[Any] = list(leaves)
-    new = {name: list(column) for name, column in columns.items()}
     for place, (g, p) in enumerate(zip(leaves, of_params, strict=True)):
-        if g is None:
-            continue
-        stored = {name: column[place] for name, column in columns.items()}
-        updates[place], kept = one_leaf(now.count, scalars, g, p, stored)
-        for name, value in kept.items():
-            new[name][place] = value
-    return structure.unflatten(updates), {k: structure.unflatten(v) for k, v in new.items()}
+        if g is not None:
+            updates[place], kept = one_leaf(now.count, scalars, g, p, stored[place])
+            stored[place] |= kept
+    return structure.unflatten(updates), of_tree(structure, stored, buffers)
 
 
 def _is_staged() -> bool:
