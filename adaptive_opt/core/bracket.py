@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from adaptive_opt.core.describe import described, transformation
 from adaptive_opt.core.look import init_buffers, init_shapes, look_at_some_leaf
-from adaptive_opt.core.now import Now
-from adaptive_opt.core.observe import Watch, init_observations, observe
+from adaptive_opt.core.now import Now, WrongOrder
+from adaptive_opt.core.observe import Watch, check_seen, init_observations, observe
 from adaptive_opt.core.stage import Stage, lines_of
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.core.trees import Tree
@@ -148,6 +148,14 @@ class Bracket:
             look = look_at_some_leaf(self.lines)  # which refuses a wrong order
             known = ((), ()) if look is None else (tuple(sorted(look.names())), look.limits)
         self.names, self.limits = known
+        taken = list(self.names)
+        for watch in self.watches:
+            if watch.name in taken:
+                raise WrongOrder(
+                    f"two stages keep a buffer called {watch.name!r}. Give one of them another:"
+                    f" {watch.stage}(..., name={watch.name + '_2'!r})."
+                )
+            taken.append(watch.name)
 
     @property
     def lines(self) -> tuple[Any, ...]:
@@ -183,6 +191,7 @@ class Bracket:
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         now, observers = Now(count, extra), {watch.name for watch in self.watches}
+        check_seen(self.watches, state.buffers)
         kept = {name: buffer for name, buffer in state.buffers.items() if name not in observers}
         if set(self.names) != set(kept):  # of some leaf; these may keep others
             check_names(self.lines, init_shapes(self.lines, updates), kept)

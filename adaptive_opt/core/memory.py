@@ -89,8 +89,7 @@ class Memory:
         shape, dtype = jnp.shape(like), trees.dtype_of(like)
         if self.stored is None:
             own = trees.at_width_of(dtype, width)
-            start = PARAM if isinstance(initial, jax.Array) else initial
-            self.specs[name] = Spec(shape, own, start, asked, shape == self.like)
+            self.specs[name] = Spec(shape, own, initial, asked, shape == self.like)
             value = (
                 like if isinstance(like, jax.Array) and like.dtype == own else jnp.zeros(shape, own)
             )

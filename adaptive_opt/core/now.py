@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from adaptive_opt.core import checks, trees
 from adaptive_opt.core.checks import Hyperparameter
-from adaptive_opt.core.memory import Memory
+from adaptive_opt.core.memory import PARAM, Memory
 
 
 class WrongOrder(ValueError):  # noqa: N818 (says what it is)
@@ -190,7 +190,8 @@ class Remembering:
                 f" {now.stage}(..., name={name + '_2'!r}); scale_by_adam(...), which has fixed"
                 " names, can be replaced by the stages it is made of."
             )
-        return self.memory.recall(name, like, initial, dtype, self.width)
+        start = PARAM if self.is_param(initial) else initial
+        return self.memory.recall(name, like, start, dtype, self.width)
 
     def keep(self, name: str, value: jax.Array) -> jax.Array:
         """Keep a value for the next step under a name that was recalled."""
@@ -243,3 +244,6 @@ class Remembering:
 
     def kind_of(self, value: Any) -> str | None:
         return None
+
+    def is_param(self, value: Any) -> bool:
+        return False

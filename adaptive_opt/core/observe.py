@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ class Watch:
     """What the recipe says of itself, see ``told``."""
     remaining: tuple[Hyperparameter, ...]
     """The factors that the update meets after the bracket."""
+    is_of_the_tree: ClassVar[bool] = False
 
     def values(self, step: OpenStep, like: Tree) -> Observation:
         """What is seen at this step, in the structure and the dtypes of ``like``."""
@@ -191,6 +192,15 @@ def init_observations(watches: Sequence[Watch], limits: tuple[str, ...]) -> dict
     }
 
 
+def check_seen(watches: Sequence[Watch], state: Mapping[str, Any]) -> None:
+    """Whether a state holds what all the observers saw."""
+    if missing := [watch.name for watch in watches if watch.name not in state]:
+        raise ValueError(
+            f"the state should hold what {', '.join(missing)} saw. A state belongs to the optimizer"
+            " that initialised it, observers included; convert_state(...) moves one to another."
+        )
+
+
 def observe(
     lines: Sequence[Any],
     step: OpenStep,
@@ -205,13 +215,7 @@ def observe(
     it has taken the step, and keeps a copy of every buffer until then.
     """
     watches = [line for line in lines if isinstance(line, Watch)]
-    names = [watch.name for watch in watches]
-    if missing := [name for name in names if name not in state]:
-        raise ValueError(
-            f"the state should hold what {', '.join(missing)} saw. A state belongs to the optimizer"
-            " that initialised it, observers included; convert_state(...) moves one to another."
-        )
-    seen = {name: state[name] for name in names}
+    seen = {watch.name: state[watch.name] for watch in watches}
 
     def look(every: int, seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
         new = dict(seen)

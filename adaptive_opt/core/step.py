@@ -10,6 +10,7 @@ an order of lines that makes no sense.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -138,7 +139,14 @@ class AdaptiveStep(Remembering):
             raise ValueError(
                 f"{self.now.stage} needs the parameters: call update(gradients, state, params)."
             )
+        return self._wide_param
+
+    @functools.cached_property
+    def _wide_param(self) -> jax.Array:
         return trees.at_width(self._param, self.width)
+
+    def is_param(self, value: Any) -> bool:
+        return self._param is not None and value is self._wide_param
 
     def raw(self, field: Field) -> jax.Array:
         """What no stage has changed: an average as it was made, a rate that was only multiplied."""
