@@ -28,7 +28,7 @@ from benchmarks.timing import in_turns, ratio, seconds
 RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
     name: recipe
     for name, recipe in adaptive_opt.RECIPES.items()
-    if recipe.__module__.startswith("adaptive_opt.")
+    if str(recipe.__module__).startswith("adaptive_opt.")
 }
 RECIPES["sgd, momentum"] = functools.partial(adaptive_opt.sgd, momentum=0.9)
 BEGIN, END = "<!-- recipes: begin -->", "<!-- recipes: end -->"

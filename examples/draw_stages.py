@@ -75,6 +75,8 @@ def table() -> str:
     """Every recipe in every convention as a list of stages: the table of the README."""
     lines = ["| recipe | stages |", "|---|---|"]
     for name, recipe in adaptive_opt.RECIPES.items():
+        if not str(recipe.__module__).startswith("adaptive_opt."):
+            continue  # somebody's own
         conventions = recipe.choices.get("convention", ())
         momentum = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
         lists: dict[str, list[str]] = {}

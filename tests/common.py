@@ -37,7 +37,7 @@ def _as_tested(name):
 REGISTERED = tuple(
     name
     for name, recipe in adaptive_opt.RECIPES.items()
-    if recipe.__module__.startswith("adaptive_opt.")
+    if str(recipe.__module__).startswith("adaptive_opt.")
 )
 """The recipes of this library; tests may register others."""
 
@@ -96,6 +96,8 @@ def buffers_of(state):
             name = next((n for n in names if n in ("mu", "nu", "slow")), None)
         if name is not None and name not in found:
             found[name] = optax.tree.get_all_with_path(state, name)[0][1]
+            if isinstance(found[name], adaptive_opt.Observation):
+                del found[name]
     return found
 
 

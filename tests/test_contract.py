@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from common import (
-    CONVENTIONS,
     EACH_OFTEN_ONCE,
     EVERY_CONVENTION,
     NEED_PARAMS,
@@ -46,11 +45,6 @@ def avals(tree):
 
 def needs_params(name):
     return name.split(" (")[0] in NEED_PARAMS
-
-
-def test_the_conventions_tested_are_all_there_are(example):
-    listed = {k: sorted(v) for k, v in example("draw_stages").CONVENTIONS.items() if v}
-    assert listed == {k: sorted(v) for k, v in CONVENTIONS.items()}
 
 
 @pytest.mark.parametrize("name", EVERY_CONVENTION)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import doctest
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -145,14 +145,7 @@ def test_pictures_are_light_and_leave_the_settings_of_the_user_alone(two):
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install 'adaptive_opt\[plots\]'"):
         loss_curves({"a": [1.0]})
 

@@ -136,7 +136,7 @@ def test_a_jax_whose_programs_cannot_be_taken_apart_is_left_alone():
 import adaptive_opt, sys, jax, jax.numpy as jnp
 def broken(*_):
     raise AttributeError("gone in this version")
-sys.modules["adaptive_opt.single_pass"].jaxpr_as_fun = broken
+sys.modules["adaptive_opt.memory.single_pass"].jaxpr_as_fun = broken
 adaptive_opt.enable_single_pass()
 tx = adaptive_opt.single_pass(adaptive_opt.adam(0.1))
 print(adaptive_opt.single_pass_stands_aside())
@@ -165,7 +165,7 @@ def test_importing_the_package_changes_no_environment():
 
 
 @without_the_option
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", hand_fused.RULES)
 def test_without_the_option_stages_move_no_more_than_a_hand_fused_version(name):
     params = jax.ShapeDtypeStruct((1 << 14,), jnp.float32)
     state = jax.eval_shape(lambda x: hand_fused.init(name, x), params)
@@ -175,7 +175,7 @@ def test_without_the_option_stages_move_no_more_than_a_hand_fused_version(name):
     assert traffic(ours, params.shape).bytes <= traffic(compiled, params.shape).bytes
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", hand_fused.RULES)
 def test_the_hand_fused_versions_take_the_steps_of_the_recipes(name, x64):
     params = normal_tree(dtype="float64", shapes={"kernel": (5, 3)})
     optimizer = RECIPES[name](1e-3)

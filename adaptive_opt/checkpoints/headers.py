@@ -31,6 +31,9 @@ STATE_FORMAT = 1
 SAMPLED_STEPS = (0, 1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000)
 """Where a schedule is looked at."""
 
+OBSERVERS = ("telemetry", "observer")
+"""What a recipe is given and has among its parts, though no setting says so."""
+
 T = TypeVar("T")
 
 
@@ -278,6 +281,8 @@ def _optimizers_differ(
     if saved["name"] != now["name"]:
         yield f"the optimizer{where} was {saved['name']}, is {now['name']}"
         return
+    if follows and now["name"] in OBSERVERS:
+        yield from _settings_differ(saved, now, allow, where)
     if not follows:
         differences = [*_settings_differ(saved, now, allow, where)]
         yield from differences

@@ -103,6 +103,11 @@ def check_constant(**values: Any) -> None:
 
 def check_optimizer(wrapper: str, inner: Any) -> None:
     """What a wrapper is given is an optimizer, and not, say, the function that makes one."""
+    if isinstance(inner, optax.MultiSteps):
+        raise TypeError(
+            f"{wrapper} was given an optax.MultiSteps, which is not a transformation itself: give"
+            " its .gradient_transformation()."
+        )
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             f"{wrapper} takes an optimizer, such as {wrapper}(adam(1e-3)), got {inner!r}."

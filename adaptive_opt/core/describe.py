@@ -18,6 +18,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.core.checks import check_optimizer
+
 P = ParamSpec("P")
 Optimizer = optax.GradientTransformationExtraArgs
 Tx = TypeVar("Tx", bound=optax.GradientTransformation)
@@ -205,6 +207,7 @@ def described_around(factory: Callable[P, Tx]) -> Callable[P, Optimizer]:
     @functools.wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
         (_, inner), *settings = bound(signature, factory.__name__, args, kwargs).items()
+        check_optimizer(factory.__name__, inner)
         wrapper = factory(*args, **kwargs)
         return transformation(factory.__name__, dict(settings), wrapper, parts=(inner,))
 

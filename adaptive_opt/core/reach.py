@@ -468,7 +468,11 @@ def _place(optimizer: optax.GradientTransformation, cause: tuple[Any, ...]) -> s
     description = describe(optimizer)
     stages = {part.name for part in description.stages()}
     wrappers = {part.name for part in description.walk()}
-    libraries = tuple(os.path.dirname(str(m.__file__)) for m in (jax, optax, os, trees))
+    package = os.path.dirname(str(trees.__file__))
+    libraries = (
+        os.path.dirname(package),
+        *(os.path.dirname(str(m.__file__)) for m in (jax, optax, os)),
+    )
     own = (f for f in frames if not f.file_name.startswith(libraries))
     lines = [f"{os.path.basename(f.file_name)}:{f.line_num}" for f in own]
     named = [name for name in makers if name in stages]

@@ -106,7 +106,7 @@ def _choices(
 
 
 def _is_ours(factory: Callable[..., Any]) -> bool:
-    return factory.__module__.split(".")[0] == __name__.split(".")[0]
+    return str(factory.__module__).split(".")[0] == __name__.split(".")[0]
 
 
 def _watched(parts: tuple[Part, ...], given: Mapping[str, Any]) -> tuple[Part, ...]:

@@ -316,8 +316,8 @@ class AdaptiveStep(Remembering):
         if isinstance(value, RateRule):
             _ = self.second_moment  # there must be one
         else:
+            held, kept = (d.get(id(value)) for d in (self.now.averages, self.now.kept))
             value = self._checked(field, value)
-            held = self.now.averages.get(id(value))
             inherited = before.owes if is_read else ()
             if held is not None:
                 known.owes = (*inherited, held[1])
@@ -328,17 +328,18 @@ class AdaptiveStep(Remembering):
                 known.values_since = before.values_since or stage
                 more = self.memory.remembered and is_read
                 known.changed_by = stage if more else before.changed_by
-            _, spec = self.now.kept.get(id(value), (None, None))
-            if spec is not None:
-                spec.kind = field
+            if kept is not None and kept[1] is not None:
+                kept[1].kind = field
         self.values[field], self._known[field] = value, known
         self._read.add(field)
         if field in ("rate", "second_moment"):
             self._rate_values = None
 
     def _checked(self, field: str, value: Any) -> jax.Array:
-        """A value in the width of the leaf, and of the shape that its field has."""
-        value = trees.at_width(value, self.width)
+        """A value in the width of the leaf at least, and of the shape that its field has."""
+        own = getattr(value, "dtype", self.width)  # wider where a buffer is
+        wide = jnp.issubdtype(own, jnp.inexact) and jnp.finfo(own).bits > jnp.finfo(self.width).bits
+        value = trees.at_width(value, trees.real(own) if wide else self.width)
         stage, gradient = self.now.stage, self.values["gradient"]
         shape = gradient.shape if field in ("gradient", "direction") else None
         if field in self.values and field not in ("gradient", "direction"):
