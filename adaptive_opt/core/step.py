@@ -316,7 +316,7 @@ class AdaptiveStep(Remembering):
         if isinstance(value, RateRule):
             _ = self.second_moment  # there must be one
         else:
-            held, kept = (d.get(id(value)) for d in (self.now.averages, self.now.kept))
+            held, kept = self.now.averages.get(id(value)), self.now.kept.get(id(value))
             value = self._checked(field, value)
             inherited = before.owes if is_read else ()
             if held is not None:
