@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.describe import described, transformation
+from adaptive_opt.core.describe import closing_over, described, transformation
 from adaptive_opt.core.look import init_buffers, init_shapes, look_at_some_leaf
 from adaptive_opt.core.now import Now, WrongOrder
 from adaptive_opt.core.observe import Watch, check_seen, init_observations, observe
@@ -130,7 +130,8 @@ def adaptive(
                 " optax.chain(...)."
             )
         listed += lines
-    return Bracket(tuple(listed), state_dtype).as_optax(stages)
+    plain = closing_over(Bracket(tuple(listed), state_dtype))
+    return transformation("adaptive", {"state_dtype": state_dtype}, plain, parts=stages)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -203,13 +204,3 @@ class Bracket:
             self.lines, Now(count, extra), updates, kept, params, self.state_dtype
         )
         return closed, AdaptiveState(count, buffers | seen)
-
-    def as_optax(self, stages: tuple[Stage, ...]) -> optax.GradientTransformationExtraArgs:
-        def init(params: Tree) -> AdaptiveState:
-            return self.init(params)
-
-        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            return self.update(updates, state, params, **extra)
-
-        plain = optax.GradientTransformationExtraArgs(init, update)
-        return transformation("adaptive", {"state_dtype": self.state_dtype}, plain, parts=stages)

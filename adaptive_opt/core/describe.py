@@ -52,7 +52,8 @@ class Transformation:
         labels: Any = None,
         keys: Iterable[str] | None = None,
     ) -> None:
-        self.name, self.settings, self.plain = name, dict(settings), plain
+        self.name, self.settings = name, dict(settings)
+        self.plain: Any = plain
         self.parts = None if parts is None else tuple(parts)
         self.lines, self.labels = lines, labels
         self.keys = None if keys is None else tuple(keys)
@@ -67,14 +68,23 @@ class Transformation:
         settings, plain, parts, lines, labels = children
         return cls(name, settings, plain, parts, lines, labels, keys)
 
-    def as_optax(self) -> Optimizer:
-        def init(params: Any) -> Any:
-            return self.plain.init(params)
+    def init(self, params: Any) -> Any:
+        return self.plain.init(params)
 
-        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            return self.plain.update(updates, state, params, **extra)
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return self.plain.update(updates, state, params, **extra)
 
-        return optax.GradientTransformationExtraArgs(init, update)
+
+def closing_over(self: Any) -> Optimizer:
+    """``init`` and ``update`` of an object as functions, which is all that many look into."""
+
+    def init(params: Any) -> Any:
+        return self.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return self.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def transformation(
@@ -88,7 +98,7 @@ def transformation(
 ) -> Optimizer:
     """``plain`` as a transformation that knows its name, settings and parts."""
     plain = optax.with_extra_args_support(plain)
-    return Transformation(name, settings, plain, parts, lines, labels, keys).as_optax()
+    return closing_over(Transformation(name, settings, plain, parts, lines, labels, keys))
 
 
 def made_of(given: Any) -> Transformation | None:

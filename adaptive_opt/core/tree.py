@@ -46,9 +46,7 @@ class OpenStep(Remembering, metaclass=_SaysWhatToDo):
         ``(stage, (before, after))``.
     """
 
-    def __init__(
-        self, now: Now, gradient: Tree, params: Tree | None, state_dtype: DTypeLike | None = None
-    ) -> None:
+    def __init__(self, now: Now, gradient: Tree, params: Tree | None) -> None:
         leaves, self.structure = jax.tree.flatten(gradient, is_leaf=trees.is_none)
         self.now, self.params, self.extra_notes = now, params, {}
         self.steps = [
@@ -119,9 +117,7 @@ class OpenStep(Remembering, metaclass=_SaysWhatToDo):
 
     def where(self, index: int) -> str:
         """The path of a leaf, for a message."""
-        tree = self.structure.unflatten(range(len(self.steps)))
-        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return f" at {jax.tree_util.keystr(paths[index][0]) or 'the only leaf'}"
+        return f" at {trees.path_at(self.structure.unflatten(range(len(self.steps))), index)}"
 
     def _map(self, function: Callable[[AdaptiveStep], Any]) -> Tree:
         made = [None if step is None else function(step) for step in self.steps]

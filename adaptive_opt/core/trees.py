@@ -141,13 +141,13 @@ def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalar
             continue
         if not all(map(is_array, arrays)):
             raise ValueError(
-                f"there is a gradient at {_path(where, index)}, but the state or the parameters"
+                f"there is a gradient at {path_at(where, index)}, but the state or the parameters"
                 " hold no array there. Initialise the optimizer with the parameters it is to"
                 " update."
             )
         if len({jnp.shape(a) for a in arrays} - {()}) > 1:
             raise ValueError(
-                f"gradient, parameter and state at {_path(where, index)} differ in shape:"
+                f"gradient, parameter and state at {path_at(where, index)} differ in shape:"
                 f" {', '.join(str(jnp.shape(a)) for a in arrays)}. A state belongs to the"
                 " parameters it was initialised with; initialise a new one."
             )
@@ -234,7 +234,8 @@ def _first_difference(structure: Any, tree: Tree) -> str:
     return f"{only[0] or 'the root'}, which only {where} has"
 
 
-def _path(tree: Tree, index: int) -> str:
+def path_at(tree: Tree, index: int) -> str:
+    """Where a leaf is, by its number; None counts as one."""
     paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
     return jax.tree_util.keystr(paths[index][0]) or "the only leaf"
 

@@ -41,8 +41,7 @@ def update_leaves(
     place = 0
 
     def where() -> str:
-        paths = jax.tree_util.tree_flatten_with_path(gradient, is_leaf=trees.is_none)[0]
-        return f" at {jax.tree_util.keystr(paths[place][0]) or 'the only leaf'}"
+        return f" at {trees.path_at(gradient, place)}"
 
     # What leaves have in common is calculated here, once. (A quotient by a scalar of its own XLA
     # writes as a product with the inverse.)
