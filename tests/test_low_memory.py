@@ -18,7 +18,6 @@ from adaptive_opt import (
     adam,
     adamod,
     adamw,
-    codecs,
     convert_state,
     init_sharded,
     low_memory,
@@ -26,6 +25,7 @@ from adaptive_opt import (
     train_step,
     zero1,
 )
+from adaptive_opt.memory import codecs
 
 STEPS = jnp.arange(200)
 
