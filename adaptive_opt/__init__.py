@@ -5,6 +5,7 @@ too: ``describe`` shows it, ``adaptive`` puts stages together anew, ``stage`` ma
 """
 
 from adaptive_opt.checkpoints.config import config, make
+from adaptive_opt.checkpoints.from_torch import import_torch_state
 from adaptive_opt.checkpoints.headers import (
     CheckpointMismatch,
     check_checkpoint,
@@ -12,7 +13,7 @@ from adaptive_opt.checkpoints.headers import (
     from_bytes,
     to_bytes,
 )
-from adaptive_opt.checkpoints.moving import convert_state, import_torch_state
+from adaptive_opt.checkpoints.moving import convert_state
 from adaptive_opt.core.bracket import AdaptiveState, OpenStepState, adaptive, close_step, open_step
 from adaptive_opt.core.describe import Description, describe
 from adaptive_opt.core.observe import Observation, observer
