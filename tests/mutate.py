@@ -173,7 +173,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             copy = pathlib.Path(folder)
-            for name in ("adaptive_opt", "benchmarks", "examples", "tests"):
+            for name in ("adaptive_opt", "benchmarks", "docs", "examples", "tests"):
                 shutil.copytree(ROOT / name, copy / name)
             for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
                 shutil.copy(ROOT / name, copy / name)

@@ -1,4 +1,4 @@
-"""One function per algorithm; its body is the algorithm's listing.
+"""Adam and its kin: one function an algorithm, its body the algorithm's listing.
 
 Every recipe is an ``optax.chain``. ``learning_rate`` is a number, a traced scalar or a schedule (a
 function of the 0-based step number); ``b1``, ``b2``, ``b3`` are decays in [0, 1); ``eps`` is at

@@ -1,4 +1,4 @@
-"""AdaMod, diffGrad, DiffMod and AdaBound: bounds on the rate, and friction.
+"""Bounds on the rate, and friction: AdaMod, diffGrad, DiffMod and AdaBound.
 
 The arguments are those of ``recipes.adam``, which see.
 """

@@ -1,4 +1,4 @@
-"""Ranger: a recipe around a recipe."""
+"""A recipe around a recipe: Ranger."""
 
 from __future__ import annotations
 
