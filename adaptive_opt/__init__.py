@@ -71,6 +71,7 @@ from adaptive_opt.stages.weight_decay import (
 )
 from adaptive_opt.watching.sweep import Sweep, sweep
 from adaptive_opt.watching.telemetry import rate_histograms, read_telemetry, telemetry
+from adaptive_opt.wrappers.averaging import ParameterEmaState, evaluation_params, parameter_ema
 from adaptive_opt.wrappers.groups import (
     Group,
     ParameterGroups,
@@ -116,6 +117,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     # Around an optimizer.
     "lookahead",
     "ranger",
+    "parameter_ema",
+    "evaluation_params",
     "skip_nonfinite",
     "ParameterGroups",
     "Group",
@@ -200,6 +203,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "AdaptiveState",
     "OpenStepState",
     "LookaheadState",
+    "ParameterEmaState",
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",

@@ -25,6 +25,7 @@ TYPES = (
     "AdaptiveState",
     "OpenStepState",
     "LookaheadState",
+    "ParameterEmaState",
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",

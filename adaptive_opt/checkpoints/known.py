@@ -27,6 +27,7 @@ from adaptive_opt.stages.weight_decay import (
     scale_by_learning_rate,
 )
 from adaptive_opt.watching.telemetry import telemetry
+from adaptive_opt.wrappers.averaging import parameter_ema
 from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import skip_nonfinite
 from adaptive_opt.wrappers.lookahead import lookahead
@@ -62,6 +63,7 @@ OURS: dict[str, Callable[..., Any]] = {
         telemetry,
         observer,
         lookahead,
+        parameter_ema,
         skip_nonfinite,
         low_memory,
         single_pass,

@@ -30,6 +30,10 @@ class LookaheadState(NamedTuple):
     slow: Tree
     inner_state: Any
 
+    def evaluation(self, params: Tree) -> Tree:
+        del params
+        return self.slow
+
 
 @described_around
 def lookahead(
@@ -51,7 +55,8 @@ def lookahead(
 
     Unlike optax's it takes and returns ordinary parameters, so that it works inside ``optax.chain``
     (as the last part: it must see the whole update), ``partition`` and ``inject_hyperparams``.
-    Evaluate with ``state.slow``, or right after a synchronisation.
+    Evaluate with ``evaluation_params(state, params)``, which are ``state.slow``, or right after a
+    synchronisation.
 
     Args:
       inner: any optimizer; extra arguments of ``update`` are passed on to it.
