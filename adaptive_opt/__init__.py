@@ -37,6 +37,7 @@ from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
+from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball, trust_ratio
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     belief_moment,
@@ -64,6 +65,7 @@ from adaptive_opt.stages.rates import (
     uniform_rate,
 )
 from adaptive_opt.stages.weight_decay import (
+    cautious_weight_decay,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
@@ -72,6 +74,7 @@ from adaptive_opt.stages.weight_decay import (
 from adaptive_opt.watching.sweep import Sweep, sweep
 from adaptive_opt.watching.telemetry import rate_histograms, read_telemetry, telemetry
 from adaptive_opt.wrappers.averaging import ParameterEmaState, evaluation_params, parameter_ema
+from adaptive_opt.wrappers.behind import BehindState, behind
 from adaptive_opt.wrappers.groups import (
     Group,
     ParameterGroups,
@@ -83,6 +86,7 @@ from adaptive_opt.wrappers.guard import SkipNonfiniteState, skip_nonfinite
 from adaptive_opt.wrappers.lookahead import LookaheadState, lookahead
 from adaptive_opt.wrappers.schedules import (
     OneCycle,
+    corrected_weight_decay,
     normalized_weight_decay,
     one_cycle,
     warm_restarts,
@@ -140,6 +144,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "one_cycle",
     "warm_restarts",
     "normalized_weight_decay",
+    "corrected_weight_decay",
     # Putting one together.
     "adaptive",
     "open_step",
@@ -173,10 +178,17 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "apply_rate",
     "diffgrad_friction",
     "lion_direction",
+    # Stages that change a finished update, in a bracket or behind any optimizer.
+    "behind",
+    "cautious",
+    "trust_ratio",
+    "clip_update_rms",
+    "hyperball",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",
     "decoupled_l1_decay",
+    "cautious_weight_decay",
     "scale_by_learning_rate",
     # Seeing what it does.
     "telemetry",
@@ -204,6 +216,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "OpenStepState",
     "LookaheadState",
     "ParameterEmaState",
+    "BehindState",
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",

@@ -26,6 +26,7 @@ TYPES = (
     "OpenStepState",
     "LookaheadState",
     "ParameterEmaState",
+    "BehindState",
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",

@@ -100,6 +100,10 @@ class AdaptiveStep(Remembering):
         self._read = set()
         self.memory.remembered = False
 
+    def start_from(self, direction: Any) -> None:
+        """Another direction than the gradient, which something outside has made."""
+        self.values["direction"] = trees.at_width(direction, self.width)
+
     def copy(self, now: Now) -> AdaptiveStep:
         """The same step for somebody else to change."""
         new = object.__new__(AdaptiveStep)
@@ -132,6 +136,15 @@ class AdaptiveStep(Remembering):
         if self._rate_values is None:
             self._rate_values = _divide(1.0, value.denominator(self.values["second_moment"]))
         return self._rate_values
+
+    @property
+    def update(self) -> jax.Array:
+        """Direction times rate: what the step would be, closed here."""
+        direction, rate = self.direction, self.values.get("rate")
+        self._read.add("rate")
+        if isinstance(rate, RateRule):
+            return _divide(direction, rate.denominator(self.values["second_moment"]))
+        return direction if rate is None else direction * rate
 
     @property
     def param(self) -> jax.Array:
@@ -236,7 +249,7 @@ class AdaptiveStep(Remembering):
     def without(self, *fields: Field) -> AdaptiveStep:
         """The step after some of its quantities have been used up."""
         for field in fields:
-            if field == "rate":
+            if field == "rate" and field in self.values:
                 self.note(rate=self.rate)
                 self._rate_values = None
             self.values.pop(field, None)
@@ -257,10 +270,8 @@ class AdaptiveStep(Remembering):
                 "close_step() was given a second moment that no rate uses. Put per_weight_rate(eps)"
                 " after the stages that change the second moment, or drop them."
             )
-        if isinstance(rate, RateRule):
-            update = _divide(direction, rate.denominator(self.values["second_moment"]))
-        else:  # a copy: perhaps it is the very array that a stage keeps
-            update = jnp.copy(direction) if rate is None else direction * rate
+        # A copy where it is the direction: perhaps the very array that a stage keeps.
+        update = jnp.copy(direction) if rate is None else self.update
         dtype = self.update_dtype
         if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
             dtype = trees.with_both_parts(dtype)

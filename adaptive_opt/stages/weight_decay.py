@@ -56,6 +56,44 @@ def decoupled_weight_decay(
 
 
 @described
+def cautious_weight_decay(
+    weight_decay: Hyperparameter,
+    mask: Mask | None = None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Decays a weight only where the update moves it towards zero too: ``u_t + wd_t [u_t x_t >= 0]
+    x_t``.
+
+    In the place and with the arguments of ``decoupled_weight_decay``: before the sign is turned
+    around. It adds no second aim to the loss, so that at a minimum nothing pulls. Cautious weight
+    decay (Chen et al. 2025, arXiv:2510.12402). Of complex numbers the real part of ``u conj(x)``
+    counts.
+
+    Behind a whole optimizer turn the sign back and forth, as for ``decoupled_l1_decay``.
+
+    Args:
+      weight_decay, mask, learning_rate: see ``decoupled_weight_decay``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import cautious_weight_decay
+    >>> decay, x = cautious_weight_decay(0.5), jnp.array([4.0, -4.0])
+    >>> print(decay.update(jnp.array([1.0, 1.0]), decay.init(x), x)[0])
+    [3. 1.]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def combine(u: jax.Array, x: jax.Array, *, s: Any) -> jax.Array:
+        if jnp.iscomplexobj(u) or jnp.iscomplexobj(x):
+            together = jnp.real(u * jnp.conj(x)) >= 0
+        else:
+            together = jnp.sign(u) * jnp.sign(x) >= 0
+        return u + s * jnp.where(together, x, 0)
+
+    return _decay(combine, weight_decay, mask, learning_rate)
+
+
+@described
 def decoupled_l1_decay(
     l1: Hyperparameter,
     mask: Mask | None = None,
