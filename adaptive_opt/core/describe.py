@@ -239,7 +239,10 @@ def bound(
     try:
         given = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{name}: {error}; it takes {', '.join(takes)}.") from None
+        named = [key for key, p in takes.items() if p.kind is p.KEYWORD_ONLY]
+        by_name = f"; by name only {', '.join(named)}" if named else ""
+        takes = ", ".join(key for key in takes if key not in named)
+        raise TypeError(f"{name}: {error}; it takes {takes}{by_name}.") from None
     given.apply_defaults()
     return given.arguments
 
