@@ -6,8 +6,10 @@ python examples/draw_stages.py --output examples/images/stages.png
 from __future__ import annotations
 
 import argparse
+import inspect
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import matplotlib
 import optax
@@ -30,7 +32,6 @@ DRAWN = {
     "diffmod": adaptive_opt.diffmod(1e-3, weight_decay=1e-2),
 }
 
-BEGIN, END = "<!-- stages: begin -->\n", "<!-- stages: end -->\n"
 GROUPS = {
     "moments": ("#CFE3F2", ("first_moment", "second_moment", "debias", "amsgrad_max")),
     "rate of each weight": (
@@ -71,12 +72,17 @@ def listing(recipe: optax.GradientTransformation) -> str:
     return " → ".join(names)
 
 
+def recipes() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Those of the library, without somebody's own."""
+    for name, recipe in adaptive_opt.RECIPES.items():
+        if str(recipe.__module__).startswith("adaptive_opt."):
+            yield name, recipe
+
+
 def table() -> str:
     """Every recipe in every convention as a list of stages: the table of the README."""
     lines = ["| recipe | stages |", "|---|---|"]
-    for name, recipe in adaptive_opt.RECIPES.items():
-        if not str(recipe.__module__).startswith("adaptive_opt."):
-            continue  # somebody's own
+    for name, recipe in recipes():
         conventions = recipe.choices.get("convention", ())
         momentum = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
         lists: dict[str, list[str]] = {}
@@ -89,11 +95,28 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def words() -> str:
+    """What ``decay`` may be in every recipe, the default first: the other table of the README."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, recipe in recipes():
+        takes = inspect.signature(recipe).parameters
+        words = ", ".join(f'"{word}"' for word in recipe.choices["decay"])
+        if takes["decay"].default is None:
+            words += " (the default is the convention's)"
+        strength = takes["weight_decay"].default or 0
+        alike.setdefault((words, f"{strength:g}"), []).append(f"`{name}`")
+    lines = ["| recipes | `decay=`, the default first | `weight_decay` |", "|---|---|---|"]
+    lines += [f"| {', '.join(names)} | {' | '.join(said)} |" for said, names in alike.items()]
+    return "\n".join(lines) + "\n"
+
+
 def update(readme: pathlib.Path) -> None:
-    """Put the table where it belongs in the README."""
+    """Put the tables where they belong in the README."""
     text = readme.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(before + BEGIN + table() + END + after)
+    for name, made in (("stages", table()), ("decay", words())):
+        begin, end = (f"<!-- {name}: {mark} -->\n" for mark in ("begin", "end"))
+        text = text.split(begin)[0] + begin + made + end + text.split(end)[1]
+    readme.write_text(text)
 
 
 def draw(path: str) -> None:
@@ -135,7 +158,7 @@ def draw(path: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="stages.png", help="the picture (stages.png)")
-    parser.add_argument("--readme", type=pathlib.Path, help="a README whose table to renew")
+    parser.add_argument("--readme", type=pathlib.Path, help="a README whose tables to renew")
     options = parser.parse_args(arguments)
     draw(options.output)
     if options.readme:

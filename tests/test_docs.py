@@ -96,8 +96,9 @@ def test_links_and_pictures_exist(document):
         assert target.startswith("https://") or ((ROOT / document).parent / target).exists()
 
 
-def test_the_table_of_recipes_in_the_readme_is_what_describe_says(example):
+def test_the_tables_in_the_readme_are_what_the_recipes_say(example):
     assert example("draw_stages").table() in (ROOT / "README.md").read_text()
+    assert example("draw_stages").words() in (ROOT / "README.md").read_text()
 
 
 def test_the_table_has_every_recipe_in_every_convention(example):

@@ -159,7 +159,7 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     >>> print(describe(optax.chain(optax.clip_by_global_norm(1.0), amsgrad(1e-3, b2=0.9))))
     chain
       clip_by_global_norm(max_norm=1.0)
-      amsgrad(learning_rate=0.001, b1=0.9, b2=0.9, eps=1e-08, convention='torch')
+      amsgrad(learning_rate=0.001, b1=0.9, b2=0.9, eps=1e-08, decay='l2', convention='torch')
         adaptive
           first_moment(b1=0.9)
           second_moment(b2=0.9)

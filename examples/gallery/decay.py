@@ -40,7 +40,7 @@ def times_rate(learning_rate, weight_decay):
 
 
 def not_times_rate(learning_rate, weight_decay):
-    return adamw(learning_rate, weight_decay=weight_decay, convention="paper")
+    return adamw(learning_rate, weight_decay=weight_decay, decay="independent")
 
 
 FORMS = dict(zip(DECAYS, (with_l2, times_rate, not_times_rate), strict=True))

@@ -177,6 +177,22 @@ def forms_of_decay(checkouts: pathlib.Path) -> Iterator[Row]:
     )
     yield row(
         "optax",
+        "optax.chain of Algorithm 2 of AdamW's paper, with Nesterov momentum",
+        "nadamw",
+        lambda h, wd: run_optax(
+            lambda lr: optax.chain(
+                optax.scale_by_adam(**h, nesterov=True),
+                optax.scale(LR),
+                optax.add_decayed_weights(**wd),
+                optax.scale_by_schedule(lambda t: -lr(t) / LR),
+            )
+        ),
+        1.0,
+        "independent",
+        convention="optax",
+    )
+    yield row(
+        "optax",
         "optax.adamaxw",
         "adamax",
         lambda h, wd: run_optax(lambda lr: optax.adamaxw(lr, **h, **({"weight_decay": 0.0} | wd))),
