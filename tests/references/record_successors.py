@@ -229,15 +229,15 @@ def forms_of_decay(checkouts: pathlib.Path) -> Iterator[Row]:
         """pytorch_optimizer, where it adds 1e-15 under the root without that."""
         made = getattr(pytorch_optimizer, source)
         theirs = {"weight_decouple": form != "l2", "fixed_decay": form == "constant"}
+        theirs |= {"ams_bound": True} if recipe == "amsbound" else {}
         shown = ", ".join(f"{k}={v}" for k, v in theirs.items())
         run = without_roots if rooted else lambda run: run
         names = {"final_learning_rate": "final_lr"}
-        others = {"foreach": False} | ({"ams_bound": True} if recipe == "amsbound" else {})
 
         def options(h: dict[str, float]) -> dict[str, Any]:
             betas = tuple(h[b] for b in ("b1", "b2", "b3") if b in h)
             numbers = {names.get(k, k): v for k, v in h.items() if k not in ("b1", "b2", "b3")}
-            return {"lr": LR, "betas": betas} | numbers | others
+            return {"lr": LR, "betas": betas, "foreach": False} | numbers
 
         return row(
             "pytorch_optimizer",
