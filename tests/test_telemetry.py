@@ -148,7 +148,7 @@ def expected_sgd(gradients):
 
 CASES = {
     "adam": (adam(LR, B1, B2, EPS, observers=telemetry(every=7)), expected_adam),
-    "adamod": (adamod(LR, B1, B2, 0.9, EPS, observers=telemetry(every=7)), expected_adamod),
+    "adamod": (adamod(LR, B1, B2, EPS, b3=0.9, observers=telemetry(every=7)), expected_adamod),
     "amsgrad": (amsgrad(LR, B1, B2, EPS, observers=telemetry(every=7)), expected_amsgrad),
     "adabound": (
         adabound(LR, B1, B2, EPS, gamma=0.1, base_learning_rate=1e-2, observers=telemetry(every=7)),
