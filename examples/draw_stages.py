@@ -129,12 +129,30 @@ def chapters_table() -> str:
     return "\n".join(lines)
 
 
+def decay_table() -> str:
+    """What ``decay`` may be in every recipe, the default first."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, recipe in ours().items():
+        takes = inspect.signature(recipe).parameters
+        if "decay" not in takes:
+            continue
+        words = ", ".join(f'"{word}"' for word in recipe.choices["decay"])
+        if takes["decay"].default is None:
+            words += " (the default is the convention's)"
+        strength = takes["weight_decay"].default or 0
+        alike.setdefault((words, f"{strength:g}"), []).append(f"`{name}`")
+    lines = ["| recipes | `decay=`, the default first | `weight_decay` |", "|---|---|---|"]
+    lines += [f"| {', '.join(names)} | {' | '.join(said)} |" for said, names in alike.items()]
+    return "\n".join(lines)
+
+
 def renew_pages(root: pathlib.Path = ROOT) -> None:
     """Put the tables where they belong, each between its marks."""
     for page, name, table in (
         ("README.md", "recipes", chapters_table()),
         ("docs/recipes.md", "recipes", recipes_table()),
         ("docs/recipes.md", "stages", stages_table()),
+        ("docs/weight_decay.md", "decay", decay_table()),
     ):
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         (before, rest) = (root / page).read_text().split(begin)

@@ -22,12 +22,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 TESTS = (  # the quick ones first
     "stages", "exactness", "laws", "guard", "lookahead", "family", "policies", "contract",
     "misuse", "structure", "groups", "optax_parity", "checkpoint", "moving", "combinations",
-    "corrections", "tracing",
+    "corrections", "tracing", "weight_decay",
 )  # fmt: skip
 
 FIRST = {
     "now": "corrections", "step": "misuse", "memory": "policies", "update": "stages",
     "checks": "contract", "trees": "contract", "bracket": "contract", "headers": "checkpoint",
+    "renamed": "weight_decay",
 }  # fmt: skip
 
 # file, what is there (once), what is put in its place, what is wrong then
@@ -117,6 +118,11 @@ MUTANTS = [
     ("stages/weight_decay", "combine_leaves(u, x, s=lr * s)", "combine_leaves(u, x, s=s)",
      "decay without the learning rate"),
     ("stages/weight_decay", "sign * lr * u", "lr * u", "uphill"),
+    ("stages/weight_decay", '"independent": eta, "constant": None',
+     '"independent": learning_rate, "constant": None', "independent decay times the rate"),
+    ("stages/weight_decay", "return bracket, uphill, *decays, optax.scale(-1.0)",
+     "return bracket, *decays, last", "constant decay times the rate"),
+    ("core/renamed", "said |= today", "said |= {}", "the words of earlier versions are not read"),
     ("wrappers/lookahead", "s + a * (x + u - s)", "x + a * (x + u - s)",
      "Lookahead forgets its slow weights"),
     ("wrappers/lookahead", "syncs = count % sync_period == 0",

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from common import EVERY_CONVENTION
 
-from adaptive_opt import Group, ParameterGroups, adamod, adamw, low_memory, skip_nonfinite
+from adaptive_opt import Group, ParameterGroups, adamod, adamw, low_memory, nadamw, skip_nonfinite
 
 FORMAT_1 = pathlib.Path(__file__).parent / "references" / "format_1.npz"
 
@@ -24,7 +24,13 @@ WRAPPED = {
     ),
     "low_memory": low_memory(adamod(1e-2), min_size=1),
 }
-MADE = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()} | WRAPPED
+RENAMED = {
+    "adamw (paper)": adamw(1e-2, decay="independent"),
+    "adamw (keras-adamw)": adamw(1e-2, decay="independent", convention="keras"),
+    "nadamw (keras-adamw)": nadamw(1e-2, decay="independent"),
+}
+"""What was a convention when the checkpoints were written."""
+MADE = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()} | RENAMED | WRAPPED
 """What could be saved; of recipes that came later there is no checkpoint of format 1."""
 
 with np.load(FORMAT_1) as _recorded:

@@ -105,7 +105,7 @@ def test_links_and_pictures_exist(document):
 
 
 def test_the_tables_of_recipes_are_what_the_registry_and_describe_say(example, tmp_path):
-    pages = ("README.md", "docs/recipes.md")
+    pages = ("README.md", "docs/recipes.md", "docs/weight_decay.md")
     (tmp_path / "docs").mkdir()
     for page in pages:
         (tmp_path / page).write_text((ROOT / page).read_text())

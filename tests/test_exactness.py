@@ -64,11 +64,10 @@ def optimizer_of(row: dict, steps: int) -> optax.GradientTransformationExtraArgs
         recipe = recipe.removeprefix("lookahead(").removesuffix(")")
     if row["scheduled"]:
         factors, lr = multiplier(steps), arguments["learning_rate"]
-        if arguments.get("convention") == "paper":
+        if arguments.get("decay") == "independent":
             arguments["schedule"] = lambda count: factors[count]
-        if "schedule" not in arguments or row["recipe"] != "adamw":
+        else:
             arguments["learning_rate"] = lambda count: lr * factors[count]
-            arguments.pop("schedule", None)
     optimizer = getattr(adaptive_opt, recipe)(**arguments)
     return lookahead(optimizer, **around) if around else optimizer
 
@@ -80,9 +79,9 @@ def keras_adamw(recipe: str, arguments: dict) -> optax.GradientTransformationExt
         normalized_weight_decay(arguments.pop(name), restarts["period"]) for name in ("l1", "l2")
     )
     arguments |= {"weight_decay": l2, "l1": l1 or None}
-    form = {"convention": "keras-adamw"} if recipe == "adamw" else {}
+    form = {"convention": "keras"} if recipe == "adamw" else {}
     eta = warm_restarts(**restarts, form="keras-adamw")
-    return getattr(adaptive_opt, recipe)(**arguments, **form, schedule=eta)
+    return getattr(adaptive_opt, recipe)(**arguments, **form, decay="independent", schedule=eta)
 
 
 def trajectory(optimizer, gradients, start):

@@ -276,7 +276,7 @@ def test_groups_work_in_an_nnx_optimizer():
         (lambda: ParameterGroups([Group("a"), Group("a")]), "a pattern of its own"),
         (lambda: ParameterGroups([Group("default")]), "other than 'default'"),
         (
-            lambda: ParameterGroups([Group("a", weight_decay=0.1)]).optimizer(adam, 1e-3),
+            lambda: ParameterGroups([Group("a", weight_decay=0.1)]).optimizer(optax.adam, 1e-3),
             "sets weight_decay, which adam does not take",
         ),
         (lambda: Group("a", freeze=2.7), "freeze must be True, False, or the step .* got 2.7"),

@@ -148,7 +148,7 @@ def expected_sgd(gradients):
 
 CASES = {
     "adam": (adam(LR, B1, B2, EPS, observers=telemetry(every=7)), expected_adam),
-    "adamod": (adamod(LR, B1, B2, 0.9, EPS, observers=telemetry(every=7)), expected_adamod),
+    "adamod": (adamod(LR, B1, B2, EPS, b3=0.9, observers=telemetry(every=7)), expected_adamod),
     "amsgrad": (amsgrad(LR, B1, B2, EPS, observers=telemetry(every=7)), expected_amsgrad),
     "adabound": (
         adabound(LR, B1, B2, EPS, gamma=0.1, base_learning_rate=1e-2, observers=telemetry(every=7)),
@@ -255,7 +255,7 @@ def test_learning_rate_b1_and_weight_decay_follow_their_schedules():
 
 def test_a_restart_multiplier_is_part_of_the_learning_rate():
     optimizer = adamw(
-        1e-2, convention="paper", schedule=lambda k: 0.5, weight_decay=0.0, observers=telemetry()
+        1e-2, decay="independent", schedule=lambda k: 0.5, weight_decay=0.0, observers=telemetry()
     )
     _, state = optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
     seen = read_telemetry(state)

@@ -23,6 +23,7 @@ from adaptive_opt.checkpoints.config import config_or_reason
 from adaptive_opt.core.checks import needed
 from adaptive_opt.core.describe import Description, describe, shown
 from adaptive_opt.core.recipe import RECIPES
+from adaptive_opt.core.renamed import in_todays_words
 from adaptive_opt.core.trees import Tree, dtype_of
 
 STATE_FORMAT = 1
@@ -300,6 +301,7 @@ def _optimizers_differ(
 def _settings_differ(
     saved: Mapping[str, Any], now: Mapping[str, Any], allow: frozenset[str], where: str
 ) -> Iterator[str]:
+    saved = {**saved, "settings": in_todays_words(saved["name"], saved["settings"])}
     for name in sorted({*saved["settings"], *now["settings"]} - allow):
         if name not in saved["settings"] or name not in now["settings"]:
             given = saved["settings"].get(name, now["settings"].get(name))

@@ -140,11 +140,11 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
         raise ValueError(f"{name} must be {allowed}, got {float(value):g}.")
 
 
-def choose(name: str, value: str, allowed: Mapping[str, T]) -> T:
+def choose(name: str, value: str, allowed: Mapping[str, T], hint: str = "") -> T:
     """``allowed[value]``, or an error that lists what is allowed."""
     if value not in allowed:
         options = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {options}, got {value!r}.{hint}")
     return allowed[value]
 
 

@@ -159,7 +159,7 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     >>> print(describe(optax.chain(optax.clip_by_global_norm(1.0), amsgrad(1e-3, b2=0.9))))
     chain
       clip_by_global_norm(max_norm=1.0)
-      amsgrad(learning_rate=0.001, b1=0.9, b2=0.9, eps=1e-08, convention='torch')
+      amsgrad(learning_rate=0.001, b1=0.9, b2=0.9, eps=1e-08, decay='l2', convention='torch')
         adaptive
           first_moment(b1=0.9)
           second_moment(b2=0.9)
@@ -239,7 +239,10 @@ def bound(
     try:
         given = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{name}: {error}; it takes {', '.join(takes)}.") from None
+        named = [key for key, p in takes.items() if p.kind is p.KEYWORD_ONLY]
+        by_name = f"; by name only {', '.join(named)}" if named else ""
+        takes = ", ".join(key for key in takes if key not in named)
+        raise TypeError(f"{name}: {error}; it takes {takes}{by_name}.") from None
     given.apply_defaults()
     return given.arguments
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 from jax.typing import DTypeLike
@@ -11,6 +11,7 @@ from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
 from adaptive_opt.recipes.adam import radam
+from adaptive_opt.stages.weight_decay import Mask
 from adaptive_opt.wrappers.lookahead import lookahead
 
 
@@ -25,7 +26,8 @@ def ranger(
     slow_step_size: Hyperparameter = 0.5,
     centralize: bool = True,
     weight_decay: Hyperparameter = 0.0,
-    mask: Any = None,
+    mask: Mask | None = None,
+    decay: Literal["decoupled"] = "decoupled",
     convention: Literal["torch", "optax", "reference"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -38,8 +40,8 @@ def ranger(
     Flax last).
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay, mask, convention, observers, state_dtype: see
-        ``radam``; the weight decay is decoupled.
+      learning_rate, b1, b2, eps, weight_decay, mask, decay, convention, observers, state_dtype: see
+        ``radam``.
       sync_period, slow_step_size: see ``lookahead``.
       centralize: whether the gradients of arrays of rank 2 and more are centralised.
 
@@ -59,7 +61,7 @@ def ranger(
         convention=convention,
         weight_decay=weight_decay,
         mask=mask,
-        decay="decoupled",
+        decay=decay,
         observers=observers,
         state_dtype=state_dtype,
     )

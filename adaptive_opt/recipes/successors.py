@@ -19,9 +19,7 @@ from adaptive_opt.stages.moments import amsgrad_max, belief_moment, debias, firs
 from adaptive_opt.stages.rates import debias_rate, per_weight_rate, radam_rectifier
 from adaptive_opt.stages.weight_decay import (
     Mask,
-    decoupled_weight_decay,
-    l2_regularization,
-    scale_by_learning_rate,
+    with_decay,
 )
 
 Parts = tuple[optax.GradientTransformation, ...]
@@ -51,11 +49,10 @@ def adabelief(
     Use it where Adam's steps are too small along directions of large but steady gradients.
 
     Args:
-      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see ``adam``.
       eps_root: added to ``s`` in every step, and kept there; default: ``eps``, as in the package.
-      weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient
-        (``weight_decouple=False``). "constant": ``- wd x``, times neither (``fixed_decay=True``).
+      decay: "decoupled"; "l2", the package's ``weight_decouple=False``; "constant", its
+        ``fixed_decay=True``.
       convention: "reference": the package with ``rectify=False``. "rectified": its default, with
         RAdam's factor and eps in the eps-hat form; below the threshold ``lr m^``. "amsgrad": with
         the largest ``s`` so far (``amsgrad=True, rectify=False``; with ``rectify=True`` the package
@@ -71,20 +68,15 @@ def adabelief(
     """
     mu, rate = first_moment(b1), per_weight_rate(eps)
     belief = belief_moment(b2, eps if eps_root is None else eps_root)
-    listings = {
-        "reference": (mu, belief, debias(b1, b2), rate),
-        "rectified": (mu, belief, debias(b1), rate, debias_rate(b2=b2), radam_rectifier(b2)),
-        "amsgrad": (mu, belief, amsgrad_max(), debias(b1, b2), rate),
-    }
-    bracket = adaptive(*listings[convention], state_dtype=state_dtype)
-    scale = scale_by_learning_rate(learning_rate)
-    if decay == "l2":
-        return l2_regularization(weight_decay, mask), bracket, scale
-    decoupled = decoupled_weight_decay(weight_decay, mask)
-    if decay == "decoupled":
-        return bracket, decoupled, scale
-    uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
-    return bracket, uphill, decoupled, optax.scale(-1.0)
+    match convention:
+        case "reference":
+            listing = mu, belief, debias(b1, b2), rate
+        case "rectified":
+            listing = mu, belief, debias(b1), rate, debias_rate(b2=b2), radam_rectifier(b2)
+        case "amsgrad":
+            listing = mu, belief, amsgrad_max(), debias(b1, b2), rate
+    bracket = adaptive(*listing, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -95,6 +87,7 @@ def lion(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
@@ -108,9 +101,10 @@ def lion(
     Use it where memory is short: it keeps one array per parameter.
 
     Args:
-      learning_rate, mask, state_dtype: see ``adam``.
+      learning_rate, weight_decay, mask, state_dtype: see ``adam``.
       b1, b2: see ``lion_direction``; in [0, 1).
-      weight_decay: decoupled, times the learning rate and its schedule; at least 0.
+      decay: "decoupled", as in the authors' code; "l2" and "constant" as in
+        ``pytorch_optimizer.Lion``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import lion
@@ -120,8 +114,5 @@ def lion(
     >>> float(optax.apply_updates(x, updates)[0])
     0.8125
     """
-    return (
-        adaptive(lion_direction(b1, b2), state_dtype=state_dtype),
-        decoupled_weight_decay(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
-    )
+    bracket = adaptive(lion_direction(b1, b2), state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)

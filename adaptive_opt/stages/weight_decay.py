@@ -1,9 +1,30 @@
-"""Weight decay and the learning rate: plain updates in, plain updates out."""
+"""Weight decay and the learning rate: plain updates in, plain updates out.
+
+What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes of the gradient,
+``lr_t`` the learning rate with its schedule, ``eta_t`` the multiplier ``schedule=`` without it:
+
+=============  =========================  =======================================================
+"l2"           ``x - lr_t u(g + wd x)``   part of the gradient, and of its moments; in
+                                          ``torch.optim.Adam``
+"decoupled"    ``x - lr_t (u + wd x)``    times the learning rate and its schedule; AdamW in
+                                          PyTorch, optax and Keras
+"independent"  ``x - eta_t (lr u + wd     times the schedule, not the base rate; AdamW in its paper
+               x)``                       (Loshchilov & Hutter 2019, arXiv:1711.05101), and in the
+                                          package keras-adamw
+"constant"     ``x - lr_t u - wd x``      times neither; AdaBoundW of AdaBound's authors,
+                                          ``fixed_decay=True`` in adabelief-pytorch and
+                                          pytorch_optimizer
+=============  =========================  =======================================================
+
+All but "l2" take the decay off the old x. ``recipe.choices["decay"]`` says which forms a recipe
+has; every form that it has is recorded from public code, or, where no package has it, from parts of
+optax.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +37,9 @@ from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 
 Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
+
+Decay: TypeAlias = Literal["l2", "decoupled", "independent", "constant"]
+"""Where weight decay enters, and what it is multiplied by: see the module."""
 
 
 @described
@@ -31,11 +55,9 @@ def decoupled_weight_decay(
     and Keras, all of which take it off the old x. A recipe that has spent the learning rate already
     says ``learning_rate=``, and the decay is ``u_t + lr_t wd_t x_t``.
 
-    Three conventions go by the name of AdamW's decay: times the learning rate and its schedule
-    (this, in its ordinary place), times the schedule only (the paper: the base rate before, the
-    schedule after; ``adamw(convention="paper")``), and neither (``x - lr u - wd x``: after
-    ``scale_by_learning_rate(lr, flip_sign=False)``, and ``optax.scale(-1.0)`` last). Decoupled
-    weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2).
+    Where it stands among the factors of the update decides what it is multiplied by: the recipes'
+    ``decay="decoupled"``, ``"independent"`` and ``"constant"``. Decoupled weight decay (Loshchilov
+    & Hutter 2019, arXiv:1711.05101, Algorithm 2).
 
     Args:
       weight_decay: at least 0, per step and unit of learning rate; a number or a schedule.
@@ -127,16 +149,62 @@ def decoupled_l1_decay(
     return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
 
 
-def decays(
-    weight_decay: Hyperparameter,
+def with_decay(
+    decay: Decay,
+    weight_decay: Hyperparameter | None,
+    mask: Mask | None,
+    bracket: optax.GradientTransformation,
+    learning_rate: Hyperparameter,
+    *,
+    spent: bool = False,
+    schedule: optax.Schedule | None = None,
+    l1: Hyperparameter | None = None,
+) -> tuple[optax.GradientTransformation, ...]:
+    """The parts of a recipe: its bracket, the learning rate, and the decay where its word puts it.
+
+    ``spent`` says that the bracket has multiplied by the learning rate, and the schedule, already.
+    A weight decay of None has no part, and so no place in the state.
+    """
+    if decay != "independent" and schedule is not None:
+        raise ValueError(
+            f'schedule= belongs to decay="independent"; under decay="{decay}" give the schedule as'
+            " learning_rate."
+        )
+    if decay == "independent" and callable(learning_rate):
+        raise ValueError(
+            'decay="independent" is multiplied by the schedule, but not by the base learning rate:'
+            " give learning_rate as a number, and its course as schedule=."
+        )
+    eta = 1.0 if schedule is None else schedule
+    last = optax.scale(-1.0) if spent else scale_by_learning_rate(learning_rate)
+    if decay == "l2":
+        l2 = () if weight_decay is None else (l2_regularization(weight_decay, mask),)
+        return *l2, bracket, last
+    if spent:
+        times = {"decoupled": learning_rate, "independent": eta, "constant": None}[decay]
+        return bracket, *_decays(weight_decay, l1, mask, times), last
+    decays = _decays(weight_decay, l1, mask)
+    if decay == "decoupled":
+        return bracket, *decays, last
+    uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
+    if decay == "independent":
+        return bracket, uphill, *decays, scale_by_learning_rate(eta)
+    return bracket, uphill, *decays, optax.scale(-1.0)
+
+
+def _decays(
+    weight_decay: Hyperparameter | None,
     l1: Hyperparameter | None,
     mask: Mask | None,
-    *,
     learning_rate: Hyperparameter | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
-    """The decoupled decays of a recipe, side by side."""
-    l2 = decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate)
-    return (l2,) if l1 is None else (l2, decoupled_l1_decay(l1, mask, learning_rate=learning_rate))
+    """Those that are given, side by side."""
+    kinds = (decoupled_weight_decay, weight_decay), (decoupled_l1_decay, l1)
+    return tuple(
+        kind(strength, mask, learning_rate=learning_rate)
+        for kind, strength in kinds
+        if strength is not None
+    )
 
 
 def _decay(
