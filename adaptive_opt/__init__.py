@@ -31,12 +31,14 @@ from adaptive_opt.memory.single_pass import (
 from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
+from adaptive_opt.recipes.matrices import hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.successors import adabelief, lion
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
+from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
 from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball, trust_ratio
 from adaptive_opt.stages.moments import (
     amsgrad_max,
@@ -111,6 +113,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     # Optimizers: what came after.
     "adabelief",
     "lion",
+    "muon",
+    "hidden_matrices",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -178,6 +182,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "apply_rate",
     "diffgrad_friction",
     "lion_direction",
+    "ahead_of",
+    "orthogonalize",
+    "scale_by_shape",
     # Stages that change a finished update, in a bracket or behind any optimizer.
     "behind",
     "cautious",

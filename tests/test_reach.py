@@ -157,15 +157,16 @@ def test_what_is_remembered_of_others_counts():
 
 
 @pytest.mark.parametrize("name", EVERY_CONVENTION)
-def test_recipes_are_per_weight_but_for_two(name):
+def test_recipes_are_per_weight_but_for_three(name):
     result = found(EVERY_CONVENTION[name](1e-2))
     wider = {
         "rmsprop of the tree": ("tree", "second_moment"),
         "ranger": ("tensor", "centralize"),
+        "muon": ("tensor", "orthogonalize"),
     }
     own = name.split(" (")[0]
     assert (result.scope, result.place) == wider.get(own, ("weight", ""))
-    assert result.is_cut_freely == (own != "ranger")
+    assert result.is_cut_freely == (own not in ("ranger", "muon"))
 
 
 def by_rank(params):
