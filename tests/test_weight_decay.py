@@ -42,9 +42,9 @@ def eta(step):
 def run(optimizer, gradient_of=lambda x, g: g):
     """The parameters before every step, and the updates; compiled as a whole it takes longer."""
     rng = np.random.default_rng(3)
-    x = {name: jnp.asarray(rng.standard_normal(3)) for name in MASK}
+    x = {name: jnp.asarray(rng.standard_normal((3, 1))) for name in MASK}  # a matrix, for muon
     state, history = optimizer.init(x), []
-    for g in rng.standard_normal((3, 3)):
+    for g in rng.standard_normal((3, 3, 1)):
         gradient = {name: gradient_of(x[name], g) if MASK[name] else g for name in MASK}
         updates, state = optimizer.update(gradient, state, x)
         history.append((x, updates))

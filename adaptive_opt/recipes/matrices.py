@@ -19,7 +19,7 @@ from adaptive_opt.core.trees import Tree, path_of
 from adaptive_opt.recipes.adam import adamw
 from adaptive_opt.stages.matrices import Axes, Layout, ahead_of, orthogonalize, scale_by_shape
 from adaptive_opt.stages.moments import first_moment
-from adaptive_opt.stages.weight_decay import Mask, decoupled_weight_decay, scale_by_learning_rate
+from adaptive_opt.stages.weight_decay import Mask, with_decay
 
 NOT_HIDDEN = re.compile(r"embed|head|output|vocab|wte|wpe|logits", re.IGNORECASE)
 
@@ -50,6 +50,7 @@ def muon(
     layout: Layout = "in-out",
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["decoupled"] = "decoupled",
     matrices: Mask | None = None,
     rest_learning_rate: Hyperparameter = 3e-4,
     rest_b1: Hyperparameter = 0.9,
@@ -78,7 +79,8 @@ def muon(
       nesterov: see above.
       steps: Newton-Schulz steps.
       shape, layout: see ``scale_by_shape``.
-      weight_decay, mask: of the matrices, decoupled, times the learning rate; see ``adamw``.
+      weight_decay, mask: of the matrices; see ``adamw``.
+      decay: "decoupled": times the learning rate and its schedule.
       matrices: which parameters are matrices, as a mask; default: ``hidden_matrices``.
         Arrays of more than two axes are stacks of matrices in their last two: keep kernels of
         convolutions out.
@@ -109,11 +111,7 @@ def muon(
         *told(observers, known, (learning_rate,)),
         state_dtype=state_dtype,
     )
-    of_matrices = optax.chain(
-        orthogonal,
-        decoupled_weight_decay(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
-    )
+    of_matrices = optax.chain(*with_decay(decay, weight_decay, mask, orthogonal, learning_rate))
     of_the_rest = adamw(
         rest_learning_rate,
         rest_b1,
