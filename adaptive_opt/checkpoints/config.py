@@ -50,7 +50,7 @@ from adaptive_opt.core.describe import (
     bound,
     describe,
 )
-from adaptive_opt.wrappers.groups import decay_mask
+from adaptive_opt.wrappers.decay import decay_mask
 from adaptive_opt.wrappers.schedules import SCHEDULES, Scheduled
 
 
