@@ -114,7 +114,7 @@ class TrainStep:
     ) -> None:
         self._tx, self._wrt = tx, wrt
         run = _program(loss_fn, optax.with_extra_args_support(tx), has_aux)
-        self._run = jax.jit(run, static_argnums=0, donate_argnums=(1, 2, 3))
+        self._run: Any = jax.jit(run, static_argnums=0, donate_argnums=(1, 2, 3))
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         given = self._taken(params, args, kwargs)
