@@ -61,12 +61,19 @@ def taken_apart(model: Tree, wrt: Any = None) -> Parts:
       model: a module of nnx or Equinox, a tree with such modules in it, or a tree of parameters.
       wrt: of an nnx module, which variables are trained; default ``nnx.Param``.
     """
-    types = _module_types()
-    found = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, types)) if types else ()
-    module = next((x for x in found if isinstance(x, types)), None)
-    if module is None:
+    types, modules = _module_types(), []
+
+    def is_module(x: Any) -> bool:
+        found = isinstance(x, types)
+        if found:
+            modules.append(x)
+        return found
+
+    if types:
+        jax.tree.leaves(model, is_leaf=is_module)
+    if not modules:
         return Parts(model, None, None)
-    if nnx() is not None and isinstance(module, nnx().Module):
+    if nnx() is not None and isinstance(modules[0], nnx().Module):
         known, trained, carried = nnx().split(model, wrt or nnx().Param, ...)
         return Parts(trained, carried, known)
     leaves, structure = jax.tree.flatten(model)
