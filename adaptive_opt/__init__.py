@@ -77,14 +77,10 @@ from adaptive_opt.watching.sweep import Sweep, sweep
 from adaptive_opt.watching.telemetry import rate_histograms, read_telemetry, telemetry
 from adaptive_opt.wrappers.averaging import ParameterEmaState, evaluation_params, parameter_ema
 from adaptive_opt.wrappers.behind import BehindState, behind
-from adaptive_opt.wrappers.groups import (
-    Group,
-    ParameterGroups,
-    decay_mask,
-    gradual_unfreezing,
-    layerwise_learning_rates,
-)
+from adaptive_opt.wrappers.decay import decay_mask, decay_report
+from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import SkipNonfiniteState, skip_nonfinite
+from adaptive_opt.wrappers.layers import gradual_unfreezing, layerwise_learning_rates
 from adaptive_opt.wrappers.lookahead import LookaheadState, lookahead
 from adaptive_opt.wrappers.schedules import (
     OneCycle,
@@ -131,6 +127,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ParameterGroups",
     "Group",
     "decay_mask",
+    "decay_report",
     "layerwise_learning_rates",
     "gradual_unfreezing",
     # On many devices.

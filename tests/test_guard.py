@@ -10,7 +10,19 @@ import pytest
 from common import RECIPES, assert_bit_equal, gradient_trees, normal_tree, train
 from jax.sharding import Mesh, PartitionSpec
 
-from adaptive_opt import adam, adamod, amsgrad, describe, diffmod, skip_nonfinite
+from adaptive_opt import (
+    Packing,
+    adam,
+    adamod,
+    amsgrad,
+    describe,
+    diffmod,
+    lookahead,
+    low_memory,
+    skip_nonfinite,
+    sweep,
+    train_step,
+)
 
 
 def spoiled(tree, value):
@@ -144,3 +156,54 @@ def test_the_cure_is_per_weight():
     assert ema[1] == expected[1]
     corrected = [np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * 1e-3 / 1e-8 for t in (1, 2, 3)]
     np.testing.assert_allclose(expected[0], 1e-3 * sum(corrected), rtol=2e-3)
+
+
+# --- The order of guards and accumulation --------------------------------------------------------
+
+
+def accumulated(inner, **settings):
+    return optax.MultiSteps(inner, 2, **settings).gradient_transformation()
+
+
+NEVER_AGAIN = {
+    "skip_nonfinite": skip_nonfinite(adam(1e-2)),
+    "apply_if_finite": optax.apply_if_finite(adam(1e-2), 3),
+    "zero_nans": optax.chain(optax.zero_nans(), adam(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_AGAIN)
+def test_a_guard_inside_of_accumulation_would_end_the_training_and_is_refused(name):
+    wrong = accumulated(NEVER_AGAIN[name])
+    good, nan = jnp.ones(2), jnp.array([1.0, np.nan])
+    params, _, _ = train(wrong, jnp.zeros(2), [nan, *[good] * 5])
+    assert params[1] == 0 or np.isnan(params[1])  # which is why
+    message = f"{name} stands inside of optax.MultiSteps.*would never train again. Turn them around"
+    for use in (
+        lambda: train_step(lambda x: x.sum(), wrong),
+        lambda: lookahead(wrong),
+        lambda: low_memory(optax.chain(optax.clip(1.0), wrong)),
+        lambda: Packing({"a": good, "b": good}).optimizer(wrong),
+        lambda: sweep(
+            lambda learning_rate: wrong, {"learning_rate": [1.0]}, loss=lambda x, y: x.sum(),
+            init=lambda key: good, data=good, steps=1,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_a_guard_around_accumulation_trains_on_as_does_its_own():
+    good, nan = jnp.ones(2), jnp.array([1.0, np.nan])
+    around = skip_nonfinite(accumulated(adam(1e-2)))
+    own = accumulated(adam(1e-2), should_skip_update_fn=optax.skip_not_finite)
+    for optimizer in (around, own):
+        params, _, _ = train(optimizer, jnp.zeros(2), [nan, good, good])
+        np.testing.assert_allclose(params, -0.01, rtol=1e-5)
+        train_step(lambda x: x.sum(), optimizer)
+    guarded_inside = accumulated(
+        NEVER_AGAIN["zero_nans"], should_skip_update_fn=optax.skip_not_finite
+    )
+    train_step(lambda x: x.sum(), guarded_inside)
+    assert "should_skip_update_fn=skip_not_finite" in str(describe(own))
+    assert "should_skip" not in str(describe(around))

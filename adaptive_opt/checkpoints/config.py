@@ -51,7 +51,7 @@ from adaptive_opt.core.describe import (
     describe,
 )
 from adaptive_opt.core.renamed import in_todays_words
-from adaptive_opt.wrappers.groups import decay_mask
+from adaptive_opt.wrappers.decay import decay_mask
 from adaptive_opt.wrappers.schedules import SCHEDULES, Scheduled
 
 

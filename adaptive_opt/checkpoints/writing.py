@@ -32,7 +32,8 @@ from adaptive_opt.core.describe import (
 )
 from adaptive_opt.core.recipe import RECIPES
 from adaptive_opt.core.stage import package_of
-from adaptive_opt.wrappers.groups import Group, decay_mask
+from adaptive_opt.wrappers.decay import decay_mask
+from adaptive_opt.wrappers.groups import Group
 from adaptive_opt.wrappers.schedules import SCHEDULES, Scheduled
 
 

@@ -137,7 +137,15 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
             " hyperparam_dtype=jnp.float32."
         )
     if is_number(value) and not holds(float(value)):
-        raise ValueError(f"{name} must be {allowed}, got {float(value):g}.")
+        hint = _UPHILL if name == "learning_rate" and float(value) < 0 else ""
+        raise ValueError(f"{name} must be {allowed}, got {float(value):g}.{hint}")
+
+
+_UPHILL = (
+    " To go uphill, put optax.scale(-1.0) in front of the optimizer, which is PyTorch's"
+    " maximize=True; or behind it, which is a negative learning rate: there weight decay is turned"
+    " around too. For instance optax.chain(rmsprop(1e-4), optax.scale(-1.0))."
+)
 
 
 def choose(name: str, value: str, allowed: Mapping[str, T], hint: str = "") -> T:

@@ -168,16 +168,7 @@ def describe(transformation: optax.GradientTransformation) -> Description:
           per_weight_rate(eps=1e-08, eps_root=0.0)
         scale_by_learning_rate(learning_rate=0.001, flip_sign=True)
     """
-    if not isinstance(transformation, optax.GradientTransformation):
-        if isinstance(transformation, optax.MultiSteps):
-            raise TypeError(
-                "an optax.MultiSteps is not a transformation itself: give its"
-                " .gradient_transformation()."
-            )
-        raise TypeError(
-            "describe takes an optax transformation, for instance adamod(1e-3) or adaptive(...),"
-            f" got {type(transformation).__name__}."
-        )
+    check_optimizer("describe", transformation)
     own = made_of(transformation)
     if own is not None:
         parts = _inner(own.plain) if own.parts is None else tuple(map(describe, own.parts))
@@ -194,6 +185,9 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     if name.startswith("MultiSteps"):
         every = held["_every_k_schedule"]
         numbers = {"every_k_schedule": held_by(every).get("every_k_schedule", every)}
+        skips = held["_should_skip_update_fn"]
+        if not getattr(skips, "__qualname__", "").startswith("MultiSteps.__init__"):  # the default
+            numbers["should_skip_update_fn"] = skips
     labels = held.get("mask", held.get("param_labels"))
     return Description(name.removesuffix(".update"), numbers, _inner(transformation), labels)
 
@@ -218,10 +212,33 @@ def described_around(factory: Callable[P, Tx]) -> Callable[P, Optimizer]:
     def make(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
         (_, inner), *settings = bound(signature, factory.__name__, args, kwargs).items()
         check_optimizer(factory.__name__, inner)
+        check_order(inner)
         wrapper = factory(*args, **kwargs)
         return transformation(factory.__name__, dict(settings), wrapper, parts=(inner,))
 
     return make
+
+
+_GUARDS = ("skip_nonfinite", "apply_if_finite", "zero_nans")
+
+
+def check_order(transformation: optax.GradientTransformation) -> None:
+    """No guard against NaN stands inside of an ``optax.MultiSteps``, where it comes too late.
+
+    The mean of the gradients is NaN then, and stays so: ``MultiSteps`` empties it by a product with
+    zero. It has its own guard, ``should_skip_update_fn``.
+    """
+    for part in describe(transformation).walk():
+        if part.name != "MultiSteps" or "should_skip_update_fn" in part.settings:
+            continue
+        inside = [guard.name for guard in part.walk() if guard.name in _GUARDS]
+        if inside:
+            raise ValueError(
+                f"{inside[0]} stands inside of optax.MultiSteps, whose mean of gradients one NaN"
+                " spoils for ever: it would never train again. Turn them around,"
+                f" {inside[0]}(optax.MultiSteps(...).gradient_transformation()), or say"
+                " optax.MultiSteps(..., should_skip_update_fn=optax.skip_not_finite)."
+            )
 
 
 def bound(
@@ -287,6 +304,12 @@ def shown(value: Any) -> str:
         return value.__name__
     if isinstance(value, np.dtype):
         return value.name
+    if isinstance(value, functools.partial):
+        settings = [
+            *map(shown, value.args),
+            *(f"{k}={shown(v)}" for k, v in value.keywords.items()),
+        ]
+        return f"{shown(value.func)}({', '.join(settings)})"
     if callable(value):
         value = inspect.unwrap(value)
         return getattr(value, "__qualname__", type(value).__name__).split(".<locals>")[0]

@@ -21,7 +21,7 @@ from adaptive_opt.core.checks import Hyperparameter, check_whole, value_at
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
 from adaptive_opt.core.tree import OpenStep, run
-from adaptive_opt.core.trees import Tree
+from adaptive_opt.core.trees import Tree, branch
 
 Shapes: TypeAlias = Any
 """A tree of ``jax.ShapeDtypeStruct``: what an observer keeps."""
@@ -232,5 +232,5 @@ def observe(
 
     for every in sorted({watch.every for watch in watches}):
         now = (step.count - 1) % every == 0
-        seen, buffers = jax.lax.cond(now, functools.partial(look, every), pass_by, seen, buffers)
+        seen, buffers = branch(now, functools.partial(look, every), pass_by, seen, buffers)
     return seen, buffers

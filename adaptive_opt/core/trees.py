@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 Tree: TypeAlias = Any
@@ -45,6 +46,16 @@ def axes_split(x: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
     tracked = (axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
     same_everywhere = set(tracked) - varying(x)
     return tuple(axis for axis in axes if axis not in same_everywhere)
+
+
+def branch(condition: Any, then: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
+    """``lax.cond``; Python's ``if`` where the condition is known, outside of ``jit``.
+
+    There ``lax.cond`` would be compiled anew at every step, for its branches are new functions.
+    """
+    if isinstance(condition, Tracer):
+        return jax.lax.cond(condition, then, other, *args)
+    return then(*args) if condition else other(*args)
 
 
 def downhill(gradients: Tree) -> Tree:

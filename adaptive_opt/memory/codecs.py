@@ -7,11 +7,14 @@ right in the mean. Its noise is a hash of position and step: reproducible, no ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from adaptive_opt.core.containers import is_box, unboxed
 
 BLOCK = 256
 """How many numbers share a scale in 8 bits."""
@@ -130,7 +133,7 @@ def decoded(state: Any) -> Any:
 
     def decode(x: Any) -> Any:
         if isinstance(x, Blocks):
-            return from_blocks(x)
+            return in_its_box(lambda *blocks: from_blocks(Blocks(*blocks)), *x)
         dtype = getattr(x, "dtype", None)
         if dtype == jnp.uint16:
             return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
@@ -142,6 +145,21 @@ def decoded(state: Any) -> Any:
 def is_blocks(x: Any) -> bool:
     """For ``is_leaf``."""
     return isinstance(x, Blocks)
+
+
+def in_its_box(function: Callable[..., Any], *boxes: Any) -> Any:
+    """``function`` of what is in boxes, its results in boxes like the first; of arrays as they are.
+
+    Blocks of a variable of nnx are two variables, not one of two arrays, for nnx takes what is in a
+    variable for one array.
+    """
+    result = function(*map(unboxed, boxes))
+    if not is_box(boxes[0]):
+        return result
+    box = jax.tree.structure(boxes[0])
+    if isinstance(result, Blocks):
+        return Blocks(*(box.unflatten([array]) for array in result))
+    return box.unflatten([result])
 
 
 def _uniform(bits: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_opt.core.checks import check_optimizer, check_whole, choose
+from adaptive_opt.core.containers import is_box, unboxed
 from adaptive_opt.core.describe import described_around
 from adaptive_opt.core.reach import counts_as_per_weight
 from adaptive_opt.core.trees import Tree
@@ -160,7 +161,7 @@ def low_memory(
         _check_names(buffers or {}, state, params)
         return LowMemoryState(
             jnp.zeros([], jnp.int32),
-            jax.tree_util.tree_map_with_path(encoded, state, is_leaf=codecs.is_blocks),
+            jax.tree_util.tree_map_with_path(_in_boxes(encoded), state, is_leaf=_is_one),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -175,10 +176,27 @@ def low_memory(
         encode = functools.partial(encoded_again, count)
         return updates, LowMemoryState(
             count,
-            jax.tree_util.tree_map_with_path(encode, stored, new, is_leaf=codecs.is_blocks),
+            jax.tree_util.tree_map_with_path(_in_boxes(encode), stored, new, is_leaf=_is_one),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_one(x: Any) -> bool:
+    return codecs.is_blocks(x) or is_box(x)
+
+
+def _in_boxes(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """``encode(path, *stored, x)`` where ``x`` may be in a box, a variable of nnx say."""
+
+    def encode_inside(path: Any, *leaves: Any) -> Any:
+        *stored, x = leaves
+        if is_box(x) and not jax.tree.leaves(x):  # of a parameter in another group
+            return x
+        stored = map(unboxed, stored)
+        return codecs.in_its_box(functools.partial(encode, path, *stored), x)
+
+    return encode_inside
 
 
 def _storage_of(stored: Any) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_opt.core.describe import described_around
-from adaptive_opt.core.trees import Tree
+from adaptive_opt.core.trees import Tree, branch
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -36,7 +36,9 @@ def skip_nonfinite(
     ``clip_by_global_norm`` in those of all weights.
 
     Args:
-      inner: any optimizer; put everything that sees the gradient, clipping too, inside.
+      inner: any optimizer; put everything that sees the gradient, clipping too, inside, and an
+        ``optax.MultiSteps`` as ``.gradient_transformation()``. The other way round it comes too
+        late: one NaN stays in the mean of ``MultiSteps``.
       axis_name: under ``shard_map`` or ``pmap`` with gradients that differ between devices, the
         axes over which all must agree to skip.
 
@@ -71,7 +73,7 @@ def skip_nonfinite(
             return zeros, jax.tree.map(_astype, state.inner_state, after)
 
         made, after = jax.eval_shape(step)
-        new, inner_state = jax.lax.cond(finite, step, skip)
+        new, inner_state = branch(finite, step, skip)
         consecutive = jnp.where(finite, 0, optax.safe_increment(state.consecutive))
         total = jnp.where(finite, state.total, optax.safe_increment(state.total))
         return new, SkipNonfiniteState(consecutive, total, inner_state)
