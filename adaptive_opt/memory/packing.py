@@ -22,7 +22,7 @@ from jax.core import Tracer
 from adaptive_opt.core.checks import check_whole
 from adaptive_opt.core.describe import Description, describe, shown
 from adaptive_opt.core.reach import reach
-from adaptive_opt.core.trees import Tree, dtype_of, path_of
+from adaptive_opt.core.trees import Tree, dtype_of, is_of_keys, path_of
 from adaptive_opt.wrappers.groups import ParameterGroups
 
 PAD = 1024
@@ -35,10 +35,10 @@ class Packing:
     """Which leaves of a tree of parameters share a buffer, and the way there and back.
 
     Leaves share a buffer if they have the same dtype, at most ``max_size`` elements, and the same
-    value in every tree of ``split_by``; larger leaves, those split over devices, and those with no
-    fellow stay as they are. Leaves of the same values in ``split_by`` get two arrays at least, so
-    that an update is the same as without packing, bit for bit. A packed tree is a dict from paths
-    to arrays; a buffer has the path of its first leaf, so that tables of path patterns
+    value in every tree of ``split_by``; larger leaves, those split over devices, PRNG keys, and
+    those with no fellow stay as they are. Leaves of the same values in ``split_by`` get two arrays
+    at least, so that an update is the same as without packing, bit for bit. A packed tree is a dict
+    from paths to arrays; a buffer has the path of its first leaf, so that tables of path patterns
     (``ParameterGroups``) go on working, and is padded with zeros to a multiple of 1024.
     ``low_memory`` has no place in it: its blocks would cross leaves, and which arrays it finds
     small, and how it rounds, would be another.
@@ -91,7 +91,7 @@ class Packing:
         kinds = [self._leaves(tree(params) if callable(tree) else tree) for tree in split_by]
         shared: dict[Any, list[int]] = {}
         for i, (leaf, (_, given)) in enumerate(zip(leaves, with_paths, strict=True)):
-            packed = leaf.size <= max_size and not _is_split(given)
+            packed = leaf.size <= max_size and not _is_split(given) and not is_of_keys(leaf.dtype)
             key = leaf.dtype, tuple(kind[i] for kind in kinds), None if packed else i
             shared.setdefault(key, []).append(i)
         of_kind = collections.Counter(kind for _, kind, _ in shared)
