@@ -74,11 +74,15 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
     >>> header["leaves"]["[0].mu"]
     [[2, 3], 'float32']
     """
+    return wanted_header(optimizer, tree) | config_or_reason(optimizer)
+
+
+def wanted_header(optimizer: optax.GradientTransformation, tree: Tree) -> dict[str, Any]:
+    """What headers are compared by."""
     return {
         "state_format": STATE_FORMAT,
         "optimizer": _as_data(describe(optimizer)),
         "leaves": {path: entry_of(path, leaf) for path, leaf in leaves_by_path(tree)[0].items()},
-        **config_or_reason(optimizer),
     }
 
 
@@ -113,7 +117,7 @@ def check_checkpoint(
     the checkpoint does not fit: the optimizer was adam, is nadam
     >>> check_checkpoint(header, adam(1e-4), adam(1e-4).init(x), allow={"learning_rate"})
     """
-    compare(header, checkpoint_header(optimizer, tree), allow)
+    compare(header, wanted_header(optimizer, tree), allow)
 
 
 def compare(

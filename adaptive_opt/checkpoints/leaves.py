@@ -195,8 +195,8 @@ def form_of(saved: Entry, target: Any) -> tuple[tuple[int, ...], np.dtype]:
     if not isinstance(target, ARRAYS):
         return (), dtype_of(target)
     if is_of_keys(target.dtype):
-        data = jax.eval_shape(jax.random.key_data, target)
-        return data.shape, data.dtype
+        data = _of_keys(target.dtype)[1]
+        return (*target.shape, *data.shape), data.dtype
     return np.shape(target), np.dtype(target.dtype)
 
 
@@ -224,7 +224,7 @@ def fitted(path: str, value: Any, target: Any) -> Any:
     """A number or an array of a fitting dtype, in the form in which ``target`` has it."""
     if isinstance(target, ARRAYS):
         if is_of_keys(target.dtype):
-            return jax.random.wrap_key_data(jnp.asarray(value), impl=_implementation(target))
+            return jax.random.wrap_key_data(jnp.asarray(value), impl=_of_keys(target.dtype)[0])
         dtype = np.dtype(target.dtype)
         if type(value) is int and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
             raise CheckpointMismatch(
@@ -234,8 +234,14 @@ def fitted(path: str, value: Any, target: Any) -> Any:
     return value[()] if isinstance(target, np.generic) else value
 
 
-def _implementation(keys: Any) -> Any:
-    """That of PRNG keys, also where there are no more than their shape and dtype."""
+@functools.lru_cache
+def _of_keys(dtype: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """The implementation of PRNG keys, and what one is as numbers."""
     found = []
-    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), keys)
-    return found[0]
+
+    def look(key: jax.Array) -> jax.Array:
+        found.append(jax.random.key_impl(key))
+        return jax.random.key_data(key)
+
+    data = jax.eval_shape(look, jax.ShapeDtypeStruct((), dtype))
+    return found[0], data

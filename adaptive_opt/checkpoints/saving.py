@@ -30,6 +30,7 @@ from adaptive_opt.checkpoints.headers import (
     checkpoint_header,
     compare,
     shortened,
+    wanted_header,
 )
 from adaptive_opt.checkpoints.leaves import (
     CheckpointMismatch,
@@ -43,7 +44,7 @@ from adaptive_opt.core.trees import Tree
 
 MAGIC = b"\x93adopt\x00\x02"
 CHECKSUM = hashlib.sha256
-SPARE_VALUES = 10_000
+SPARE_VALUES = 2_000
 """So many more values than the wanted one a header may have, at least."""
 
 T = TypeVar("T")
@@ -126,7 +127,7 @@ def from_bytes(
             " state of optax then comes in through convert_state."
         )
     leaves, rebuilt = leaves_by_path(target)
-    wanted = checkpoint_header(optimizer, target)
+    wanted = wanted_header(optimizer, target)
     try:
         read = _read if is_new else _read_format_1
         return rebuilt(read(view, wanted, leaves, target, allow))
@@ -242,9 +243,7 @@ def _parsed(text: memoryview, wanted: str, length: int) -> Any:
             str(raw, "utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_number
         )
     except RecursionError:
-        raise WrongBytesError(
-            "their header has containers inside one another without end"
-        ) from None
+        raise WrongBytesError("their header is nested without end") from None
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
