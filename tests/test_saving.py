@@ -22,6 +22,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
+from saved import FORMAT_2, trees_of_format_2
 
 from adaptive_opt import (
     CheckpointMismatch,
@@ -153,6 +154,14 @@ def test_a_tree_comes_back_as_it_was(name):
     assert_same(found, tree)
     check_checkpoint(checkpoint_header(SGD, tree), SGD, found)
     assert to_bytes(SGD, found) == data
+
+
+@pytest.mark.parametrize("name", trees_of_format_2())
+def test_what_was_saved_in_format_2_is_read(name):
+    """This file stays. If this fails, saved runs can no longer be read."""
+    tree = trees_of_format_2()[name]
+    with np.load(FORMAT_2) as recorded:
+        assert_same(from_bytes(SGD, tree, recorded[name].tobytes()), tree)
 
 
 def test_shapes_are_target_enough():

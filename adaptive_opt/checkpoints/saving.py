@@ -175,6 +175,18 @@ def read_checkpoint(
     Raises:
       CheckpointMismatch: as in ``from_bytes``; it names the file.
       FileNotFoundError: there is no such file.
+
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adam, nadam, read_checkpoint, write_checkpoint
+    >>> x = jnp.ones(2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_checkpoint(pathlib.Path(folder) / "run", adam(1e-3), adam(1e-3).init(x))
+    ...     try:
+    ...         read_checkpoint(pathlib.Path(folder) / "run", nadam(1e-3), nadam(1e-3).init(x))
+    ...     except ValueError as error:
+    ...         print(str(error).rpartition("/")[2])
+    run: the checkpoint does not fit: the optimizer was adam, is nadam
     """
     with open(path, "rb") as file:
         data = file.read()
