@@ -250,8 +250,8 @@ def test_schedules_and_the_numbers_of_wrappers_are_compared_by_value():
         for frozen, times in ((5, 1.0), (6, 1.0), (5, 2.0))
     ]
     first, frozen, faster = (table.optimizer(adamw, learning_rate=1e-3) for table in tables)
-    refused("step of frozen_until in ParameterGroups was 5, is 6$", first, frozen)
-    refused("learning_rate of adamw in frozen_until was 0.001, is 0.002$", first, faster)
+    refused("fit: step of frozen_until in ParameterGroups was 5, is 6$", first, frozen)
+    refused("fit: learning_rate of adamw in frozen_until was 0.001, is 0.002$", first, faster)
     x = {"w": jnp.ones(3), "b": jnp.ones(())}
     again = adam(one_cycle(0.1, 10).learning_rate)
     from_bytes(again, again.init(x), to_bytes(again, again.init(x)))

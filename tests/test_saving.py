@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import json
 import os
 import stat
 import subprocess
@@ -40,6 +41,7 @@ from adaptive_opt import (
     to_bytes,
     write_checkpoint,
 )
+from adaptive_opt.checkpoints import saving
 
 SGD = sgd(1e-2)
 X = np.arange(3, dtype=np.float32)
@@ -288,6 +290,17 @@ def test_arrays_split_over_devices_are_gathered():
     tree = {"split": split, "keys": keys}
     whole = {"split": np.asarray(split), "keys": jax.random.split(jax.random.key(0), 8)}
     assert_same(from_bytes(SGD, tree, to_bytes(SGD, tree)), whole)
+
+
+def test_a_small_tree_of_an_optimizer_with_a_long_config_is_read(monkeypatch):
+    monkeypatch.setattr(saving, "SPARE_VALUES", 0)
+    steps = {step: 0.999 for step in range(1, 80)}
+    optimizer = sgd(optax.piecewise_constant_schedule(1e-2, steps))
+    header = checkpoint_header(optimizer, X)
+    without = {name: header[name] for name in ("state_format", "optimizer", "leaves")}
+    assert saving._cost(json.dumps(header).encode()) > saving._most(without)
+    data = to_bytes(optimizer, X)
+    assert_same(from_bytes(optimizer, X, data), X)
 
 
 # --- Flax nnx -------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def from_bytes(
     wanted = wanted_header(optimizer, target)
     try:
         read = _read if is_new else _read_format_1
-        return rebuilt(read(view, wanted, leaves, target, allow))
+        return rebuilt(read(optimizer, target, leaves, wanted, view, allow))
     except (WrongBytesError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointMismatch(
             f"the bytes are not what to_bytes returned: {shortened(str(error))}. They were written"
@@ -209,10 +209,11 @@ def _is_complete(data: memoryview) -> bool:
 
 
 def _read(
-    data: memoryview,
-    wanted: Mapping[str, Any],
-    leaves: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
     target: Tree,
+    leaves: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    data: memoryview,
     allow: Collection[str],
 ) -> list[Any]:
     """The leaves of ``target``, in its order."""
@@ -221,7 +222,11 @@ def _read(
     text, numbers = content[8 : 8 + length], content[8 + length :]
     if len(text) < length:
         raise WrongBytesError("they end inside of the header")
-    header = _parsed(text, json.dumps(wanted), len(data))
+    text = bytes(text)
+    cost = _cost(text)
+    if cost > max(len(data), _most(wanted)) and cost > _most(checkpoint_header(optimizer, target)):
+        raise WrongBytesError(f"their header has {len(text)} bytes, far more than is called for")
+    header = _parsed(text)
     compare(header, wanted, allow)
 
     sizes = {path: size_of(entry, leaves[path]) for path, entry in header["leaves"].items()}
@@ -236,23 +241,20 @@ def _read(
     return [found[path] for path in leaves]
 
 
-def _parsed(text: memoryview, wanted: str, length: int) -> Any:
-    """A header from JSON, unless that would take far more memory than file or target explain.
+def _cost(text: bytes) -> int:
+    """Bytes that JSON takes at most in Python: a hundred for each value, eight for a character."""
+    return 8 * len(text) + 100 * sum(map(text.count, (b",", b"[", b"{", b":")))
 
-    A value of JSON costs up to a hundred bytes in Python, and a character up to eight.
-    """
-    raw = bytes(text)
 
-    def cost(raw: bytes) -> int:
-        return 8 * len(raw) + 100 * sum(map(raw.count, (b",", b"[", b"{", b":")))
+def _most(header: Mapping[str, Any]) -> int:
+    """What a header may cost, however small the file is, if this one is wanted."""
+    return 2 * _cost(json.dumps(header).encode()) + 100 * SPARE_VALUES
 
-    if cost(raw) > max(length, 2 * cost(wanted.encode()) + 100 * SPARE_VALUES):
-        raise WrongBytesError(
-            f"their header has {len(raw)} bytes, that of this optimizer and tree {len(wanted)}"
-        )
+
+def _parsed(text: bytes) -> Any:
     try:
         return json.loads(
-            str(raw, "utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_number
+            str(text, "utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_number
         )
     except RecursionError:
         raise WrongBytesError("their header is nested without end") from None
@@ -272,10 +274,11 @@ def _no_number(name: str) -> Any:
 
 
 def _read_format_1(
-    data: memoryview,
-    wanted: Mapping[str, Any],
-    leaves: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
     target: Tree,
+    leaves: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    data: memoryview,
     allow: Collection[str],
 ) -> list[Any]:
     header, tree = format_1.read(data, 2 * len(json.dumps(wanted)) + SPARE_VALUES)
