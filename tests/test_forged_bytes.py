@@ -22,7 +22,15 @@ import numpy as np
 import pytest
 from saved import FORMAT_1, SAVED_BY_FORMAT_1, small_tree
 
-from adaptive_opt import CheckpointMismatch, adam, from_bytes, one_cycle, sgd, to_bytes
+from adaptive_opt import (
+    CheckpointMismatch,
+    adam,
+    checkpoint_header,
+    from_bytes,
+    one_cycle,
+    sgd,
+    to_bytes,
+)
 
 DIGEST = 32
 SPARE = 300_000
@@ -275,6 +283,32 @@ def test_the_intact_files_are_read():
         assert forms(found) == forms(tree)
     for optimizer, tree, data in SAVED:
         assert same(from_bytes(optimizer, tree, data), tree)
+
+
+def test_format_1_holds_arrays_in_parts_and_all_that_flax_wrote(monkeypatch):
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 16)
+    optimizer = sgd(1e-2)
+    tree = {
+        "large": np.arange(12.0, dtype=np.float32).reshape(4, 3),
+        "list": [jnp.ones((2, 2), jnp.bfloat16), np.float32(3), np.zeros((0, 2), np.int32)],
+        "double": np.array([0.1]),
+        "numbers": (3, True, 0.1, 1 - 2j, -(2**40), 300, -100),
+        "none": None,
+    }
+    header = checkpoint_header(optimizer, tree) | {"state_format": 1}
+    for path, (shape, name) in header["leaves"].items():  # as format 1 said it
+        jax_takes = {"Python int": "int32", "Python bool": "bool", "Python float": "float32",
+                     "Python complex": "complex64", "float64": "float32"}  # fmt: skip
+        header["leaves"][path] = [shape, jax_takes.get(name, name)]
+    content = {"header": header, "tree": flax.serialization.to_state_dict(jax.device_get(tree))}
+    data = signed_1(flax.serialization.msgpack_serialize(content))
+    assert b"__msgpack_chunked_array__" in data
+    found = from_bytes(optimizer, tree, data)
+    assert forms(found) == forms(tree)
+    assert same(found, tree)
+    wrong = data[:-4].replace(b"chunks", b"chunkz")
+    with pytest.raises(CheckpointMismatch, match="an array in parts misses some"):
+        from_bytes(optimizer, tree, signed_1(wrong))
 
 
 # --- one by one -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from adaptive_opt.checkpoints.leaves import WrongBytesError, are_alike, fitted
 from adaptive_opt.core.trees import dtype_of, is_of_keys
 
-DEEPEST = 200
+DEEPEST = 100
 """How many containers may be inside one another."""
 
 # Of the first byte of each kind of value. https://github.com/msgpack/msgpack/blob/master/spec.md
@@ -51,9 +51,7 @@ def read(data: memoryview, most_values: int) -> tuple[Any, Any]:
 def leaf_at(tree: Any, path: str, keys: tuple[Any, ...], target: Any) -> Any:
     """The leaf of a tree of Flax's that belongs where ``target`` is."""
     value = _found(tree, path, keys)
-    if isinstance(value, np.ndarray):
-        value = value.copy()
-    elif type(value) not in (bool, int, float, complex):
+    if type(value) not in (np.ndarray, bool, int, float, complex):
         raise WrongBytesError(f"they hold no number for {path}")
     wanted = getattr(target, "dtype", None) or dtype_of(target)
     fits = not is_of_keys(wanted) and are_alike(
@@ -73,7 +71,9 @@ def _found(tree: Any, path: str, keys: tuple[Any, ...]) -> Any:
         if not isinstance(tree, dict) or name not in tree:
             raise WrongBytesError(f"they hold nothing for {path}")
         tree = tree[name]
-    return _joined(tree) if isinstance(tree, dict) and CHUNKED in tree else tree
+    if isinstance(tree, dict) and CHUNKED in tree:
+        return _joined(tree)
+    return tree.copy() if isinstance(tree, np.ndarray) else tree
 
 
 def _joined(tree: dict[str, Any]) -> np.ndarray:
