@@ -311,6 +311,28 @@ def test_format_1_holds_arrays_in_parts_and_all_that_flax_wrote(monkeypatch):
         from_bytes(optimizer, tree, signed_1(wrong))
 
 
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (b"\x93\x92\x03\x05\xa7float32", "more or fewer numbers than its shape"),
+        (b"\x93\x92\x02\x03\xa7float32", r"is float32\[2, 3\] in the bytes, not as their header"),
+        (b"\x93\x92\xff\xfa\xa7float32", "an array has no shape"),
+        (b"\x93\x92\x03\x02\xa7float99", "an array of no dtype"),
+        (b"\x93\x92\x03\x02\xa7>f4,>f4", "an array that is not of numbers"),
+        (b"\x93\x92\x03\x02\xa7float64", "more or fewer numbers than its shape"),
+        (b"\x93\x92\x03\x02\xa7uint32 ", "no dtype|in the bytes, not as their header"),
+        (b"\x93\x92\x03\x02\xc1float32", "a byte that means nothing"),
+        (b"\x93\x92\x03\x02\xbffloat32", "is no array|decode"),
+    ],
+)
+def test_what_is_wrong_with_a_forged_array_of_format_1_is_said(new, message):
+    optimizer, target, data = SAVED_1[0]
+    old = b"\x93\x92\x03\x02\xa7float32"
+    assert old in data
+    with pytest.raises(CheckpointMismatch, match=message):
+        from_bytes(optimizer, target, signed_1(data[:-4].replace(old, new, 1)))
+
+
 # --- one by one -----------------------------------------------------------------------------------
 
 
