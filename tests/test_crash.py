@@ -81,7 +81,7 @@ def test_killed_while_it_writes_a_file_the_old_or_the_new_one_is_there(kills, tm
         command = [sys.executable, "-S", str(WRITER), str(FILES), str(path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         began = process.stdout.readline()
-        time.sleep(pick.uniform(0.0, 0.03))
+        time.sleep(pick.uniform(0.0, 0.06))
         process.kill()
         rest, _ = process.communicate(timeout=60)
         assert began == f"{last}\n"
