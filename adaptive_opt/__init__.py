@@ -10,10 +10,9 @@ from adaptive_opt.checkpoints.headers import (
     CheckpointMismatch,
     check_checkpoint,
     checkpoint_header,
-    from_bytes,
-    to_bytes,
 )
 from adaptive_opt.checkpoints.moving import convert_state
+from adaptive_opt.checkpoints.saving import from_bytes, read_checkpoint, to_bytes, write_checkpoint
 from adaptive_opt.core.bracket import AdaptiveState, OpenStepState, adaptive, close_step, open_step
 from adaptive_opt.core.describe import Description, describe
 from adaptive_opt.core.observe import Observation, observer
@@ -206,6 +205,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "CheckpointMismatch",
     "to_bytes",
     "from_bytes",
+    "write_checkpoint",
+    "read_checkpoint",
     "convert_state",
     "import_torch_state",
     # Writing a new stage, and the types one meets.

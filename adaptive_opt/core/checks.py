@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adaptive_opt.core.trees import dtype_of
+from adaptive_opt.core.trees import dtype_of, is_of_keys
 
 Hyperparameter: TypeAlias = float | jax.Array | optax.Schedule
 """A number, a scalar array (traced or not), or a schedule ``step -> scalar``."""
@@ -120,6 +120,7 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
     if (
         not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
         or dtype_of(value) == np.bool_
+        or is_of_keys(dtype_of(value))
     ):
         raise TypeError(
             f"{name} must be a number {allowed}, a scalar array or a schedule, got {value!r}."

@@ -67,20 +67,30 @@ def downhill(gradients: Tree) -> Tree:
 
 
 def dtype_of(x: Any) -> np.dtype:
-    """The dtype of an array, a ShapeDtypeStruct or a Python scalar."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    """The dtype of an array, a ShapeDtypeStruct or a Python scalar.
+
+    That of typed PRNG keys is JAX's own, ``key<fry>``, of which NumPy knows nothing.
+    """
+    dtype: Any = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    if is_of_keys(dtype):
+        return dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # float32 for a float64 NumPy array
+
+
+def is_of_keys(dtype: Any) -> bool:
+    """Whether a dtype is that of typed PRNG keys."""
+    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
     """The dtype in which we calculate with ``dtype``: itself, but float32 for anything narrower."""
-    dtype = np.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if is_of_keys(dtype) or not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"a leaf of dtype {dtype} cannot be optimized: gradients and parameters must be"
             " floating point or complex. Freeze it (None, optax.masked or optax.partition) or cast"
             " it."
         )
+    dtype = np.dtype(dtype)
     return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
@@ -197,6 +207,8 @@ def update_dtype(update: Any, param: Any) -> np.dtype:
     """The dtype in which the update of one leaf leaves."""
     if param is None:
         return dtype_of(update)
+    for dtype in filter(is_of_keys, (dtype_of(update), dtype_of(param))):
+        wide(dtype)  # says why not
     with jax.numpy_dtype_promotion("standard"):
         return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
 

@@ -30,7 +30,7 @@ from adaptive_opt.core.containers import (
 )
 from adaptive_opt.core.describe import Description, check_order, describe, shown
 from adaptive_opt.core.reach import reach
-from adaptive_opt.core.trees import Tree, dtype_of
+from adaptive_opt.core.trees import Tree, dtype_of, is_of_keys
 from adaptive_opt.wrappers.groups import ParameterGroups
 
 PAD = 1024
@@ -43,10 +43,10 @@ class Packing:
     """Which leaves of a tree of parameters share a buffer, and the way there and back.
 
     Leaves share a buffer if they have the same dtype, at most ``max_size`` elements, and the same
-    value in every tree of ``split_by``; larger leaves, those split over devices, and those with no
-    fellow stay as they are. Leaves of the same values in ``split_by`` get two arrays at least, so
-    that an update is the same as without packing, bit for bit. A packed tree is a dict from paths
-    to arrays; a buffer has the path of its first leaf, so that tables of path patterns
+    value in every tree of ``split_by``; larger leaves, those split over devices, PRNG keys, and
+    those with no fellow stay as they are. Leaves of the same values in ``split_by`` get two arrays
+    at least, so that an update is the same as without packing, bit for bit. A packed tree is a dict
+    from paths to arrays; a buffer has the path of its first leaf, so that tables of path patterns
     (``ParameterGroups``) go on working, and is padded with zeros to a multiple of 1024.
     ``low_memory`` has no place in it: its blocks would cross leaves, and which arrays it finds
     small, and how it rounds, would be another.
@@ -104,7 +104,7 @@ class Packing:
         kinds = [self._leaves(tree(params) if is_function(tree) else tree) for tree in split_by]
         shared: dict[Any, list[int]] = {}
         for i, (leaf, array) in enumerate(zip(leaves, given, strict=True)):
-            packed = leaf.size <= max_size and not _is_split(array)
+            packed = leaf.size <= max_size and not _is_split(array) and not is_of_keys(leaf.dtype)
             key = leaf.dtype, tuple(kind[i] for kind in kinds), None if packed else i
             shared.setdefault(key, []).append(i)
         of_kind = collections.Counter(kind for _, kind, _ in shared)
