@@ -110,7 +110,8 @@ WITH_MOMENTUM = {
 }
 ALL = EVERY_CONVENTION | WITH_MOMENTUM | OF_OPTAX
 for ranger in [name for name in ALL if name.startswith("ranger")]:
-    ALL[ranger] = functools.partial(ALL[ranger], centralize=False)  # else its gradients are others
+    # Else its gradients are others, and its decays.
+    ALL[ranger] = functools.partial(ALL[ranger], centralize=False, b1=0.9)
 DERIVED = ("nu_max", "rate_ema", "previous_gradient", "slow")
 
 
@@ -347,6 +348,7 @@ def draw(seed):
         make = RULES[rule][rng.integers(len(RULES[rule]))]
         how = rng.choice(sorted(FROM_RATE))
         around = [str(name) for name in rng.choice(sorted(AROUND), rng.integers(4), replace=False)]
+        around.sort(key=lambda name: name == "named_chain")  # others do not bear its OrderedDict
         tx = FROM_RATE[how](make)
         for name in around:
             tx = AROUND[name](tx)
