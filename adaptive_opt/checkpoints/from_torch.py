@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ import optax
 
 from adaptive_opt.checkpoints.buffers import listed, put_together
 from adaptive_opt.core.trees import Tree
+from adaptive_opt.recipes.adam import amsgrad
+from adaptive_opt.recipes.bounds import adamod
+from adaptive_opt.recipes.classics import rmsprop, sgd
 
 _TORCH_NAMES = {
     "exp_avg": "mu",
@@ -21,7 +24,12 @@ _TORCH_NAMES = {
     "square_avg": "nu",
 }
 
-_OF_TORCH = {"nu_max": "raw", "velocity": "directions"}
+
+def _meant(buffers: Collection[str]) -> optax.GradientTransformation:
+    """An optimizer here whose buffers mean what those of PyTorch do."""
+    if "velocity" in buffers:
+        return rmsprop(1.0, momentum=0.9) if "nu" in buffers else sgd(1.0, momentum=0.9)
+    return adamod(1.0) if "rate_ema" in buffers else amsgrad(1.0)
 
 
 def import_torch_state(
@@ -107,7 +115,7 @@ def import_torch_state(
         if len(column) != len(leaves):
             raise ValueError(f"only {len(column)} of {len(leaves)} parameters have {buffer!r}.")
     found = {buffer: structure.unflatten(column) for buffer, column in columns.items()}
-    return put_together(target, params, found, steps.pop(), _OF_TORCH)
+    return put_together(target, params, found, steps.pop(), _meant(found))
 
 
 def _torch_name(key: str) -> str:
