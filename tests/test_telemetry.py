@@ -46,7 +46,7 @@ from adaptive_opt import (
     telemetry,
     to_bytes,
 )
-from adaptive_opt.watching.telemetry import BIN_EDGES, QUANTILES
+from adaptive_opt.watching.tally import BIN_EDGES, QUANTILES
 
 GRADIENTS = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradient_trees(8))
 """Eight steps of them, stacked; 163 weights."""

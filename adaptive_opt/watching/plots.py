@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from adaptive_opt.core.checks import needed
-from adaptive_opt.watching.telemetry import BIN_EDGES, rate_histograms, read_telemetry, seen_at
+from adaptive_opt.watching.reading import Reading
+from adaptive_opt.watching.tally import BIN_EDGES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LEAST_PERCENT = 0.01
@@ -58,14 +59,15 @@ class Recorder:
         Where a run goes on from an earlier step, or another one starts, what came later is
         forgotten.
         """
-        step = seen_at(state)
+        read = Reading.of(state)
+        step = read.step
         while step is not None and self.steps and self.steps[-1] > step:
             for kept in (self.steps, self.rows, self.histograms):
                 kept.pop()
         if step is not None and step not in self.steps[-1:]:
             self.steps.append(step)
-            self.rows.append(read_telemetry(state))
-            self.histograms.append(rate_histograms(state))
+            self.rows.append(read.numbers())
+            self.histograms.append(read.histograms())
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps, and the number with this key at each of them; NaN where there was none."""
