@@ -317,7 +317,7 @@ def _together(held: Sequence[Inputs], length: int) -> list[jax.Array]:
     parts: dict[Any, list[Any]] = {}
     for arrays in zip(*map(jax.tree.leaves, held), strict=True):
         dtype = arrays[0].dtype
-        parts.setdefault(dtype, []).extend((*arrays, np.zeros(rest, dtype)))
+        parts.setdefault(dtype, []).extend((*arrays, jnp.zeros(rest, dtype)))
     return [jax.lax.concatenate(own, 0) for own in parts.values()]
 
 

@@ -9,6 +9,9 @@ white printers tell apart, gives every axis its unit, and returns the figure; sa
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +33,8 @@ class Recorder:
     """Collects telemetry while training, for the pictures below.
 
     Call ``record(state)`` as often as you like: what has been seen already is not recorded again.
+    It takes what ``read_telemetry`` takes. ``save(path)`` writes all of it to a JSON file, next to
+    the checkpoint say; a run that is started again goes on with ``Recorder.load(path)``.
 
     Attributes:
       steps: the steps at which telemetry looked.
@@ -56,6 +61,9 @@ class Recorder:
     def record(self, state: Any) -> None:
         """Keep what the telemetry in a state saw last, if that is new.
 
+        Steps are those of the bracket that has taken most: a group that is unfrozen later starts
+        its own count, and what was recorded before stays.
+
         Where a run goes on from an earlier step, or another one starts, what came later is
         forgotten.
         """
@@ -68,6 +76,24 @@ class Recorder:
             self.steps.append(step)
             self.rows.append(read.numbers())
             self.histograms.append(read.histograms())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was recorded to a JSON file; one that is there is replaced as a whole."""
+        histograms = [{k: h.tolist() for k, h in kept.items()} for kept in self.histograms]
+        kept = {"steps": self.steps, "rows": self.rows, "histograms": histograms}
+        new = pathlib.Path(f"{os.fspath(path)}.new")
+        new.write_text(json.dumps(kept))
+        new.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recorder:
+        """A recorder with what ``save`` wrote."""
+        kept, recorder = json.loads(pathlib.Path(path).read_text()), cls()
+        recorder.steps, recorder.rows = kept["steps"], kept["rows"]
+        recorder.histograms = [
+            {k: np.array(h) for k, h in each.items()} for each in kept["histograms"]
+        ]
+        return recorder
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps, and the number with this key at each of them; NaN where there was none."""

@@ -139,9 +139,13 @@ class Reading(NamedTuple):
 
     @property
     def step(self) -> int | None:
-        """The last step at which telemetry looked, or, without it, another observer."""
-        by_kind = sorted(self.seen, key=lambda each: not each.is_of_telemetry)
-        return by_kind[0].step if by_kind else None
+        """The last step at which telemetry looked, or, without it, another observer.
+
+        Of several brackets, that of the one that has taken most steps: a group that is unfrozen
+        later counts its own.
+        """
+        ours = [each.step for each in self.seen if each.is_of_telemetry]
+        return max(ours or [each.step for each in self.seen], default=None)
 
     def numbers(self, histograms: bool = False) -> dict[str, float]:
         flat: dict[str, float] = {}

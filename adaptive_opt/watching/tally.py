@@ -34,7 +34,6 @@ NO_COUNT = 2**32 - 1
 
 KEYS, ROW = 2**15, 2**7
 _FIRST_KEYS = (10.0**BIN_EDGES).astype(np.float32).view(np.uint32) >> 16
-_BIN_OF_KEY = np.searchsorted(_FIRST_KEYS, np.arange(KEYS), side="right").astype(np.int32)
 NORMS = ("gradient", "param", "update")
 
 
@@ -164,13 +163,12 @@ class Tally(NamedTuple):
 
     def numbers(self, sizes: Sequence[int]) -> dict[str, jax.Array]:
         """What is kept, a row for each group of so many weights; of one in digits."""
-        keys = self.counts[..., :KEYS]
-        bins = jnp.zeros((3, len(sizes), len(BIN_EDGES) + 1), jnp.uint32)
+        rows = _Rows(self.counts[..., :KEYS])
         size = jnp.asarray(np.maximum(sizes, 1), jnp.float32)
-        quantiles = _quantiles(keys, sizes)
+        quantiles = _quantiles(rows, sizes)
         norms = self.scale * jnp.sqrt(self.squares)
         return {
-            "histogram": _words(_carried(bins.at[..., _BIN_OF_KEY].add(keys))),
+            "histogram": _histogram(rows),
             "limited": _words(self.counts[..., KEYS:]),
             "quantiles": jnp.clip(quantiles, self.least[:, None], self.largest[:, None]),
             "friction": jnp.where(self.friction < 0, UNKNOWN, self.friction / size),
@@ -198,8 +196,10 @@ def _words(digits: jax.Array) -> jax.Array:
 
 
 def _up_to(digits: jax.Array) -> jax.Array:
-    """The sums up to each place, along the last axis."""
-    return _carried(jax.lax.cumsum(digits, axis=digits.ndim - 1))
+    """The sums up to each place, along the last axis; one loop, and not the many of a cumsum."""
+    upper = np.tri(digits.shape[-1], dtype=bool)
+    parts = jnp.where(upper, digits[..., None, :], jnp.zeros((), jnp.uint32))
+    return _carried(jnp.sum(parts, axis=-1, dtype=jnp.uint32))
 
 
 def _less(digits: jax.Array, than: jax.Array) -> jax.Array:
@@ -207,26 +207,47 @@ def _less(digits: jax.Array, than: jax.Array) -> jax.Array:
     return (high < other_high) | ((high == other_high) & (low < other_low))
 
 
-def _quantiles(keys: jax.Array, sizes: Sequence[int]) -> jax.Array:
+class _Rows:
+    """The counts of the keys in rows, and the sums up to the end of each row."""
+
+    def __init__(self, keys: jax.Array) -> None:
+        self.rows = keys.reshape(3, -1, KEYS // ROW, ROW)
+        self.up_to = _up_to(_carried(jnp.sum(self.rows, axis=-1, dtype=jnp.uint32)))
+
+    def of(self, row: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(self.rows, row[None, ..., None], axis=2)
+
+    def before(self, row: jax.Array) -> jax.Array:
+        sums = jnp.take_along_axis(self.up_to, jnp.maximum(row - 1, 0)[None], axis=2)
+        return jnp.where(row > 0, sums, jnp.zeros((), jnp.uint32))
+
+
+def _histogram(rows: _Rows) -> jax.Array:
+    """The counts in the bins, in words: differences of the sums before each edge."""
+    row, column = np.divmod(_FIRST_KEYS.astype(np.int32), ROW)
+    groups = rows.up_to.shape[1]
+    row = jnp.broadcast_to(row, (groups, len(row)))
+    is_before = np.arange(ROW) < column[:, None]
+    inside = jnp.where(is_before, rows.of(row), jnp.zeros((), jnp.uint32))
+    sums = _carried(rows.before(row) + jnp.sum(inside, axis=-1, dtype=jnp.uint32))
+    ends = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums, rows.up_to[..., -1:]], axis=-1)
+    low, high = jnp.moveaxis(_words(ends), -1, 0)
+    borrow = (low[:, 1:] < low[:, :-1]).astype(jnp.uint32)
+    return jnp.stack([low[:, 1:] - low[:, :-1], high[:, 1:] - high[:, :-1] - borrow], axis=-1)
+
+
+def _quantiles(rows: _Rows, sizes: Sequence[int]) -> jax.Array:
     """The middles of the bins in which the weights of these ranks are, a row for each group.
 
     First in which row of bins a rank is, and then in which of its bins.
     """
     ranks = [[max(1, -(-round(100 * q) * n // 100)) for q in QUANTILES] for n in sizes]
-    rank = jnp.asarray(
-        np.array([[[r >> shift & 0xFFFF for r in of] for of in ranks] for shift in (0, 16, 32)]),
-        jnp.uint32,
-    )
-    rows = keys.reshape(3, len(sizes), KEYS // ROW, ROW)
-    sums = _carried(jnp.sum(rows, axis=-1, dtype=jnp.uint32))
-    before = _up_to(sums)[:, :, None]
-    is_less = _less(before, rank[..., None])
-    row = jnp.minimum(jnp.sum(is_less, axis=-1, dtype=jnp.int32), KEYS // ROW - 1)
-    chosen = jnp.take_along_axis(rows, row[None, ..., None], axis=2)
-    start = jnp.where(is_less, before, 0)  # the largest of them is that of the last row before
-    done = jnp.take_along_axis(start, jnp.maximum(row - 1, 0)[None, ..., None], axis=-1)
-    within = _carried(_up_to(chosen) + done)
-    place = jnp.sum(_less(within, rank[..., None]), axis=-1, dtype=jnp.int32)
+    digits = [[[r >> shift & 0xFFFF for r in of] for of in ranks] for shift in (0, 16, 32)]
+    rank = jnp.asarray(np.array(digits), jnp.uint32)[..., None]
+    row = jnp.sum(_less(rows.up_to[:, :, None], rank), axis=-1, dtype=jnp.int32)
+    row = jnp.minimum(row, KEYS // ROW - 1)
+    within = _carried(_up_to(rows.of(row)) + rows.before(row)[..., None])
+    place = jnp.sum(_less(within, rank), axis=-1, dtype=jnp.int32)
     key = (row * ROW + place).astype(jnp.uint32)
     middle = jax.lax.bitcast_convert_type(key << 16 | 0x8000, jnp.float32)
     infinite = np.uint32(np.float32(np.inf).view(np.uint32) >> 16)

@@ -44,21 +44,32 @@ def telemetry(
     ``read_telemetry(state)``. At steps 1, 1 + every, ... it keeps:
 
     * the learning rate, b1 (or the momentum) and the weight decay of the step;
+    * the loss, if ``update`` was given it as ``value=``;
     * for every group of parameters the quantiles and the histogram of the *per-weight rate*: what
       multiplies the direction of a weight in all, the learning rate included, wherever the recipe
       multiplies by it, so that recipes compare;
-    * the fraction of weights on which a bound (AdaMod, AdaBound), a maximum (AMSGrad) or a
-      rectifier (RAdam) acts: where it changed the value it was given;
+    * the number of weights on which a bound (AdaMod, AdaBound), a maximum (AMSGrad) or a rectifier
+      (RAdam) acts: where it changed the value it was given;
     * the mean friction of diffGrad;
-    * the update-to-weight ratio: the norm of the step, without decoupled decay, over that of the
-      parameters; needs ``params`` in ``update``.
+    * three norms: of the gradient as the recipe is given it (what clips before it in a chain has
+      clipped), of the parameters, and of the update, the learning rate included and decoupled
+      decay left out. The update-to-weight ratio is that of the last two; both need ``params`` in
+      ``update``.
 
     It changes no update: not by a bit where the update is compiled by itself; compiled together
     with a model, XLA may round either program differently in the last place. Only counts and sums
     leave a group, so parameters may be sharded in any way. (``zero1`` and ``Packing``, which pad
-    the parameters, refuse it.) A quantile is the smallest rate that at least that part of the
-    weights does not exceed, to the last bit of a float32. Weights that share
-    a rate count one by one.
+    the parameters, refuse it.)
+
+    Rates are counted in bins that are 2^-7 of the rate wide, exactly, up to 2^47 weights. A
+    quantile is the smallest rate that at least that part of the weights does not exceed, to 2^-8
+    of itself, and exactly where all rates of a group are equal; the edges of the histogram are
+    rounded down to those of bins. Norms are right to float32's rounding at any size of gradients.
+
+    A look goes through all weights in waves: temporaries are less than a byte for each weight,
+    besides a megabyte, and one program serves all leaves. It goes leaf by leaf, in a program for
+    each shape and with up to 8 bytes for each weight of the largest leaf, where a line of the
+    optimizer sees more than one weight, and on a mesh of several devices under ``jit``.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -71,8 +82,8 @@ def telemetry(
         as for ``second_moment``; default: every device has them all. Not needed under ``jit``.
       name: of what it keeps.
 
-    State: an ``Observation(step, values)``, float32, in the buffers of the bracket: 151 numbers for
-    every group.
+    State: an ``Observation(step, values)`` in the buffers of the bracket: 301 numbers of 32 bits
+    for every group, two more for each stage that limits something, and 5 besides.
 
     ValueError for a group called "other", "all" or with a slash, or a bad pattern.
 
