@@ -21,7 +21,10 @@ from adaptive_opt.watching.tally import BIN_EDGES, NO_COUNT, NORMS, QUANTILES, U
 
 _SKIPPED = {
     ("consecutive", "total", "inner_state"): ("total", "consecutive"),
-    ("notfinite_count", "total_notfinite", "inner_state"): ("total_notfinite", "notfinite_count"),
+    ("notfinite_count", "last_finite", "total_notfinite", "inner_state"): (
+        "total_notfinite",
+        "notfinite_count",
+    ),
 }
 """The names in the state of ``skip_nonfinite`` and of ``optax.apply_if_finite``: all of them, and
 those of the steps that were skipped, in all and in a row."""
