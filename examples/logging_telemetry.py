@@ -27,13 +27,15 @@ Log = Callable[[Any], None]
 
 
 def to_csv(folder: pathlib.Path) -> Log:
+    """A row for each number: not all numbers are there at each look."""
+
     def log(state: Any) -> None:
         row = read_telemetry(state)
         with (folder / "telemetry.csv").open("a", newline="") as file:
-            writer = csv.DictWriter(file, sorted(row))
+            writer = csv.writer(file)
             if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+                writer.writerow(("step", "key", "value"))
+            writer.writerows((int(row["step"]), key, value) for key, value in row.items())
 
     return log
 
