@@ -121,7 +121,7 @@ def waves_of(
     if any(line.is_of_the_tree for line in lines):
         return None
     stored = of_leaves(step.structure, buffers)
-    inputs = [
+    inputs: list[Any] = [
         None if each is None else Inputs(*each.inputs, own)
         for each, own in zip(step.steps, stored, strict=True)
     ]
@@ -224,7 +224,9 @@ def _operations(program: Any, shape: tuple[int, ...]) -> Any:
         known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*named, *given), strict=True))
 
         def read(var: Any) -> Any:
-            return f"{var.val} {var.aval.dtype}" if isinstance(var, Literal) else known[var]
+            return (
+                f"{var.val} {jnp.result_type(var.val)}" if isinstance(var, Literal) else known[var]
+            )
 
         for equation in jaxpr.eqns:
             results = of(equation, [*map(read, equation.invars)])
@@ -259,7 +261,7 @@ def _operations(program: Any, shape: tuple[int, ...]) -> Any:
 def _cuts(leaves: Sequence[Inputs], numbers: Sequence[int], length: int) -> Any:
     """The waves as a table, and for every way to make one its function of a row."""
     cuts: list[dict[str, int]] = []
-    branches: list[Callable[[Any], Inputs]] = []
+    branches: list[Callable[[Any], list[jax.Array]]] = []
     open_: dict[int, list[Inputs]] = {}
 
     def close(number: int, held: list[Inputs]) -> None:
