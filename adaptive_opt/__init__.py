@@ -72,8 +72,9 @@ from adaptive_opt.stages.weight_decay import (
     l2_regularization,
     scale_by_learning_rate,
 )
+from adaptive_opt.watching.reading import rate_histograms, read_telemetry
 from adaptive_opt.watching.sweep import Sweep, sweep
-from adaptive_opt.watching.telemetry import rate_histograms, read_telemetry, telemetry
+from adaptive_opt.watching.telemetry import telemetry
 from adaptive_opt.wrappers.averaging import ParameterEmaState, evaluation_params, parameter_ema
 from adaptive_opt.wrappers.behind import BehindState, behind
 from adaptive_opt.wrappers.decay import decay_mask, decay_report

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -37,12 +37,6 @@ def axes_split(x: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
     (``check_vma=False``, ``pmap``, ``vmap``), even the index along an axis has a type that does not
     vary over it; there everything counts as split.
     """
-
-    def varying(x: Any) -> frozenset[str]:
-        kind = jax.typeof(x)
-        manual = getattr(kind, "manual_axis_type", None)  # "vma" before JAX 0.10
-        return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
-
     tracked = (axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
     same_everywhere = set(tracked) - varying(x)
     return tuple(axis for axis in axes if axis not in same_everywhere)
@@ -56,6 +50,19 @@ def branch(condition: Any, then: Callable[..., Any], other: Callable[..., Any], 
     if isinstance(condition, Tracer):
         return jax.lax.cond(condition, then, other, *args)
     return then(*args) if condition else other(*args)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies, where JAX keeps track of it."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # "vma" before JAX 0.10
+    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+
+
+def varying_like(x: jax.Array, others: Iterable[Any]) -> jax.Array:
+    """``x`` with the type of what varies over the manual axes over which any of the others does."""
+    axes = frozenset().union(*map(varying, others)) - varying(x)
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def downhill(gradients: Tree) -> Tree:
