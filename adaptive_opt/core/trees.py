@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from adaptive_opt.core import finite
+
 Tree: TypeAlias = Any
 """A pytree like the parameters."""
 
@@ -177,7 +179,7 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
                 f" gradient makes it {dtype_of(new_leaf)}; the gradient of a real parameter"
                 " is real. Take its real part, or initialise with complex parameters."
             )
-        return new_leaf.astype(dtype_of(old_leaf))
+        return finite.narrowed(new_leaf, dtype_of(old_leaf))
 
     return jax.tree_util.tree_map_with_path(keep, new, old, is_leaf=is_none)
 

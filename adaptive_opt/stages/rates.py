@@ -19,6 +19,7 @@ from adaptive_opt.core.checks import (
     given,
     value_at,
 )
+from adaptive_opt.core.finite import root
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.stages.moments import absolute_square
@@ -47,7 +48,7 @@ def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> OneA
     check_nonnegative(eps=eps, eps_root=eps_root)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        return step.set(rate=RateRule(lambda v: jnp.sqrt(v + step.at(eps_root)) + step.at(eps)))
+        return step.set(rate=RateRule(lambda v: root(v + step.at(eps_root)) + step.at(eps)))
 
     return line
 
@@ -176,8 +177,8 @@ def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = No
             inverse = 1 / step.correction("direction", b1)
             step = step.set(rate=step.raw("rate") * inverse)
         if b2 is not None:
-            root = jnp.sqrt(step.correction("second_moment", b2))
-            step = step.set(rate=step.raw("rate") * root)
+            scale = jnp.sqrt(step.correction("second_moment", b2))
+            step = step.set(rate=step.raw("rate") * scale)
         return step
 
     return line
@@ -411,7 +412,7 @@ def adadelta_units(
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         before = step.recall(name, like=step.direction.real, dtype=dtype)
-        step = step.set(rate=step.rate * jnp.sqrt(before + step.at(eps)))
+        step = step.set(rate=step.rate * root(before + step.at(eps)))
         step.average(name, absolute_square(step.direction * step.rate), b2, dtype=dtype)
         return step
 
