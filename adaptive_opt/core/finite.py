@@ -47,16 +47,20 @@ def averaged(
 ) -> jax.Array:
     """A new average where what came in (``of``) is finite: ``kept``, and at most ``room`` more."""
     if jnp.iscomplexobj(new):
-        parts = (averaged(n, k, room, of) for n, k in ((new.real, kept.real), (new.imag, kept.imag)))
+        parts = (
+            averaged(n, k, room, of) for n, k in ((new.real, kept.real), (new.imag, kept.imag))
+        )
         return jax.lax.complex(*parts)
     return _between(new, kept - room, kept + room, *(() if of is None else (of,)))
 
 
-def narrowed(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+def narrowed(x: Any, dtype: DTypeLike) -> jax.Array:
     """``x`` in a dtype: what is finite in the old one becomes at most the largest of the new."""
-    largest = float(jnp.finfo(dtype).max)
-    if float(jnp.finfo(x.dtype).max) > largest:
-        x = _between(x, -largest, largest, x)
+    x = jnp.asarray(x)
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.issubdtype(x.dtype, jnp.inexact):
+        largest = float(jnp.finfo(dtype).max)
+        if float(jnp.finfo(x.dtype).max) > largest:
+            x = _between(x, -largest, largest, x)
     return x.astype(dtype)
 
 

@@ -86,12 +86,30 @@ class Now:
         key = id(hyperparameter), None
         if key not in self.scalars:
             # A user's function need not bear a look.
-            value = self.some_scalar if self.looking else hyperparameter(self.count - 1)
+            if self.looking:
+                value = self.some_scalar
+            else:
+                value = checks.value_at(hyperparameter, self.count, self.name_of(hyperparameter))
             self.scalars[key] = hyperparameter, value
         return self.scalars[key][1]
 
+    def name_of(self, hyperparameter: Hyperparameter) -> str:
+        """The argument of the stage whose turn it is, for messages."""
+        names = (name for name, held in self.settings.items() if held is hyperparameter)
+        return f"{next(names, 'an argument')} of {self.stage}"
+
+    def refuse_one(self, decay: Hyperparameter, width: Any, why: str) -> None:
+        """An error for a decay that rounding makes 1."""
+        if is_one_in(decay, width):
+            raise ValueError(
+                f"{self.name_of(decay)} is {decay!r}, which is 1 in {np.dtype(width)}: {why}. Take"
+                f" at most {1 - float(jnp.finfo(width).epsneg)!r}, or float64."
+            )
+
     def correction(self, decay: Hyperparameter, which: Correction) -> Any:
         """``1 - decay^t``, which an average with this decay owes for its start at zero."""
+        if which.as_in_optax:
+            self.refuse_one(decay, trees.dtype_of(1.0), "in optax's arithmetic 1 - b^t is 0 then")
         key = id(decay), which
         if key not in self.scalars:
             value = self.some_scalar if self.looking else self._correction(decay, which)
@@ -136,6 +154,12 @@ def one_minus_power(b: Any, t: jax.Array) -> jax.Array:
     return jnp.where(x > -1, -(near + near * series), 1 - power) - power * (t * rest)
 
 
+def is_one_in(decay: Any, width: Any) -> bool:
+    """Whether a decay, as a Python number less than 1, is 1 in the width of the arrays."""
+    decay = decay.item() if isinstance(decay, (np.generic, np.ndarray)) else decay
+    return isinstance(decay, float) and np.asarray(decay, width) == 1
+
+
 class Remembering:
     """The verbs that a step of one array and the step of the whole tree share."""
 
@@ -155,6 +179,11 @@ class Remembering:
         as in optax.
         """
         return trees.scalar_at(self.now.at(value), self.width)
+
+    def decay_at(self, decay: Hyperparameter) -> Any:
+        """The value of a decay that something is multiplied by as it is; 1 would be no decay."""
+        self.now.refuse_one(decay, self.width, "nothing would ever decay")
+        return self.at(decay)
 
     def extra(self, name: str) -> Any:
         """What ``update`` was given under this name (``value=loss``); an error if it was not."""
@@ -243,11 +272,11 @@ class Remembering:
           of: what the value was made of, whose NaN and infinities are let through.
         """
         b = self.at(decay)
-        lost = type(b) in (int, float) and np.asarray(b, self.width) == 1
+        is_one = is_one_in(b, self.width)  # whose difference from 1 is not lost by itself
 
         def averaged(old: jax.Array, x: Any) -> jax.Array:
-            kept = old if lost else b * old
-            new = kept + (1 - b) * (x - old) if lost else (1 - b) * x + kept
+            kept = old if is_one else b * old
+            new = kept + (1 - b) * (x - old) if is_one else (1 - b) * x + kept
             return new if at_most is None else finite.averaged(new, kept, (1 - b) * at_most, of)
 
         new = self.remember(name, averaged, value, initial=initial, dtype=dtype)

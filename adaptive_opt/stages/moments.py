@@ -116,9 +116,7 @@ def second_moment(
 
     def averaged(step: Remembering, squares: jax.Array, of: jax.Array | None) -> jax.Array:
         most = largest_square(squares.dtype)
-        return step.average(
-            name, squares, b2, initial=initial, dtype=dtype, at_most=most, of=of
-        )
+        return step.average(name, squares, b2, initial=initial, dtype=dtype, at_most=most, of=of)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         squares, of = absolute_square(step.gradient), step.gradient
@@ -235,8 +233,8 @@ def infinity_moment(
     check_nonnegative(eps=eps)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        size = jnp.abs(squarable(step.gradient)) + step.at(eps)
-        norm = step.remember(name, lambda u, g: jnp.maximum(step.at(b2) * u, g), size, dtype=dtype)
+        b, size = step.decay_at(b2), jnp.abs(squarable(step.gradient)) + step.at(eps)
+        norm = step.remember(name, lambda u, g: jnp.maximum(b * u, g), size, dtype=dtype)
         return step.set(second_moment=norm)
 
     return line
@@ -422,13 +420,16 @@ def nadam_moment(
     check_decay(b1=b1)
     check_nonnegative(momentum_decay=momentum_decay)
 
+    def decay_of_momentum(step: Any) -> Any:
+        return value_at(momentum_decay, step + 1, "momentum_decay")
+
     def now(step: Any) -> Any:
-        t, d = jnp.asarray(step + 1, float), value_at(momentum_decay, step + 1)
-        return value_at(b1, step + 1) * (1 - 0.5 * 0.96 ** (t * d))
+        t, d = jnp.asarray(step + 1, float), decay_of_momentum(step)
+        return value_at(b1, step + 1, "b1") * (1 - 0.5 * 0.96 ** (t * d))
 
     def ahead(step: Any) -> Any:
-        t, d = jnp.asarray(step + 1, float) + 1, value_at(momentum_decay, step + 1)
-        return value_at(b1, step + 1) * (1 - 0.5 * 0.96 ** (t * d))
+        t, d = jnp.asarray(step + 1, float) + 1, decay_of_momentum(step)
+        return value_at(b1, step + 1, "b1") * (1 - 0.5 * 0.96 ** (t * d))
 
     def line(steps: OpenStep) -> OpenStep:
         product = steps.remember(
@@ -479,7 +480,7 @@ def heavy_ball(
     check_decay(momentum=momentum, dampening=dampening)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        d, mu = step.direction, step.at(momentum)
+        d, mu = step.direction, step.decay_at(momentum)
         undamped = step.at(jnp.where(step.count == 1, 1.0, 1 - step.now.at(dampening)))
         velocity = step.remember(
             name, lambda w, d: summable(mu * w + undamped * d, d), d, dtype=dtype

@@ -292,12 +292,12 @@ def adabound_dynamic_bound(
     check_positive(gamma=gamma)
 
     def low(step: Any) -> Any:
-        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1)
-        return value_at(final_learning_rate, step + 1) * (1 - 1 / (t + 1))
+        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1, "gamma")
+        return value_at(final_learning_rate, step + 1, "final_learning_rate") * (1 - 1 / (t + 1))
 
     def high(step: Any) -> Any:
-        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1)
-        return value_at(final_learning_rate, step + 1) * (1 + 1 / t)
+        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1, "gamma")
+        return value_at(final_learning_rate, step + 1, "final_learning_rate") * (1 + 1 / t)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         return step.limit(rate=jnp.clip(step.rate, step.at(low), step.at(high)))
@@ -364,11 +364,11 @@ def radam_rectifier(
 
     def is_reliable(step: Any) -> Any:
         count = step + 1
-        length = simple_average_length(value_at(b2, count), count)
-        return length >= value_at(threshold, count)
+        length = simple_average_length(value_at(b2, count, "b2"), count)
+        return length >= value_at(threshold, count, "threshold")
 
     def factor(step: Any) -> Any:
-        count, b = step + 1, value_at(b2, step + 1)
+        count, b = step + 1, value_at(b2, step + 1, "b2")
         rho = jnp.where(is_reliable(step), simple_average_length(b, count), 5.0)
         limit = jnp.where(is_reliable(step), 2 / (1 - b) - 1, 5.0)
         return jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
