@@ -39,7 +39,8 @@ def value_at(
     The name of the argument is for the message where a schedule's value is none.
     """
     if callable(hyperparameter):
-        return check_returned(name, hyperparameter(count - 1))
+        with jax.numpy_dtype_promotion("standard"):
+            return check_returned(name, hyperparameter(count - 1))
     if isinstance(hyperparameter, (np.generic, np.ndarray)):
         return hyperparameter.item()  # as precise as a Python number, as it was meant
     return hyperparameter

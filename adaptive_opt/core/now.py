@@ -120,8 +120,9 @@ class Now:
         count, b = self.count, self.at(decay)
         for _ in range(which.ahead):
             count = optax.safe_increment(count)
-        t = jnp.asarray(count, float)
-        return 1 - b**t if which.as_in_optax else one_minus_power(b, t)
+        with jax.numpy_dtype_promotion("standard"):
+            t = jnp.asarray(count, float)
+            return 1 - b**t if which.as_in_optax else one_minus_power(b, t)
 
     def calculate(
         self, asked: Iterable[tuple[tuple[int, Correction | None], Hyperparameter]]

@@ -102,6 +102,9 @@ def low_memory(
     where it is not between blocks XLA splits the scales as it likes: a second step may be compiled
     again.
 
+    No derivative goes through what is kept in fewer bits: a step of which somebody asks the
+    derivative by what it remembers is a TypeError. Differentiate through ``inner`` alone.
+
     TypeError for an ``inner`` that is no transformation. ValueError for an unknown storage, for a
     name in ``buffers`` that the state does not have (at ``init``), for a uint16 array in it.
     Centered RMSprop is a difference of two averages, which the rounding of ``nu`` alone can make 0:
@@ -147,9 +150,10 @@ def low_memory(
         """The same array after a step, as it was stored: here it may be a part of what it was."""
         dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
         if dtype == jnp.bfloat16:
-            return codecs.own_bits(x)
+            return codecs.own_bits(_without_derivative(x))
         if dtype != jnp.float32 or storage == _WIDE:
             return x
+        x = _without_derivative(x)
         if _name(path) in _NEAREST:
             return _ENCODERS[storage](x, None)
         salt = zlib.crc32(jax.tree_util.keystr(path).encode())
@@ -158,10 +162,9 @@ def low_memory(
     def init(params: Tree) -> LowMemoryState:
         state = inner.init(params)
         _check_names(buffers or {}, state, params)
-        return LowMemoryState(
-            jnp.zeros([], jnp.int32),
-            jax.tree_util.tree_map_with_path(encoded, state, is_leaf=codecs.is_blocks),
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            kept = jax.tree_util.tree_map_with_path(encoded, state, is_leaf=codecs.is_blocks)
+        return LowMemoryState(jnp.zeros([], jnp.int32), kept)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if not isinstance(state, LowMemoryState):
@@ -171,14 +174,30 @@ def low_memory(
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         stored = state.inner_state
-        updates, new = inner.update(updates, _decoded(stored), params, **extra)
+        with jax.numpy_dtype_promotion("standard"):
+            wide = _decoded(stored)
+        updates, new = inner.update(updates, wide, params, **extra)
         encode = functools.partial(encoded_again, count)
-        return updates, LowMemoryState(
-            count,
-            jax.tree_util.tree_map_with_path(encode, stored, new, is_leaf=codecs.is_blocks),
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            kept = jax.tree_util.tree_map_with_path(encode, stored, new, is_leaf=codecs.is_blocks)
+        return updates, LowMemoryState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@jax.custom_jvp
+def _without_derivative(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_without_derivative.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise TypeError(
+        "low_memory keeps what an optimizer remembers in fewer bits, through which no derivative"
+        " goes: it would come out wrong in silence. Differentiate through the optimizer inside,"
+        " without low_memory."
+    )
 
 
 def _storage_of(stored: Any) -> str:
