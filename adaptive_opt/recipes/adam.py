@@ -76,7 +76,8 @@ def adam(
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
         ``scale_by_adam``.
       nesterov: look one step ahead, as in ``optax.nadam``; not with "keras".
-      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam``, and ``optax.adam`` in
+      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam`` for real parameters
+        (of complex ones it takes both parts as weights of their own), and ``optax.adam`` in
         float64. "optax": bias corrections in optax's arithmetic: equals ``optax.adam`` in float32
         too, where it is 7e-6 off the rule at b2 = 0.999.
         "keras": the eps-hat form, ``lr sqrt(1 - b2^t) / (1 - b1^t) m_t / (sqrt(v_t) + eps)``;

@@ -36,8 +36,8 @@ def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> OneA
 
     Args:
       eps: added outside the root, in the units of a gradient; at least 0.
-      eps_root: added inside the root, in those of a squared gradient; at least 0. Differentiating
-        through an update needs it to be positive: the root has no slope at 0.
+      eps_root: added inside the root, in those of a squared gradient; at least 0. Derivatives
+        through an update do not need it: the slope of the root at 0 counts as 0.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, per_weight_rate, second_moment
