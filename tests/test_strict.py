@@ -34,6 +34,7 @@ WRAPPED = {
     "telemetry": lambda: adamod(1e-2, observers=(telemetry(every=1),)),
     "scheduled": lambda: adam(CYCLE.learning_rate, b1=CYCLE.b1, b2=lambda t: 0.9 + 0.0 * t),
     "an array": lambda: adamw(jnp.asarray(1e-2)),
+    # optax asks for one dtype of all parameters, which strict promotion has for equal ones only.
     "injected": lambda: optax.inject_hyperparams(adam)(learning_rate=1e-2),
 }
 
@@ -74,11 +75,11 @@ def test_every_recipe_is_strict(name):
     assert_takes_two_steps(lambda: EVERY_CONVENTION[name](1e-2), x64=False)
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name != "injected"])
 def test_every_wrapper_is_strict(name):
     assert_takes_two_steps(WRAPPED[name], x64=False)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "8-bit", "an array"])
+@pytest.mark.parametrize("name", ["scheduled", "8-bit", "an array", "injected"])
 def test_float64_is_strict(name, x64):
     assert_takes_two_steps(WRAPPED[name], x64=True)

@@ -50,6 +50,8 @@ class Now:
     ) -> None:
         self.count, self.extra = count, dict(extra or {})
         self.looking, self.lenient = looking, lenient
+        self.names: dict[int, str] = {}
+        """What messages call a schedule, by identity."""
         self.begin(None, "", {})
         self.keepers: dict[str, object] = {}
         """Whose turn it was when the buffer of a name was first recalled."""
@@ -86,10 +88,11 @@ class Now:
         key = id(hyperparameter), None
         if key not in self.scalars:
             # A user's function need not bear a look.
+            name = self.names.setdefault(id(hyperparameter), self.name_of(hyperparameter))
             if self.looking:
                 value = self.some_scalar
             else:
-                value = checks.value_at(hyperparameter, self.count, self.name_of(hyperparameter))
+                value = checks.value_at(hyperparameter, self.count, name)
             self.scalars[key] = hyperparameter, value
         return self.scalars[key][1]
 
@@ -125,10 +128,12 @@ class Now:
             return 1 - b**t if which.as_in_optax else one_minus_power(b, t)
 
     def calculate(
-        self, asked: Iterable[tuple[tuple[int, Correction | None], Hyperparameter]]
+        self, asked: Iterable[tuple[tuple[int, Correction | None], Hyperparameter, str | None]]
     ) -> None:
         """The scalars that somebody else has asked for."""
-        for (_, which), hyperparameter in asked:
+        for (_, which), hyperparameter, name in asked:
+            if name is not None:
+                self.names[id(hyperparameter)] = name
             if which is None:
                 self.at(hyperparameter)
             else:

@@ -86,7 +86,7 @@ def real_part(x: jax.Array) -> jax.Array:
 
 def with_both_parts(dtype: DTypeLike) -> np.dtype:
     """The complex dtype that holds real and imaginary parts of a real ``dtype``."""
-    return np.dtype(jnp.promote_types(dtype, np.complex64))
+    return np.dtype(np.complex128 if real(dtype) == np.float64 else np.complex64)
 
 
 def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
