@@ -79,6 +79,21 @@ def test_the_guard_takes_gradients_of_another_dtype_than_the_parameters():
         assert int(state.total) == 2
 
 
+def test_a_step_that_would_spoil_the_state_is_skipped_and_counted():
+    """The square of a finite gradient overflows in optax's buffer; where it was finite before."""
+    ordinary, large = jnp.ones(2), jnp.array([1.0, 1e30])
+    params, state, history = train(
+        skip_nonfinite(optax.adam(1e-2)), jnp.ones(2), [ordinary, large, ordinary]
+    )
+    expected, plain, _ = train(optax.adam(1e-2), jnp.ones(2), [ordinary, ordinary])
+    assert_bit_equal((params, state.inner_state), (expected, plain))
+    assert [int(s.total) for s, _ in history] == [0, 1, 1]
+    best = optax.chain(adam(1e-2), optax.contrib.reduce_on_plateau())  # whose best loss is infinite
+    optimizer = skip_nonfinite(best)
+    _, state = optimizer.update(ordinary, optimizer.init(ordinary), ordinary, value=1.0)
+    assert int(state.total) == 0
+
+
 def test_clipping_inside_the_guard_is_guarded_too():
     params = normal_tree()
     good = next(gradient_trees(1))

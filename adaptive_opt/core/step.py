@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adaptive_opt.core import checks, trees
+from adaptive_opt.core import checks, finite, trees
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.memory import Memory
 from adaptive_opt.core.now import Correction, Now, Remembering, WrongOrder
@@ -264,7 +264,7 @@ class AdaptiveStep(Remembering):
 
     def close(self) -> jax.Array:
         """The plain update: direction times rate, in the dtype it was promised."""
-        direction, rate = self.values["direction"], self.values.get("rate")
+        direction, rate = self._followed(), self.values.get("rate")
         if "second_moment" in self.values and rate is None:
             raise WrongOrder(
                 "close_step() was given a second moment that no rate uses. Put per_weight_rate(eps)"
@@ -275,7 +275,7 @@ class AdaptiveStep(Remembering):
         dtype = self.update_dtype
         if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
             dtype = trees.with_both_parts(dtype)
-        return update.astype(dtype)
+        return finite.narrowed(update, dtype)
 
     def peek(self, field: str) -> Any:
         """What a field holds, for an observer; a rate as values."""
@@ -291,6 +291,8 @@ class AdaptiveStep(Remembering):
 
     def _get(self, field: str) -> Any:
         self._read.add(field)
+        if field == "direction":
+            return self._followed()
         if field in self.values:
             return self.values[field]
         if self.now.lenient:  # a stage of a flat chain, which is initialised by itself
@@ -301,6 +303,13 @@ class AdaptiveStep(Remembering):
             f"{self.now.stage} reads the {field} of the step, which is not set yet. Put"
             f" {self.now.stage} after {_WHERE_IT_COMES_FROM[field]}."
         )
+
+    def _followed(self) -> jax.Array:
+        """The direction; where it is the gradient itself, no more of it than what was squared."""
+        gradient = self.values["gradient"]
+        if "second_moment" in self.values and self.values["direction"] is gradient:
+            self.values["direction"] = finite.squarable(gradient)
+        return self.values["direction"]
 
     def _set(self, field: str, value: Any) -> None:
         if field not in ("gradient", "direction", "second_moment", "rate"):

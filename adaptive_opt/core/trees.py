@@ -17,6 +17,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from adaptive_opt.core import finite
+
 Tree: TypeAlias = Any
 """A pytree like the parameters."""
 
@@ -112,7 +114,7 @@ def real_part(x: jax.Array) -> jax.Array:
 
 def with_both_parts(dtype: DTypeLike) -> np.dtype:
     """The complex dtype that holds real and imaginary parts of a real ``dtype``."""
-    return np.dtype(jnp.promote_types(dtype, np.complex64))
+    return np.dtype(np.complex128 if real(dtype) == np.float64 else np.complex64)
 
 
 def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
@@ -205,7 +207,7 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
                 f" gradient makes it {dtype_of(new_leaf)}; the gradient of a real parameter"
                 " is real. Take its real part, or initialise with complex parameters."
             )
-        return new_leaf.astype(dtype_of(old_leaf))
+        return finite.narrowed(new_leaf, dtype_of(old_leaf))
 
     return jax.tree_util.tree_map_with_path(keep, new, old, is_leaf=is_none)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_opt.core.containers import is_box, unboxed
+from adaptive_opt.core.finite import narrowed
 
 BLOCK = 256
 """How many numbers share a scale in 8 bits."""
@@ -56,7 +57,7 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     To the nearest without ``bits``. NaN and infinity stay what they are; nothing finite becomes
     infinite.
     """
-    nearest = x.astype(jnp.bfloat16)
+    nearest = narrowed(x, jnp.bfloat16)
     if bits is None:
         return nearest
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -69,7 +70,7 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
 
 def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
     """Signed values in blocks: at most one step, 1/127 of the largest in the block, off."""
-    scales = jnp.max(jnp.abs(_in_blocks(x)), axis=-1)
+    scales = _decodable(jnp.max(jnp.abs(_in_blocks(x)), axis=-1))
     code = 127 * (x / _spread(jnp.where(scales == 0, 1, scales), x.shape))
     code = jnp.floor(code + (0.5 if bits is None else _uniform(bits)))
     return Blocks(jnp.clip(code, -127, 127).astype(jnp.int8), scales)
@@ -113,6 +114,12 @@ def from_blocks(blocks: Blocks) -> jax.Array:
     if blocks.codes.dtype == jnp.int8:
         return codes * (scales / 127)
     return jnp.square(codes * (scales / 255))
+
+
+def _decodable(scales: jax.Array) -> jax.Array:
+    """Scales such that no code times its step overflows, which rounding could make it."""
+    largest = jnp.finfo(scales.dtype).max * 0.999
+    return jnp.where(jnp.isfinite(scales), jnp.minimum(scales, largest), scales)
 
 
 def own_bits(x: jax.Array) -> jax.Array:

@@ -103,6 +103,9 @@ def low_memory(
     where it is not between blocks XLA splits the scales as it likes: a second step may be compiled
     again.
 
+    No derivative goes through what is kept in fewer bits: a step of which somebody asks the
+    derivative by what it remembers is a TypeError. Differentiate through ``inner`` alone.
+
     TypeError for an ``inner`` that is no transformation. ValueError for an unknown storage, for a
     name in ``buffers`` that the state does not have (at ``init``), for a uint16 array in it.
     Centered RMSprop is a difference of two averages, which the rounding of ``nu`` alone can make 0:
@@ -146,10 +149,9 @@ def low_memory(
     def init(params: Tree) -> LowMemoryState:
         state = inner.init(params)
         _check_names(buffers or {}, state, params)
-        return LowMemoryState(
-            jnp.zeros([], jnp.int32),
-            jax.tree_util.tree_map_with_path(_in_boxes(encoded), state, is_leaf=_is_one),
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            kept = jax.tree_util.tree_map_with_path(_in_boxes(encoded), state, is_leaf=_is_one)
+        return LowMemoryState(jnp.zeros([], jnp.int32), kept)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if not isinstance(state, LowMemoryState):
@@ -159,7 +161,9 @@ def low_memory(
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         stored = state.inner_state
-        updates, new = inner.update(updates, _decoded(stored), params, **extra)
+        with jax.numpy_dtype_promotion("standard"):
+            wide = _decoded(stored)
+        updates, new = inner.update(updates, wide, params, **extra)
         return updates, LowMemoryState(count, encoded_again(count, stored, new))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -168,7 +172,8 @@ def low_memory(
 def encoded_again(count: jax.Array, stored: Any, state: Any) -> Any:
     """An inner state after the step ``count``, every array as it is in ``stored``."""
     encode = _in_boxes(functools.partial(_encoded_again, count))
-    return jax.tree_util.tree_map_with_path(encode, stored, state, is_leaf=_is_one)
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.tree_util.tree_map_with_path(encode, stored, state, is_leaf=_is_one)
 
 
 @counts_as_per_weight
@@ -176,9 +181,10 @@ def _encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
     """An array after a step, as it was stored: here it may be a part of what it was."""
     dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
     if dtype == jnp.bfloat16:
-        return codecs.own_bits(x)
+        return codecs.own_bits(_without_derivative(x))
     if dtype != jnp.float32 or storage == _WIDE:
         return x
+    x = _without_derivative(x)
     if _name(path) in _NEAREST:
         return _ENCODERS[storage](x, None)
     salt = zlib.crc32(jax.tree_util.keystr(path).encode())
@@ -200,6 +206,21 @@ def _in_boxes(encode: Callable[..., Any]) -> Callable[..., Any]:
         return codecs.in_its_box(functools.partial(encode, path, *stored), x)
 
     return encode_inside
+
+
+@jax.custom_jvp
+def _without_derivative(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_without_derivative.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise TypeError(
+        "low_memory keeps what an optimizer remembers in fewer bits, through which no derivative"
+        " goes: it would come out wrong in silence. Differentiate through the optimizer inside,"
+        " without low_memory."
+    )
 
 
 def _storage_of(stored: Any) -> str:

@@ -83,7 +83,8 @@ def adam(
       weight_decay, mask: see the module; default: none.
       decay: "l2", as in ``torch.optim.Adam``; or "decoupled", its ``decoupled_weight_decay=True``
         and the ``weight_decay`` of Keras: ``adamw``, which has further forms.
-      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam``, and ``optax.adam`` in
+      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam`` for real parameters
+        (of complex ones it takes both parts as weights of their own), and ``optax.adam`` in
         float64. "optax": bias corrections in optax's arithmetic: equals ``optax.adam`` in float32
         too, where it is 7e-6 off the rule at b2 = 0.999.
         "keras": the eps-hat form, ``lr sqrt(1 - b2^t) / (1 - b1^t) m_t / (sqrt(v_t) + eps)``;

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter
+from adaptive_opt.core.describe import transformation
+from adaptive_opt.core.finite import narrowed, squarable
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
+from adaptive_opt.core.trees import at_width, dtype_of, map_none, real, wide
 from adaptive_opt.recipes.adam import radam
 from adaptive_opt.stages.weight_decay import Mask
 from adaptive_opt.wrappers.lookahead import lookahead
@@ -65,5 +68,18 @@ def ranger(
         observers=observers,
         state_dtype=state_dtype,
     )
-    centralized = (optax.centralize(),) if centralize else ()
+    centralized = (_centralize(),) if centralize else ()
     return *centralized, lookahead(rectified, sync_period, slow_step_size, state_dtype=state_dtype)
+
+
+def _centralize() -> optax.GradientTransformation:
+    """``optax.centralize``, in float32 at least, of what the moments would take of a gradient."""
+    theirs = optax.centralize()
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        wider = map_none(lambda g: squarable(at_width(g, real(wide(dtype_of(g))))), updates)
+        centralized, state = theirs.update(wider, state, params)
+        return map_none(lambda new, g: narrowed(new, dtype_of(g)), centralized, updates), state
+
+    plain = optax.GradientTransformation(theirs.init, update)
+    return transformation("centralize", {}, plain, parts=())

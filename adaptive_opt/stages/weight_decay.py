@@ -33,6 +33,7 @@ import optax
 
 from adaptive_opt.core.checks import Hyperparameter, check_nonnegative, is_number, value_at
 from adaptive_opt.core.describe import described
+from adaptive_opt.core.finite import narrowed
 from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 
 Mask = Tree | Callable[[Tree], Tree]
@@ -74,7 +75,7 @@ def decoupled_weight_decay(
     [3.]
     """
     check_nonnegative(weight_decay=weight_decay)
-    return _decay(lambda u, x, *, s: u + s * x, weight_decay, mask, learning_rate)
+    return _decay(lambda u, x, *, s: u + s * x, "weight_decay", weight_decay, mask, learning_rate)
 
 
 @described
@@ -112,7 +113,7 @@ def cautious_weight_decay(
             together = jnp.sign(u) * jnp.sign(x) >= 0
         return u + s * jnp.where(together, x, 0)
 
-    return _decay(combine, weight_decay, mask, learning_rate)
+    return _decay(combine, "weight_decay", weight_decay, mask, learning_rate)
 
 
 @described
@@ -146,7 +147,7 @@ def decoupled_l1_decay(
     [1.5, 0.5, 1.0]
     """
     check_nonnegative(l1=l1)
-    return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
+    return _decay(lambda u, x, *, s: u + s * jnp.sign(x), "l1", l1, mask, learning_rate)
 
 
 def with_decay(
@@ -209,6 +210,7 @@ def _decays(
 
 def _decay(
     combine_leaves: Callable[..., Any],
+    name: str,
     strength: Hyperparameter,
     mask: Mask | None,
     learning_rate: Hyperparameter | None,
@@ -224,13 +226,13 @@ def _decay(
             raise ValueError(
                 "weight decay needs the parameters: call update(gradients, state, params)."
             )
-        lr = 1.0 if learning_rate is None else value_at(learning_rate, count)
+        lr = 1.0 if learning_rate is None else value_at(learning_rate, count, "learning_rate")
         return map_leaves(
             lambda u, x, *, s, lr: combine_leaves(u, x, s=lr * s),  # multiplied in the leaf's width
             updates,
             updates,
             params,
-            s=value_at(strength, count),
+            s=value_at(strength, count, name),
             lr=lr,
         )
 
@@ -309,7 +311,7 @@ def scale_by_learning_rate(
 
     def combine(updates: Tree, params: Tree, count: Any) -> Tree:
         del params
-        lr = value_at(learning_rate, count)
+        lr = value_at(learning_rate, count, "learning_rate")
         return map_leaves(lambda u, *, lr: sign * lr * u, updates, updates, lr=lr)
 
     sign = -1 if flip_sign else 1
@@ -331,7 +333,8 @@ def _plain(
         if not isinstance(state, optax.EmptyState):
             count = optax.safe_increment(state.count)
             state = state._replace(count=count)
-        new = combine(updates, params, count)
-        return map_none(lambda u, dtype: jnp.asarray(u, dtype), new, dtypes), state
+        with jax.numpy_dtype_promotion("standard"):  # widths are our matter
+            new = combine(updates, params, count)
+        return map_none(narrowed, new, dtypes), state
 
     return optax.GradientTransformationExtraArgs(template.init, update)
