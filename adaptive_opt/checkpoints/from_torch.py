@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_opt.checkpoints.buffers import listed, put_together
+from adaptive_opt.checkpoints.buffers import Found, found_in, listed, put_together
+from adaptive_opt.checkpoints.counting import Counts
 from adaptive_opt.checkpoints.torch_dict import Entry, Key, Saved, as_array, read
 from adaptive_opt.checkpoints.torch_layouts import Layout, Place, laid_out, places_of
 from adaptive_opt.checkpoints.torch_settings import (
@@ -19,6 +21,9 @@ from adaptive_opt.checkpoints.torch_settings import (
     computed_by,
 )
 from adaptive_opt.core.trees import Tree, dtype_of
+from adaptive_opt.recipes.adam import amsgrad
+from adaptive_opt.recipes.bounds import adamod
+from adaptive_opt.recipes.classics import rmsprop, sgd
 
 _TORCH_NAMES = {
     "exp_avg": "mu",
@@ -36,8 +41,6 @@ _TORCH_NAMES = {
 }
 _OF_THE_TREE = ("momentum_product",)
 """Numbers that PyTorch keeps for every parameter, and that are one here."""
-
-_OF_TORCH = {"nu_max": "raw", "velocity": "directions"}
 
 
 def import_torch_params(
@@ -156,16 +159,11 @@ def import_torch_state(
     leaves = _leaves(saved, computed_by(target, params), params, names, layout)
     _check_settings(groups, leaves, frozenset(allow))
     counts = _counts(groups, leaves, count)
-    structure = jax.tree.structure(params)
-
-    def holding(group: tuple[str, ...]) -> Any:
-        found = _columns(leaves, group, structure)
-        return put_together(target, params, found, counts[group], _OF_TORCH)
-
-    alike = {(counts[group], *_numbers(leaves, group).values()): group for group in counts}
-    if len(alike) == 1:
-        return holding(next(iter(counts)))
-    return _merged({group: holding(group) for group in counts})
+    found = _found(leaves, counts)
+    if any(group.kind is None for group in groups):  # so that no settings say what buffers mean
+        found = dataclasses.replace(found, meaning=_meanings(found.names(), params))
+    by_path = {leaf.place.key: counts[leaf.computed.group] for leaf in leaves}
+    return put_together(target, params, found, by_path)
 
 
 class _Leaf(NamedTuple):
@@ -376,52 +374,28 @@ def _numbers(leaves: Iterable[_Leaf], group: tuple[str, ...]) -> dict[str, float
     return found
 
 
-def _columns(leaves: Sequence[_Leaf], group: tuple[str, ...], structure: Any) -> dict[str, Tree]:
-    """Every buffer as a tree; zeros, as at the start, where there is none."""
-    numbers = _numbers(leaves, group)
-    names = set().union(*(leaf.buffers for leaf in leaves)) - set(_OF_THE_TREE)
-    return numbers | {
-        name: structure.unflatten(
-            [leaf.buffers.get(name, np.zeros(leaf.place.shape)) for leaf in leaves]
-        )
-        for name in names
-    }
-
-
-def _merged(states: Mapping[tuple[str, ...], Any]) -> Any:
-    """One state with, for every group of a partition, what the state made for it holds."""
-    some = next(iter(states.values()))
-    if len(states) == 1:
-        return some
-
-    def merged(part: Any, at: Any) -> Any:
-        return _merged({group: at(state) for group, state in states.items()})
-
-    if isinstance(some, tuple) and hasattr(some, "_fields"):
-        fields = some._asdict()  # pyright: ignore[reportAttributeAccessIssue]
-        return type(some)(
-            *(
-                _of_each_group(states, field)
-                if field == "inner_states"
-                else merged(part, lambda s, f=field: getattr(s, f))
-                for field, part in fields.items()
-            )
-        )
-    if isinstance(some, (tuple, list)):
-        return type(some)(merged(part, lambda s, i=i: s[i]) for i, part in enumerate(some))
-    if isinstance(some, dict):
-        return {key: merged(part, lambda s, k=key: s[k]) for key, part in some.items()}
-    # A count beside the groups is that of the run.
-    return max(states.values(), key=lambda x: np.max(np.asarray(x))) if np.ndim(some) == 0 else some
-
-
-def _of_each_group(states: Mapping[tuple[str, ...], Any], field: str) -> dict[Any, Any]:
-    made = {}
-    for label, part in getattr(next(iter(states.values())), field).items():
-        own = {
-            group[1:]: getattr(state, field)[label]
-            for group, state in states.items()
-            if group and group[0] == str(label)
+def _found(leaves: Sequence[_Leaf], counts: Mapping[tuple[str, ...], int]) -> Found:
+    """The buffers by name and path; zeros, as at the start, for what has none and needs none."""
+    found = Found("PyTorch", {}, {}, {}, Counts(), {}, skips_some=True)
+    for name in {name for leaf in leaves for name in leaf.buffers} - {*_OF_THE_TREE}:
+        found.buffers[name] = {
+            leaf.place.key: leaf.buffers.get(name, np.zeros(leaf.place.shape))
+            for leaf in leaves
+            if leaf.buffers or counts[leaf.computed.group]
         }
-        made[label] = _merged(own) if own else part
-    return made
+    for group in counts:
+        there = [leaf for leaf in leaves if leaf.computed.group == group]
+        for name, value in _numbers(leaves, group).items():
+            for some in (there, [leaf for leaf in there if leaf.buffers]):
+                covered = frozenset(leaf.place.key for leaf in some)
+                found.of_tree.setdefault(name, []).append((covered, np.asarray(value)))
+    return found
+
+
+def _meanings(buffers: Collection[str], params: Tree) -> Any:
+    """What the buffers of PyTorch mean: what those of an optimizer here do."""
+    if "velocity" in buffers:
+        alike = rmsprop(1.0, momentum=0.9) if "nu" in buffers else sgd(1.0, momentum=0.9)
+    else:
+        alike = adamod(1.0) if "rate_ema" in buffers else amsgrad(1.0)
+    return found_in(alike, alike.init(params), params).meaning

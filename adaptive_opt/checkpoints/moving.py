@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import optax
 
-from adaptive_opt.checkpoints.buffers import meanings_of, put_together, take_apart
+from adaptive_opt.checkpoints.buffers import found_in, put_together
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.trees import Tree
-from adaptive_opt.memory import codecs
 
 
 def convert_state(
@@ -20,6 +20,7 @@ def convert_state(
     params: Tree,
     *,
     count: int | None = None,
+    drop: Collection[str] = (),
 ) -> Any:
     """The state with which ``target`` goes on where ``source`` stopped.
 
@@ -61,15 +62,5 @@ def convert_state(
             f"the state is not one of the source, {describe(source).name}, for these parameters:"
             f" its structure is {jax.tree.structure(state)}, that of the source is {expected}."
         )
-    found, counts = take_apart(codecs.decoded(state))
-    if count is None:
-        if not counts:
-            raise ValueError(
-                f"the state of {describe(source).name} does not say how many gradients it has"
-                " seen: give count=."
-            )
-        numbers = {int(c) for c in counts}
-        if len(numbers) > 1:
-            raise ValueError(f"the counts in the state differ: {sorted(numbers)}; give count=.")
-        count = numbers.pop()
-    return put_together(target, params, found, count, meanings_of(source))
+    found = found_in(source, state, params)
+    return put_together(target, params, found, count, drop=drop)

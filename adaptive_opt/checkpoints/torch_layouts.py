@@ -37,11 +37,15 @@ Layout = Callable[[str, np.ndarray], np.ndarray] | Mapping[str, Sequence[int]]
 
 
 class Place:
-    """Where a parameter stands: its path, its shape, and the class that holds it."""
+    """Where a parameter stands: its path, its shape, and the class that holds it.
 
-    def __init__(self, path: str, shape: tuple[int, ...], owner: Any) -> None:
-        self.path, self.shape, self.kind = path, shape, type(owner).__name__
-        *above, self.name = path.split("/")
+    ``key`` is the path as ``jax.tree_util.keystr`` writes it.
+    """
+
+    def __init__(self, path: Any, shape: tuple[int, ...], owner: Any) -> None:
+        self.key, self.path = jax.tree_util.keystr(path), path_of(path)
+        self.shape, self.kind = shape, type(owner).__name__
+        *above, self.name = self.path.split("/")
         said = "/".join([*above, self.kind]).lower()
         self.is_transposed = "transpose" in said or "deconv" in said
 
@@ -49,7 +53,7 @@ class Place:
 def places_of(params: Tree) -> list[Place]:
     """The places of all parameters, in the order of the leaves."""
     return [
-        Place(path_of(path), tuple(np.shape(leaf)), _owner(params, path))
+        Place(path, tuple(np.shape(leaf)), _owner(params, path))
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     ]
 

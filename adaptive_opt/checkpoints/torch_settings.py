@@ -227,7 +227,8 @@ class Computed(NamedTuple):
       decays: the weight decays and their forms: "l2", "decoupled" or "constant".
       is_negated: whether the gradient is, before all stages.
       is_frozen: whether there is no step.
-      is_scheduled: whether the learning rate, or something else, changes with the count.
+      is_scheduled: whether something changes by the count of the moments. A learning rate behind
+        them, and weight decay, count for themselves.
     """
 
     group: tuple[str, ...]
@@ -295,14 +296,14 @@ def _computed(group: tuple[str, ...], listed: tuple[Description, ...]) -> Comput
             stages.append(stage)
         elif stage.name == "scale" and settings.get("step_size") == -1 and not stages:
             negated = not negated
+    inside = [s for s in listed if s.name in STAGES and s.name != "scale_by_learning_rate"]
     return Computed(
         group,
         tuple(stages),
         tuple((value, form) for value, form in decays if callable(value) or value != 0),
         negated,
         any(stage.name == "set_to_zero" for stage in listed),
-        any(stage.name == "scale_by_schedule" for stage in listed)
-        or any(callable(v) for s in listed for k, v in s.settings.items() if k != "mask"),
+        any(callable(value) for stage in inside for value in stage.settings.values()),
     )
 
 

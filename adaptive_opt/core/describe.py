@@ -246,23 +246,32 @@ def bound(
 
 def _inner(transformation: optax.GradientTransformation) -> tuple[Description, ...]:
     """What a transformation holds on to that is a transformation itself."""
+    return tuple(
+        describe(part) if key is None else describe(part)._replace(key=key)
+        for key, part in held_in(transformation)
+    )
+
+
+def held_in(
+    transformation: optax.GradientTransformation,
+) -> list[tuple[str | None, optax.GradientTransformation]]:
+    """The transformations that one closes over, in order, with the labels it has for them."""
     held = {**held_by(transformation.init), **held_by(inspect.unwrap(transformation.update))}
     if "update_fns" in held:  # optax.chain
         updates = held["update_fns"]  # with an init of its own, if somebody has replaced that
         inits = held.get("init_fns", (None,) * len(updates))
         pairs = zip(inits, updates, strict=True)
-        return tuple(describe(optax.GradientTransformation(*pair)) for pair in pairs)
+        return [(None, optax.GradientTransformation(*pair)) for pair in pairs]
     if "transforms" in held:  # optax.partition, optax.named_chain
-        named = dict(held["transforms"]).items()
-        return tuple(describe(part)._replace(key=str(key)) for key, part in named)
+        return [(str(key), part) for key, part in dict(held["transforms"]).items()]
     if "inner_factory" in held:  # optax.inject_hyperparams
         schedules = {k: getattr(v, "schedule_fn", v) for k, v in held["sched_hps"].items()}
         arguments = held["other_hps"] | held["numeric_hps"] | schedules
-        return (describe(held["inner_factory"](**arguments)),)
+        return [(None, held["inner_factory"](**arguments))]
     leaves = jax.tree.leaves(
         list(held.values()), is_leaf=lambda x: isinstance(x, optax.GradientTransformation)
     )
-    return tuple(describe(x) for x in leaves if isinstance(x, optax.GradientTransformation))
+    return [(None, x) for x in leaves if isinstance(x, optax.GradientTransformation)]
 
 
 def held_by(function: Callable[..., Any]) -> Mapping[str, Any]:

@@ -142,19 +142,6 @@ def low_memory(
         # A constant that XLA sees it calculates itself, slowly.
         return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
 
-    @counts_as_per_weight
-    def encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
-        """The same array after a step, as it was stored: here it may be a part of what it was."""
-        dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
-        if dtype == jnp.bfloat16:
-            return codecs.own_bits(x)
-        if dtype != jnp.float32 or storage == _WIDE:
-            return x
-        if _name(path) in _NEAREST:
-            return _ENCODERS[storage](x, None)
-        salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-        return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
-
     def init(params: Tree) -> LowMemoryState:
         state = inner.init(params)
         _check_names(buffers or {}, state, params)
@@ -172,13 +159,29 @@ def low_memory(
         count = jnp.asarray(optax.safe_increment(state.count))
         stored = state.inner_state
         updates, new = inner.update(updates, _decoded(stored), params, **extra)
-        encode = functools.partial(encoded_again, count)
-        return updates, LowMemoryState(
-            count,
-            jax.tree_util.tree_map_with_path(encode, stored, new, is_leaf=codecs.is_blocks),
-        )
+        return updates, LowMemoryState(count, encoded_again(count, stored, new))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def encoded_again(count: jax.Array, stored: Any, state: Any) -> Any:
+    """An inner state after the step ``count``, every array as it is in ``stored``."""
+    encode = functools.partial(_encoded_again, count)
+    return jax.tree_util.tree_map_with_path(encode, stored, state, is_leaf=codecs.is_blocks)
+
+
+@counts_as_per_weight
+def _encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
+    """An array after a step, as it was stored: here it may be a part of what it was."""
+    dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
+    if dtype == jnp.bfloat16:
+        return codecs.own_bits(x)
+    if dtype != jnp.float32 or storage == _WIDE:
+        return x
+    if _name(path) in _NEAREST:
+        return _ENCODERS[storage](x, None)
+    salt = zlib.crc32(jax.tree_util.keystr(path).encode())
+    return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
 
 
 def _storage_of(stored: Any) -> str:
