@@ -13,6 +13,8 @@ import optax
 import pytest
 
 from adaptive_opt import (
+    Group,
+    ParameterGroups,
     adabound,
     adabound_dynamic_bound,
     adadelta,
@@ -42,6 +44,7 @@ from adaptive_opt import (
     scale_rate,
     second_moment,
     sgd,
+    skip_nonfinite,
 )
 
 BEFORE, LR = 30, 1e-2
@@ -90,9 +93,9 @@ def parameters_of(row):
     return in_a_tree(lambda name: recorded()[f"{row}|before|{name}"])
 
 
-def steps_after(optimizer, state, row, gradients=lambda g: g):
-    """The parameters after some of the next 100 steps."""
-    rest = gradients(in_a_tree(lambda name: recorded()[f"gradients {name}"][BEFORE:]))
+def steps_after(optimizer, state, row, times=1):
+    """The parameters after some of the next 100 steps; every gradient so many times."""
+    rest = in_a_tree(lambda name: np.repeat(recorded()[f"gradients {name}"][BEFORE:], times, 0))
 
     def step(carry, gradient):
         params, state = carry
@@ -101,7 +104,7 @@ def steps_after(optimizer, state, row, gradients=lambda g: g):
         return (params, state), params
 
     run = jax.jit(lambda params, state: jax.lax.scan(step, (params, state), rest)[1])
-    return jax.tree.map(lambda x: x[np.array(SEEN) - 1], run(parameters_of(row), state))
+    return jax.tree.map(lambda x: x[np.array(SEEN) * times - 1], run(parameters_of(row), state))
 
 
 def assert_goes_on(optimizer, state, row, **how):
@@ -178,3 +181,82 @@ ONE_GROUP = {
 def test_the_next_100_steps_are_those_of_pytorch(row, x64):
     target, more = ONE_GROUP[row]
     assert_goes_on(target, imported(row, target, **more), row)
+
+
+def grouped(recipe, *groups, **settings):
+    return ParameterGroups(groups, default=Group()).optimizer(recipe, LR, **settings)
+
+
+def adam_with_l2(learning_rate, weight_decay=0.0):
+    return optax.chain(l2_regularization(weight_decay), adam(learning_rate))
+
+
+def five_groups(recipe, **settings):
+    decays = {"head/bias": 0.0, "head/kernel": 0.02, "body/bias": 0.04, "body/kernel": 0.06}
+    groups = [Group(path, weight_decay=decay) for path, decay in decays.items()]
+    return grouped(recipe, *groups, weight_decay=0.08, **settings)
+
+
+def slower(t):
+    return LR / (1 + 0.05 * t)
+
+
+HEAD = Group("^head", learning_rate=10.0, weight_decay=0.0)
+ALONE = Group("body/kernel")
+ADAMW_GROUPS = grouped(adamw, HEAD, weight_decay=0.1)
+GROUPS = {
+    "adamw named": (adamw(LR, weight_decay=0.01), {"order": None}),
+    "adamw two groups": (ADAMW_GROUPS, {}),
+    "adamod two groups": (grouped(adamod, HEAD, b2=0.99, b3=0.9999, weight_decay=0.1), {}),
+    "sgd five groups": (five_groups(sgd, momentum=0.9), {"count": BEFORE}),
+    "adam five groups named": (five_groups(adam_with_l2), {"order": None}),
+    "adamw sharded": (ADAMW_GROUPS, {"order": None}),
+    "adamw sharded flat": (ADAMW_GROUPS, {"order": None}),
+    "adamw frozen": (grouped(adamw, Group("body/kernel", freeze=True), weight_decay=0.1), {}),
+    "adamw late": (grouped(adamw, ALONE, weight_decay=0.1), {}),
+    "adamw scheduled": (adamw(slower, weight_decay=0.1), {}),
+    "adamw scheduled late": (
+        ParameterGroups([ALONE], Group()).optimizer(adamw, slower, weight_decay=0.1),
+        {},
+    ),
+    "rmsprop late": (rmsprop(LR, 0.99), {}),
+}
+
+
+@pytest.mark.parametrize("row", GROUPS)
+def test_groups_schedules_and_late_parameters_go_on_too(row, x64):
+    target, more = GROUPS[row]
+    assert_goes_on(target, imported(row, target, **more), row)
+
+
+def in_multi_steps(optimizer):
+    return optax.MultiSteps(optimizer, 2, accumulator_dtype=np.float64).gradient_transformation()
+
+
+WRAPPERS = {
+    "clip": lambda optimizer: optax.chain(optax.clip_by_global_norm(1e9), optimizer),
+    "skip_nonfinite": skip_nonfinite,
+    "MultiSteps": in_multi_steps,
+    "all": lambda o: skip_nonfinite(in_multi_steps(optax.chain(optax.clip(1e9), o))),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_groups_and_recipes_go_on_inside_wrappers(wrapper, x64):
+    times = 2 if wrapper in ("MultiSteps", "all") else 1
+    for row, optimizer in (
+        ("adamw two groups", ADAMW_GROUPS),
+        ("adamw scheduled", adamw(slower, weight_decay=0.1)),
+    ):
+        target = WRAPPERS[wrapper](optimizer)
+        assert_goes_on(target, imported(row, target), row, times=times)
+
+
+def test_injected_hyperparameters_are_those_of_the_target(x64):
+    row, make = "adamw", optax.inject_hyperparams(adamw)
+    target = make(LR, weight_decay=0.1)
+    assert_goes_on(target, imported(row, target), row)
+    row, target = "adamw scheduled", make(slower, weight_decay=0.1)
+    assert_goes_on(target, imported(row, target), row)
+    with pytest.raises(ValueError, match=r"weight_decay of PyTorch is 0.1 .*, here 0.2"):
+        imported("adamw", make(LR, weight_decay=0.2))

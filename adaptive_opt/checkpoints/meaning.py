@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from adaptive_opt.checkpoints.places import Place, lanes
 from adaptive_opt.core import checks
@@ -31,6 +30,7 @@ from adaptive_opt.core.stage import lines_of
 from adaptive_opt.core.tree import OpenStep, run
 from adaptive_opt.stages.directions import lion_direction
 from adaptive_opt.stages.moments import (
+    amsgrad_max,
     belief_moment,
     centered_moment,
     debias,
@@ -40,7 +40,6 @@ from adaptive_opt.stages.moments import (
     second_moment,
     sum_of_squares,
 )
-from adaptive_opt.stages.moments import amsgrad_max
 from adaptive_opt.stages.rates import adadelta_units, inverse_rate, per_weight_rate
 
 _B = 0.5  # whatever it is, it is not asked for

@@ -99,6 +99,8 @@ OF_THE_MODEL: dict[str, Any] = {
     "adamw sharded flat": lambda m: two_groups(m, torch.optim.AdamW, weight_decay=0.1),
     "adamw frozen": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=0.1),
     "adamw late": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=0.1),
+    "adamw scheduled": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=0.1),
+    "adamw scheduled late": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=0.1),
     "rmsprop late": lambda m: torch.optim.RMSprop(m.parameters(), lr=LR),
 }
 
@@ -144,6 +146,8 @@ def main() -> None:
         names = {p: n for n, p in model.named_parameters()}
         order = [names[p] for g in optimizer.param_groups for p in g["params"]]
         kept[f"{row}|order"] = np.array(order)
+        schedule = (lambda t: 1 / (1 + 0.05 * t)) if "scheduled" in row else (lambda t: 1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         for t in range(BEFORE + AFTER):
             if t == BEFORE:
                 for name, parameter in model.named_parameters():
@@ -153,6 +157,7 @@ def main() -> None:
                 has = gets_a_gradient(row, name, t)
                 parameter.grad = torch.tensor(gradients[name][t]) if has else None
             optimizer.step()
+            scheduler.step()
             if t + 1 - BEFORE in SEEN:
                 for name, parameter in model.named_parameters():
                     seen = kept.setdefault(f"{row}|after|{name}", [])
