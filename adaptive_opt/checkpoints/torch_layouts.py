@@ -17,8 +17,11 @@ everything else                         as here                as it is
 ======================================  =====================  ===============================
 
 A convolution in PyTorch that is transposed runs over its kernel backwards; Flax and Equinox do not.
-Where the shapes leave several of these open (a square kernel), the first that fits is right unless
-a convolution is transposed and nothing in its path, nor its class, says so.
+Where shapes leave several of these open, a ``kernel`` is always transposed, and a convolution is a
+transposed one if its path or class says so ("transpose", "deconv"). Two cases cannot be seen, where
+``layout=`` helps: a transposed convolution with another name and as many channels in as out, and a
+square kernel of a layer that is no torch.nn.Linear (Conv1D of the package transformers is (in,
+out) already).
 """
 
 from __future__ import annotations
@@ -86,22 +89,26 @@ def laid_out(what: str, x: np.ndarray, place: Place, layout: Layout | None) -> n
 
 def _ways(x: np.ndarray, place: Place) -> Iterator[np.ndarray]:
     """The layouts that ``x`` may have here, the likeliest first."""
-    space = tuple(range(2, x.ndim))
-    if place.name == "kernel" and x.ndim == 2:
-        yield x.T
-        if len(place.shape) > 2 and _splits(x.T.shape, place.shape):
-            yield x.T.reshape(place.shape)
-    elif place.name == "kernel" and x.ndim > 2:
+    first = x
+    if place.name == "kernel" and x.ndim > 1:
+        space = tuple(range(2, x.ndim))
         plain = x.transpose(*space, 1, 0)
         backwards = np.flip(x.transpose(*space, 0, 1), tuple(range(len(space))))
-        yield from (backwards, plain) if place.is_transposed else (plain, backwards)
-    elif place.is_transposed and place.kind.startswith("ConvTranspose") and x.ndim > 2:
-        yield np.flip(x.swapaxes(0, 1), space)
+        both = (plain, backwards) if space else (plain,)
+        first = both[-1] if place.is_transposed else plain
+        yield first
+        yield from both
+        if not space and _splits(plain.shape, place.shape):
+            yield plain.reshape(place.shape)
+    elif place.kind.startswith("ConvTranspose") and x.ndim > 2:  # of Equinox
+        yield np.flip(x.swapaxes(0, 1), tuple(range(2, x.ndim)))
+        return
+    else:
+        yield x
+    is_split_bias = place.name == "bias" and x.ndim == 1 and x.size == math.prod(place.shape)
+    if is_split_bias or _without_ones(first.shape) == _without_ones(place.shape):
+        yield first.reshape(place.shape)
     yield x
-    if _without_ones(x.shape) == _without_ones(place.shape) or (
-        place.name == "bias" and x.shape == (math.prod(place.shape),)
-    ):
-        yield x.reshape(place.shape)
 
 
 def _splits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:

@@ -162,7 +162,29 @@ def main() -> None:
                 for name, parameter in model.named_parameters():
                     seen = kept.setdefault(f"{row}|after|{name}", [])
                     seen.append(parameter.detach().numpy().copy())
+    record_layers(kept)
     np.savez_compressed(pathlib.Path(__file__).parent / "torch_states.npz", **kept)
+
+
+LAYERS: dict[str, Any] = {
+    "linear": (lambda: torch.nn.Linear(3, 3), (2, 3)),
+    "conv": (lambda: torch.nn.Conv2d(2, 2, 2), (1, 2, 5, 6)),
+    "conv grouped": (lambda: torch.nn.Conv2d(4, 4, (3, 2), groups=2), (1, 4, 5, 6)),
+    "transposed": (lambda: torch.nn.ConvTranspose2d(2, 3, (3, 2), stride=2), (1, 2, 4, 5)),
+    "transposed square": (lambda: torch.nn.ConvTranspose1d(2, 2, 3), (1, 2, 5)),
+    "attention": (lambda: torch.nn.MultiheadAttention(4, 2, batch_first=True), (1, 3, 4)),
+}
+
+
+def record_layers(kept: dict[str, Any]) -> None:
+    """What some layers make of an input, with their parameters."""
+    for name, (make, shape) in LAYERS.items():
+        layer, x = make(), torch.randn(shape)
+        for parameter, array in layer.state_dict().items():
+            array.copy_(torch.randn(array.shape))
+            kept[f"layer {name}|{parameter}"] = array.numpy().copy()
+        y = layer(x, x, x)[0] if name == "attention" else layer(x)
+        kept |= {f"layer {name}|x": x.numpy(), f"layer {name}|y": y.detach().numpy()}
 
 
 def keep_state_dict(row: str, saved: Any, kept: dict[str, Any]) -> None:
