@@ -85,6 +85,28 @@ class Counts:
         new.known, new.given, new.paths = self.known, given, paths
         return new
 
+    def are_zero(self, given: Any) -> bool:
+        """Whether nothing has been seen yet, so that everything is as at the start."""
+        if given is not None:
+            return given == 0
+        return bool(self.known) and all(count.value == 0 for count in self.known)
+
+    def schedules_apart(self) -> list[int]:
+        """The counts, where a schedule's is another than that of the moments beside it."""
+        for one in self.known:
+            for other in self.known:
+                beside = one.labels == other.labels and one.value != other.value
+                if beside and one.whose == "others" and other.whose == "moments":
+                    return sorted({one.value, other.value})
+        return []
+
+    def is_of_a_schedule(self, place: Place) -> bool:
+        return bool(count_of(place)) and (whose(place) == "others" or "Inject" in place.kind)
+
+    def refuse_unless_given(self, wrong: dict[str, None], values: list[int]) -> None:
+        if self.given is None:
+            wrong[f"the counts in the state differ: {values}; give count=."] = None
+
     def of(self, place: Place, covered: frozenset[str]) -> int | str:
         """The count of a place of another state that goes on; or why nobody knows it."""
         if self.given is not None:

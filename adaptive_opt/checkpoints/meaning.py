@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -115,19 +116,26 @@ class Meaning:
       factors: the hyperparameters that multiply whatever comes in: a learning rate, perhaps.
       of_update: those that multiply the update.
       is_linear: whether twice the factors make twice the buffer.
+      is_of_gradients: whether other gradients make another buffer.
       made_by: the stages up to the one that keeps it.
     """
 
-    value: np.ndarray | None
-    mirrored: np.ndarray | None
+    value: np.ndarray
+    mirrored: np.ndarray
     factors: tuple[Any, ...]
     of_update: tuple[Any, ...]
     is_linear: bool
+    is_of_gradients: bool
     made_by: tuple[str, ...]
 
 
-def meanings(found: Sequence[Place]) -> dict[tuple[Any, str], Meaning]:
+def meanings(found: Sequence[Place]) -> Mapping[tuple[Any, str], Meaning]:
     """The meaning of every buffer of the places, by the key of the place and the buffer's name."""
+    return _meanings(tuple(dataclasses.replace(place, state=None) for place in found))
+
+
+@functools.lru_cache(maxsize=256)
+def _meanings(found: tuple[Place, ...]) -> Mapping[tuple[Any, str], Meaning]:
     known: dict[tuple[Any, str], Meaning] = {}
     with jax.enable_x64(True):
         for lane in lanes(list(found)):
@@ -156,12 +164,12 @@ class _Lane:
 
     def meanings(self) -> dict[tuple[Any, str], Meaning]:
         first = self.run({})
-        empty = self.run({}, scale=0.0)
+        empty, other = self.run({}, scale=0.0), self.run({}, gradient="another gradient")
         of_whom: dict[Any, list[Any]] = {key: [] for key in first}
         for asked in list(self.asked):
             doubled = self.run({asked: 2 * self.value(asked)}, scale=0.0)
             for key, before in empty.items():
-                if np.any(before) and alike(doubled[key], 2 * before):
+                if np.any(before) and _alike(doubled[key], 2 * before):
                     of_whom[key].append(asked)
         found = {}
         for key in first:
@@ -176,7 +184,8 @@ class _Lane:
                 -minus,
                 tuple(self.asked[asked] for asked in of_whom[key]),
                 tuple(self.asked[asked] for asked in of_whom[_UPDATE]),
-                bool(twice) and alike(more, 2 * value),
+                bool(twice) and _alike(more, 2 * value),
+                not _alike(first[key], other[key]),
                 self.made_by[key],
             )
         return found
@@ -186,13 +195,17 @@ class _Lane:
         return _ANY if isinstance(asked, _Asked) else _value(self.asked[asked])
 
     def run(
-        self, values: Mapping[Any, float], scale: float = 1.0, of: Any = None
+        self,
+        values: Mapping[Any, float],
+        scale: float = 1.0,
+        of: Any = None,
+        gradient: str = "gradient",
     ) -> dict[Any, np.ndarray]:
         """The buffers after a step with these values; what was remembered scaled, all or one."""
         made: dict[Any, np.ndarray] = {}
         self.made_by: dict[Any, tuple[str, ...]] = {}
         stages: list[str] = []
-        flow, opened = _made_up("gradient", _SHAPES), None
+        flow, opened = _made_up(gradient, _SHAPES), None
         for place in self.lane:
             if place.kind == "OpenStepState":
                 opened = OpenStep(_Asking(place, self.asked, values), flow, self.params)
@@ -314,14 +327,40 @@ def _flat(tree: Any) -> np.ndarray:
 
 def _made_up(name: str, shapes: Any) -> Any:
     """Numbers that go by a name, from 0.01 to 2: some outweigh a gradient, and some do not."""
-    seed = int.from_bytes(name.encode(), "little") % 2**32
 
     def draw(shape: tuple[int, ...]) -> jax.Array:
-        rng = np.random.default_rng([seed, math.prod(shape)])
+        rng = np.random.default_rng([zlib.crc32(name.encode()), math.prod(shape)])
         return jnp.asarray(10 ** rng.uniform(-2, 0.3, shape), np.float64)
 
     return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def alike(a: np.ndarray, b: np.ndarray) -> bool:
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-9, atol=0)
+
+
+def ratio(held: Meaning | None, wanted: Meaning | None) -> float | str:
+    """By what a buffer is to be multiplied to mean what is wanted; or why that cannot be."""
+    if held is None or wanted is None:
+        return 1.0 if held is wanted else "what it is made of is not known of both"
+    if _alike(held.value, wanted.value):
+        sign = 1.0
+    elif _alike(held.value, wanted.mirrored):
+        sign = -1.0
+    else:
+        return "it is made of something else, or in another order"
+    if bool(held.factors) == bool(wanted.factors):
+        return sign
+    inside, where = (held, "there") if held.factors else (wanted, "here")
+    if not inside.is_linear:
+        return f"the learning rate is part of it {where} only"
+    rates = held.factors or held.of_update
+    if any(callable(rate) or isinstance(rate, Tracer) for rate in rates):
+        return (
+            f"the learning rate is part of it {where} only, and is a schedule, so that every"
+            " gradient in it has its own"
+        )
+    rate = abs(math.prod(float(rate) for rate in rates))
+    if rate == 0:
+        return f"the learning rate is part of it {where} only, and is 0"
+    return sign / rate if held.factors else sign * rate

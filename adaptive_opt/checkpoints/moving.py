@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import optax
 
-from adaptive_opt.checkpoints.buffers import found_in, put_together
+from adaptive_opt.checkpoints.buffers import put_together
+from adaptive_opt.checkpoints.found import found_in
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.trees import Tree
 

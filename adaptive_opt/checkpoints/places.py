@@ -28,22 +28,20 @@ class Place:
 
     Attributes:
       key: where it is in the state.
-      state: what stands there.
+      kind: the type of what stands there.
+      state: what stands there; two places are the same whatever it is.
       owner: the transformation whose state it is; None where that is not known.
-      within: the wrappers around it, from outside in: the type of its state, or ``("group", label)``
+      within: the wrappers around it, from outside in: the type of a state, or ``("group", label)``
         of a partition.
       inner: of a wrapper, the field in which the inner state is; it is not part of this place.
     """
 
     key: tuple[Any, ...]
-    state: Any
+    kind: str
+    state: Any = dataclasses.field(compare=False)
     owner: optax.GradientTransformation | None
     within: tuple[Any, ...] = ()
     inner: str | None = None
-
-    @property
-    def kind(self) -> str:
-        return type(self.state).__name__
 
     @property
     def name(self) -> str:
@@ -110,10 +108,11 @@ def replaced(
                 name: go_on(owner, part, (*key, name), within)
                 for owner, (name, part) in zip(owners, state.items(), strict=True)
             }
+    kind = type(state).__name__
     inner = next((name for name in _INNER if name in getattr(state, "_fields", ())), None)
     if inner is None:
-        return function(Place(key, state, innermost(tx), within))
-    wrapper = function(Place(key, state, tx, within, inner))
+        return function(Place(key, kind, state, innermost(tx), within))
+    wrapper = function(Place(key, kind, state, tx, within, inner))
     below, key = getattr(state, inner), (*key, inner)
     if inner == "inner_states":
         owners = _parts(tx, below)
@@ -124,7 +123,7 @@ def replaced(
     else:
         is_encoded = isinstance(state, LowMemoryState)
         plain = codecs.decoded(below) if is_encoded else below
-        new = go_on(tx, plain, key, (*within, type(state).__name__))
+        new = go_on(tx, plain, key, (*within, kind))
         if is_encoded and encode:
             new = encoded_again(wrapper.count, below, new)
     return wrapper._replace(**{inner: new})
@@ -168,7 +167,12 @@ def _parts(tx: Any, labels: Any) -> list[optax.GradientTransformation | None]:
 
 def over(tree: Any) -> dict[str, Any]:
     """The arrays of a tree by their paths; of masked parameters there are none."""
-    return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {path_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def path_of(path: Any) -> str:
+    """A key path as it is written in Python: ``['dense']['kernel']``."""
+    return jax.tree_util.keystr(path)
 
 
 def lanes(found: list[Place]) -> Iterator[list[Place]]:
