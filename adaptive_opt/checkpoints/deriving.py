@@ -37,7 +37,8 @@ def _alone(owner: optax.GradientTransformation, state: Any) -> Place:
 def _of_a_still_step(owner: optax.GradientTransformation, nu: Tree, count: int) -> dict[str, Tree]:
     """The maximum and the rate of a step that leaves the second moment as it is.
 
-    The gradient sqrt(v) does: b2 v + (1 - b2) v = v. The average of rates is linear in what it was,
+    The gradient sqrt(v) does: b2 v + (1 - b2) v = v; AdaBelief's surprise is a part of it. The
+    average of rates is linear in what it was,
     so that two steps, from 0 and from 1, tell the rate; in float64, because b3 is close to 1. All
     of it is calculated where the second moment is, split as it is.
     """
@@ -45,9 +46,9 @@ def _of_a_still_step(owner: optax.GradientTransformation, nu: Tree, count: int) 
         nu = jax.tree.map(lambda v: jnp.asarray(v).astype(np.float64), nu)
         nowhere = jax.tree.map(jnp.zeros_like, nu)  # where nothing decays
         fresh = _alone(owner, owner.init(nowhere))
-        paths, gradient = over(nu), jax.tree.map(jnp.sqrt, nu)
+        paths, root = over(nu), jax.tree.map(jnp.sqrt, nu)
 
-        def after(start: float) -> dict[str, Tree]:
+        def after(gradient: Tree, start: float) -> dict[str, Tree]:
             started = {
                 name: jax.tree.map(lambda x: jnp.full_like(x, start), buffer)
                 for name, buffer in buffers_at(fresh, paths).items()
@@ -58,7 +59,12 @@ def _of_a_still_step(owner: optax.GradientTransformation, nu: Tree, count: int) 
             new = _alone(owner, owner.update(gradient, state, nowhere)[1])
             return buffers_at(new, paths)
 
-        zero, one = after(0.0), after(1.0)
+        def still(v: jax.Array, without: jax.Array, more: jax.Array) -> jax.Array:
+            square = v * jnp.where(v == 0, 0.0, (v - without) / (more - without))
+            return jnp.sqrt(jnp.maximum(square, 0.0))
+
+        gradient = jax.tree.map(still, nu, after(nowhere, 0.0)["nu"], after(root, 0.0)["nu"])
+        zero, one = after(gradient, 0.0), after(gradient, 1.0)
         made = {"nu_max": zero["nu_max"]} if "nu_max" in zero else {}
         if "rate_ema" in zero:
             made["rate_ema"] = jax.tree.map(

@@ -161,7 +161,15 @@ class Filling:
             made = derived(place, missing, new, count)
             new |= {name: self.cast_all(name, mine[name], tree) for name, tree in made.items()}
         for name in missing:
-            if name not in new:
+            if name in new:
+                continue
+            if name in self.found.names() - self.drop:
+                where = self.name if name in self.found.buffers else self.found.name
+                self.wrong[
+                    f"{name!r} is one number of the tree, or of a group, in {where}, and elsewhere"
+                    " in the other."
+                ] = None
+            else:
                 self.missing.setdefault(name, []).extend(self.covered[place.key])
         return new
 
@@ -195,6 +203,8 @@ class Filling:
             return value
         held = self.found.meaning[name, path]
         factor = ratio(held, wanted)
+        if self.found.is_altered and factor not in (1, -1):
+            factor = "the learning rate is part of one of them only, and was changed by hand"
         if not isinstance(factor, str):
             return value if factor == 1 else jax.tree.map(lambda x: factor * x, value)
         here, there = (m.made_by if m else ("nobody knows",) for m in (wanted, held))

@@ -51,6 +51,11 @@ class Found:
     def names(self) -> set[str]:
         return {*self.buffers, *self.of_tree}
 
+    @property
+    def is_altered(self) -> bool:
+        """Whether somebody has changed an injected hyperparameter."""
+        return any("hyperparams" in names for names in self.numbers.values())
+
     def note(
         self, name: str, tree: Tree, place: Place, covered: frozenset[str], meaning: Meaning | None
     ) -> None:

@@ -57,7 +57,12 @@ class AsStages:
 def _rms(held: Mapping[str, Any], *more: Any) -> tuple[Any, ...]:
     correction = (debias(b2=_B),) if held.get("bias_correction") else ()
     eps = (0.0, held["eps"]) if held.get("eps_in_sqrt", True) else (held["eps"], 0.0)
-    return second_moment(_B), *more, *correction, per_weight_rate(*eps)
+    return (
+        second_moment(_B, initial=held["initial_scale"]),
+        *more,
+        *correction,
+        per_weight_rate(*eps),
+    )
 
 
 _ADAM = first_moment(_B), second_moment(_B), debias(_B, _B), per_weight_rate(_B)
@@ -77,7 +82,12 @@ OPTAX = {
     "scale_by_stddev": AsStages(
         lambda held: _rms(held, centered_moment(_B)), {"mu": "mean_gradient"}
     ),
-    "scale_by_rss": AsStages(lambda _: (sum_of_squares(), per_weight_rate(0.0, _B))),
+    "scale_by_rss": AsStages(
+        lambda held: (
+            sum_of_squares(initial=held["initial_accumulator_value"]),
+            per_weight_rate(0.0, _B),
+        )
+    ),
     "scale_by_adadelta": AsStages(
         lambda _: (second_moment(_B), per_weight_rate(0.0, _B), adadelta_units(_B, _B)),
         {"e_g": "nu", "e_x": "step_ema"},
@@ -117,6 +127,8 @@ class Meaning:
       of_update: those that multiply the update.
       is_linear: whether twice the factors make twice the buffer.
       is_of_gradients: whether other gradients make another buffer.
+      initial: what it is before the first step.
+      is_corrected: whether the update is another at a later step: for its start, it may be.
       made_by: the stages up to the one that keeps it.
     """
 
@@ -126,6 +138,8 @@ class Meaning:
     of_update: tuple[Any, ...]
     is_linear: bool
     is_of_gradients: bool
+    initial: np.ndarray
+    is_corrected: bool
     made_by: tuple[str, ...]
 
 
@@ -161,10 +175,12 @@ class _Lane:
         self.asked: dict[Any, Any] = {}
         """Hyperparameters by where they are asked for, filled by a run."""
         self.remembered: dict[Any, dict[str, Any]] = {}
+        self.initial: dict[Any, np.ndarray] = {}
 
     def meanings(self) -> dict[tuple[Any, str], Meaning]:
         first = self.run({})
         empty, other = self.run({}, scale=0.0), self.run({}, gradient="another gradient")
+        later, as_given = self.run({}, count=4), self.run({}, as_given=True)
         of_whom: dict[Any, list[Any]] = {key: [] for key in first}
         for asked in list(self.asked):
             doubled = self.run({asked: 2 * self.value(asked)}, scale=0.0)
@@ -178,6 +194,9 @@ class _Lane:
             ones = {asked: math.copysign(1.0, self.value(asked)) for asked in of_whom[key]}
             twice = {asked: 2 * value for asked, value in list(ones.items())[:1]}
             value, minus = self.run(ones)[key], self.run(ones, scale=-1.0, of=key)[key]
+            is_of_gradients = not _alike(first[key], other[key])
+            if not is_of_gradients:  # it goes by the hyperparameters alone, so they matter
+                value = as_given[key]
             more = self.run({**ones, **twice}, scale=2.0, of=key)[key]
             found[key] = Meaning(
                 value,
@@ -185,7 +204,9 @@ class _Lane:
                 tuple(self.asked[asked] for asked in of_whom[key]),
                 tuple(self.asked[asked] for asked in of_whom[_UPDATE]),
                 bool(twice) and _alike(more, 2 * value),
-                not _alike(first[key], other[key]),
+                is_of_gradients,
+                self.initial[key],
+                not _alike(first[_UPDATE], later[_UPDATE]),
                 self.made_by[key],
             )
         return found
@@ -200,6 +221,8 @@ class _Lane:
         scale: float = 1.0,
         of: Any = None,
         gradient: str = "gradient",
+        count: int = 3,
+        as_given: bool = False,
     ) -> dict[Any, np.ndarray]:
         """The buffers after a step with these values; what was remembered scaled, all or one."""
         made: dict[Any, np.ndarray] = {}
@@ -208,12 +231,16 @@ class _Lane:
         flow, opened = _made_up(gradient, _SHAPES), None
         for place in self.lane:
             if place.kind == "OpenStepState":
-                opened = OpenStep(_Asking(place, self.asked, values), flow, self.params)
+                opened = OpenStep(
+                    _Asking(count, place, self.asked, None if as_given else values),
+                    flow,
+                    self.params,
+                )
             elif opened is not None and place.name == "close_step":
                 flow, opened = opened.close(), None
             elif (rule := rule_of(place)) is not None:
                 lines, _ = rule
-                now = _Asking(place, self.asked, values)
+                now = _Asking(count, place, self.asked, None if as_given else values)
                 step: Any = opened or OpenStep(now, flow, self.params)
                 step.now.turns.clear()
                 step.now.all_settings.clear()
@@ -243,6 +270,7 @@ class _Lane:
     def made_up_buffers(self, place: Place, lines: Any, *, flat: bool) -> dict[str, Any]:
         if place.key not in self.remembered:
             start = init_buffers(lines, self.params, lenient=flat)
+            self.initial |= {(place.key, name): _flat(start[name]) for name in start}
             self.remembered[place.key] = {
                 name: _made_up(name, jax.tree.map(jnp.shape, buffer))
                 for name, buffer in start.items()
@@ -259,13 +287,18 @@ class _Asked(NamedTuple):
 
 
 class _Asking(Now):
-    """A step at which every hyperparameter has a made-up value, and notes who is asked for."""
+    """A step at which every hyperparameter has a made-up value, and notes who is asked for.
 
-    def __init__(self, place: Place, asked: dict[Any, Any], values: Mapping[Any, float]) -> None:
+    Without values, hyperparameters have those that they were given.
+    """
+
+    def __init__(
+        self, count: int, place: Place, asked: dict[Any, Any], values: Mapping[Any, float] | None
+    ) -> None:
         self.place, self.asked, self.given = place.key, asked, values
         self.turns: list[object] = []
         self.all_settings: list[Mapping[str, Any]] = []
-        super().__init__(jnp.asarray(3, np.int32), looking=True)
+        super().__init__(jnp.asarray(count, np.int32), looking=True)
 
     def begin(self, turn: object, stage: str, settings: Mapping[str, Any]) -> None:
         if turn not in (None, *self.turns[-1:]):
@@ -277,8 +310,8 @@ class _Asking(Now):
         turn, name = self.whose(hyperparameter)
         if not name and isinstance(hyperparameter, jax.Array):
             return hyperparameter  # a value, and no hyperparameter
-        if name == "dampening":  # it says how much of a gradient is in the sum
-            return super().at(hyperparameter)
+        if self.given is None or name == "dampening":  # which says how much is in the sum
+            return checks.value_at(hyperparameter, self.count)
         if name.startswith("eps") and checks.is_zero(hyperparameter):
             return 0.0  # there is none
         asked = _Asked(self.place, turn, name)
@@ -294,7 +327,7 @@ class _Asking(Now):
         return len(self.turns), ""
 
     def correction(self, decay: Any, which: Correction) -> Any:
-        return 1 - self.at(decay) ** (3 + which.ahead)
+        return 1 - self.at(decay) ** (int(self.count) + which.ahead)
 
 
 def _scale_of(place: Place) -> Any:
@@ -326,11 +359,17 @@ def _flat(tree: Any) -> np.ndarray:
 
 
 def _made_up(name: str, shapes: Any) -> Any:
-    """Numbers that go by a name, from 0.01 to 2: some outweigh a gradient, and some do not."""
+    """Numbers that go by a name, from 0.01 to 2: some outweigh a gradient, and some do not.
+
+    The first is 0: a weight that has seen no gradient.
+    """
 
     def draw(shape: tuple[int, ...]) -> jax.Array:
         rng = np.random.default_rng([zlib.crc32(name.encode()), math.prod(shape)])
-        return jnp.asarray(10 ** rng.uniform(-2, 0.3, shape), np.float64)
+        numbers = 10 ** rng.uniform(-2, 0.3, shape)
+        if shape:
+            numbers.flat[0] = 0.0
+        return jnp.asarray(numbers, np.float64)
 
     return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -349,6 +388,8 @@ def ratio(held: Meaning | None, wanted: Meaning | None) -> float | str:
         sign = -1.0
     else:
         return "it is made of something else, or in another order"
+    if wanted.is_corrected and not _alike(held.initial, wanted.initial):
+        return "it starts elsewhere, and is corrected here for its start"
     if bool(held.factors) == bool(wanted.factors):
         return sign
     inside, where = (held, "there") if held.factors else (wanted, "here")
