@@ -191,10 +191,12 @@ class Filling:
                 return self.cast(name, path, old, self.converted(name, key, there[key], wanted))
 
             return jax.tree_util.tree_map_with_path(move, tree)
-        for paths, labels, value in self.found.of_tree.get(name, ()):
-            is_same = wanted is not None and not wanted.is_of_gradients  # for any parameters
-            if is_same or (paths == covered and labels == place.labels):
-                return self.cast_all(name, tree, self.converted(name, "", value, wanted))
+        there = self.found.of_tree.get(name, ())
+        own = [x for paths, labels, x in there if (paths, labels) == (covered, place.labels)]
+        if wanted is not None and not wanted.is_of_gradients:  # the same for any parameters
+            own += [x for _, _, x in there]
+        for value in own:
+            return self.cast_all(name, tree, self.converted(name, "", value, wanted))
         return None
 
     def converted(self, name: str, path: str, value: Any, wanted: Meaning | None) -> Any:

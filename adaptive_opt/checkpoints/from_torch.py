@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_opt.checkpoints.buffers import Found, found_in, listed, put_together
-from adaptive_opt.checkpoints.counting import Counts
+from adaptive_opt.checkpoints.buffers import put_together
+from adaptive_opt.checkpoints.filling import listed
+from adaptive_opt.checkpoints.found import Found, found_in
+from adaptive_opt.checkpoints.places import over
 from adaptive_opt.checkpoints.torch_dict import Entry, Key, Saved, as_array, read
 from adaptive_opt.checkpoints.torch_layouts import Layout, Place, laid_out, places_of
 from adaptive_opt.checkpoints.torch_settings import (
@@ -162,16 +164,17 @@ def import_torch_state(
     found = _found(leaves, counts)
     if any(group.kind is None for group in groups):  # so that no settings say what buffers mean
         found = dataclasses.replace(found, meaning=_meanings(found.names(), params))
-    by_path = {leaf.place.key: counts[leaf.computed.group] for leaf in leaves}
+    by_path = {leaf.key: counts[leaf.computed.group] for leaf in leaves}
     return put_together(target, params, found, by_path)
 
 
 class _Leaf(NamedTuple):
     """A parameter here: its entry in the state dict, and that one's buffers under our names.
 
-    What the target freezes has no entry.
+    What the target freezes has no entry. ``key`` is the path as states are filled by.
     """
 
+    key: str
     place: Place
     computed: Computed
     entry: Entry | None
@@ -179,12 +182,13 @@ class _Leaf(NamedTuple):
 
 
 def _groups(saved: Saved) -> list[Group]:
-    groups = []
+    groups, every = [], set().union(*(e.buffers for e in saved.entries.values()))
     for i, settings in enumerate(saved.groups):
         buffers = [e.buffers for e in saved.entries.values() if e.group == i]
         squares = [b["exp_avg_sq"] for b in buffers if "exp_avg_sq" in b]
         seen = [np.min(np.abs(s), where=s != 0, initial=np.inf) for s in squares]
-        groups.append(Group(settings, set().union(*buffers), float(min(seen, default=np.inf))))
+        names = set().union(*buffers) or every
+        groups.append(Group(settings, names, float(min(seen, default=np.inf))))
     return groups
 
 
@@ -197,7 +201,9 @@ def _leaves(
 ) -> list[_Leaf]:
     """Every parameter with its entry; none is left over, none is taken twice."""
     found, taken = [], dict[Key, str]()
-    for place, does, leaf in zip(places_of(params), computed, jax.tree.leaves(params), strict=True):
+    for (key, leaf), place, does in zip(
+        over(params).items(), places_of(params), computed, strict=True
+    ):
         entry = None
         if not does.is_frozen or place.path in names:
             name = _name_of(place, names)
@@ -216,16 +222,16 @@ def _leaves(
         kept = {} if entry is None else entry.buffers
         _check_complex(kept, leaf, place)
         buffers = {
-            _torch_name(key, place): x
-            if _torch_name(key, place) in _OF_THE_TREE
-            else laid_out(key, x, place, layout)
-            for key, x in kept.items()
+            _torch_name(name, place): x
+            if _torch_name(name, place) in _OF_THE_TREE
+            else laid_out(name, x, place, layout)
+            for name, x in kept.items()
         }
-        found.append(_Leaf(place, does, entry, buffers))
-    over = [e for e in saved.entries.values() if e.buffers and e.key not in taken]
-    if over:
+        found.append(_Leaf(key, place, does, entry, buffers))
+    left = [e for e in saved.entries.values() if e.buffers and e.key not in taken]
+    if left:
         raise ValueError(
-            f"no parameter here is that of the states {listed(over)}, which would be lost. Name"
+            f"no parameter here is that of the states {listed(left)}, which would be lost. Name"
             " them in names=, or take them out of the state dict."
         )
     return found
@@ -376,19 +382,19 @@ def _numbers(leaves: Iterable[_Leaf], group: tuple[str, ...]) -> dict[str, float
 
 def _found(leaves: Sequence[_Leaf], counts: Mapping[tuple[str, ...], int]) -> Found:
     """The buffers by name and path; zeros, as at the start, for what has none and needs none."""
-    found = Found("PyTorch", {}, {}, {}, Counts(), {}, skips_some=True)
-    for name in {name for leaf in leaves for name in leaf.buffers} - {*_OF_THE_TREE}:
+    found = Found("PyTorch")
+    names = {name for leaf in leaves for name in leaf.buffers}
+    for name in names - {*_OF_THE_TREE}:
         found.buffers[name] = {
-            leaf.place.key: leaf.buffers.get(name, np.zeros(leaf.place.shape))
-            for leaf in leaves
-            if leaf.buffers or counts[leaf.computed.group]
+            leaf.key: leaf.buffers.get(name, np.zeros(leaf.place.shape)) for leaf in leaves
         }
-    for group in counts:
-        there = [leaf for leaf in leaves if leaf.computed.group == group]
-        for name, value in _numbers(leaves, group).items():
-            for some in (there, [leaf for leaf in there if leaf.buffers]):
-                covered = frozenset(leaf.place.key for leaf in some)
-                found.of_tree.setdefault(name, []).append((covered, np.asarray(value)))
+    for name in names & {*_OF_THE_TREE}:
+        found.of_tree[name] = []
+        for group in counts:
+            covered = frozenset(leaf.key for leaf in leaves if leaf.computed.group == group)
+            labels = tuple(("group", label) for label in group)
+            value = _numbers(leaves, group).get(name, 1.0)  # a product, 1 at the start
+            found.of_tree[name].append((covered, labels, np.asarray(value)))
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adaptive_opt.checkpoints.places import Place, lanes
 from adaptive_opt.core import checks

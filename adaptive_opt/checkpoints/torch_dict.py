@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adaptive_opt.checkpoints.buffers import listed
+from adaptive_opt.checkpoints.filling import listed
 
 Key = int | str
 
@@ -64,7 +64,7 @@ def read(state_dict: Mapping[str, Any], order: Sequence[str] | None) -> Saved:
         state_dict = _unflattened(state_dict)
     states = state_dict.get("state", {})
     groups: list[Any] = list(state_dict.get("param_groups", ())) or [{"params": list(states)}]
-    keys = [(key, i) for i, group in enumerate(groups) for key in group["params"]]
+    keys = [(key, i) for i, group in enumerate(groups) for key in group.get("params", ())]
     without = set(states) - {key for key, _ in keys}
     if without or len({key for key, _ in keys}) != len(keys):
         what = f"states {listed(without)} are in" if without else "some parameter is twice in"

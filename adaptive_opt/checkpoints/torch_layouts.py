@@ -40,14 +40,10 @@ Layout = Callable[[str, np.ndarray], np.ndarray] | Mapping[str, Sequence[int]]
 
 
 class Place:
-    """Where a parameter stands: its path, its shape, and the class that holds it.
-
-    ``key`` is the path as ``jax.tree_util.keystr`` writes it.
-    """
+    """Where a parameter stands: its path, its shape, and the class that holds it."""
 
     def __init__(self, path: Any, shape: tuple[int, ...], owner: Any) -> None:
-        self.key, self.path = jax.tree_util.keystr(path), path_of(path)
-        self.shape, self.kind = shape, type(owner).__name__
+        self.path, self.shape, self.kind = path_of(path), shape, type(owner).__name__
         *above, self.name = self.path.split("/")
         said = "/".join([*above, self.kind]).lower()
         self.is_transposed = "transpose" in said or "deconv" in said

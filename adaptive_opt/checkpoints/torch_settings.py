@@ -87,11 +87,11 @@ def _fused_adam(s: Settings) -> Any:
 def _sgd(s: Settings) -> Any:
     if not s["momentum"]:
         return sgd(1.0)
-    return sgd(1.0, s["momentum"], bool(s["nesterov"]), dampening=s["dampening"])
+    return sgd(1.0, s["momentum"], bool(s.get("nesterov")), dampening=s["dampening"])
 
 
 def _rmsprop(s: Settings) -> Any:
-    centered, momentum = bool(s["centered"]), s["momentum"]
+    centered, momentum = bool(s.get("centered")), s.get("momentum")
     return rmsprop(1.0, s["alpha"], s["eps"], centered=centered, momentum=momentum)
 
 
@@ -110,14 +110,11 @@ def _diffgrad(s: Settings) -> Any:
 def _adabound(s: Settings) -> Any:
     _refuse(s, "adam_debias")
     b1, b2 = s["betas"]
-    final = s["final_lr"]
-    if s.get("initial_lr"):  # which a schedule has left, and with it the final rate
-        final = final * s["lr"] / s["initial_lr"]
     return adaptive(
         *_eps_hat(s, s.get("amsbound") or s.get("ams_bound")),
         debias_rate(b1, b2),
         scale_rate(1.0),
-        adabound_dynamic_bound(final, s["gamma"]),
+        adabound_dynamic_bound(s["final_lr"], s["gamma"]),
     )
 
 
@@ -184,14 +181,16 @@ KINDS = (
     Kind("Adamax", BETAS, lambda s: _with_betas(adamax, s), buffer="exp_inf"),
     Kind(
         "SGD",
-        ("momentum", "dampening", "nesterov"),
+        ("momentum", "dampening"),
         _sgd,
+        others=("nesterov",),
         counts=lambda s: bool(s["momentum"] and s["dampening"]),
     ),
     Kind(
         "RMSprop",
-        ("alpha", "eps", "centered", "momentum"),
+        ("alpha", "eps"),
         _rmsprop,
+        others=("centered", "momentum"),
         names={"b2": "alpha"},
         counts=lambda s: False,
     ),

@@ -93,6 +93,7 @@ OF_THE_MODEL: dict[str, Any] = {
     "adamw named": lambda m: torch.optim.AdamW(m.named_parameters(), lr=LR),
     "adamw two groups": lambda m: two_groups(m, torch.optim.AdamW, weight_decay=0.1),
     "adamod two groups": lambda m: two_groups(m, pytorch_optimizer.AdaMod, weight_decay=0.1),
+    "nadam two groups": lambda m: two_groups(m, torch.optim.NAdam, momentum_decay=0.01),
     "sgd five groups": lambda m: five_groups(m, torch.optim.SGD, False, momentum=0.9),
     "adam five groups named": lambda m: five_groups(m, torch.optim.Adam, True),
     "adamw sharded": lambda m: two_groups(m, torch.optim.AdamW, weight_decay=0.1),
@@ -101,6 +102,7 @@ OF_THE_MODEL: dict[str, Any] = {
     "adamw late": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=0.1),
     "adamw scheduled": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=0.1),
     "adamw scheduled late": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, weight_decay=0.1),
+    "nadam late": lambda m: torch.optim.NAdam(m.parameters(), lr=LR),
     "rmsprop late": lambda m: torch.optim.RMSprop(m.parameters(), lr=LR),
 }
 
