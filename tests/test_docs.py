@@ -89,7 +89,14 @@ def test_recipes_that_equal_something_public_name_it():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "benchmarks/README.md",
+        "docs/move_a_pytorch_run.md",
+    ],
 )
 def test_links_and_pictures_exist(document):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):

@@ -83,7 +83,18 @@ def read(state_dict: Mapping[str, Any], order: Sequence[str] | None) -> Saved:
         step = said.pop() if said and (buffers or "step" not in groups[i]) else None
         arrays = {k: as_array(v, f"{k} of {key}") for k, v in buffers.items() if k != "step"}
         entries[key] = Entry(key, names.get(key), i, arrays, step)
-    return Saved(entries, groups)
+    settings = [{k: v if k in _LISTS else _plain(v) for k, v in g.items()} for g in groups]
+    return Saved(entries, settings)
+
+
+_LISTS = ("params", "param_names")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a number, if it is a tensor of one."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def _names(
