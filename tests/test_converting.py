@@ -69,6 +69,9 @@ def run(optimizer, x, state, many, repeats=1):
             x = optax.apply_updates(x, updates)
         return (x, state), x
 
+    one = jax.tree.map(lambda g: g[0], many)
+    _, new = jax.eval_shape(optimizer.update, one, state, x)
+    state = jax.tree.unflatten(jax.tree.structure(new), jax.tree.leaves(state))  # of named_chain
     return jax.jit(lambda *start: jax.lax.scan(step, start, many))(x, state)
 
 
@@ -226,7 +229,7 @@ def test_a_transformation_of_optax_keeps_what_its_stages_keep(name, x64):
 def with_decays(stage, decays):
     """The stage again, with the decays of the transformation."""
     made = made_of(stage)
-    settings = {k: decays.get(k, v) if decays.get(k) is not None else v
+    settings = {k: v if v is None or decays.get(k) is None else decays[k]
                 for k, v in made.settings.items()}  # fmt: skip
     return STAGES[made.name](**settings)
 
@@ -298,7 +301,7 @@ RULES = {
     "adagrad": [optax.adagrad, functools.partial(adagrad, eps=1e-7, convention="optax")],
     "adamax": [optax.adamax, adamax],
     "adadelta": [optax.adadelta, adadelta],
-    "lion": [optax.lion, lion],
+    "lion": [functools.partial(optax.lion, weight_decay=0.0), lion],
     "adabelief": [optax.adabelief, adabelief],
     "adamod": [adamod],
 }
@@ -306,7 +309,9 @@ RULES = {
 
 
 def in_groups(make):
-    return ParameterGroups([Group("b")], default=Group()).optimizer(make, learning_rate=LR)
+    return ParameterGroups([Group("b", may_be_empty=True)], default=Group()).optimizer(
+        make, learning_rate=LR
+    )
 
 
 def injected(make, learning_rate):

@@ -7,7 +7,7 @@ counts sums of gradients; a group that was frozen starts later.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,6 +63,10 @@ def _behind(place: Place) -> tuple[Any, ...]:
     return tuple(w for w in place.within if w in _HOLD_BACK)
 
 
+def _of(counts: Iterable[Count]) -> frozenset[str]:
+    return frozenset(path for count in counts for path in count.covered)
+
+
 class Counts:
     """The counts of a state."""
 
@@ -93,19 +97,14 @@ class Counts:
 
     def schedules_apart(self) -> list[int]:
         """The counts, where a schedule's is another than that of the moments beside it."""
+        if self.given is not None:
+            return []
         for one in self.known:
             for other in self.known:
                 beside = one.labels == other.labels and one.value != other.value
                 if beside and one.whose == "others" and other.whose == "moments":
                     return sorted({one.value, other.value})
         return []
-
-    def is_of_a_schedule(self, place: Place) -> bool:
-        return bool(count_of(place)) and (whose(place) == "others" or "Inject" in place.kind)
-
-    def refuse_unless_given(self, wrong: dict[str, None], values: list[int]) -> None:
-        if self.given is None:
-            wrong[f"the counts in the state differ: {values}; give count=."] = None
 
     def of(self, place: Place, covered: frozenset[str]) -> int | str:
         """The count of a place of another state that goes on; or why nobody knows it."""
@@ -126,6 +125,8 @@ class Counts:
                 [c for c in some if c.behind == behind],
                 some,
             ):
+                if any(covered & (c.covered - _of(candidates)) for c in some):
+                    continue  # they do not speak of all these parameters
                 values = sorted({c.value for c in candidates})
                 if len(values) == 1:
                     return values[0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_opt.checkpoints.counting import count_of
+from adaptive_opt.checkpoints.counting import count_of, whose
 from adaptive_opt.checkpoints.deriving import DERIVED, derived
 from adaptive_opt.checkpoints.found import (
     Found,
@@ -24,7 +24,7 @@ from adaptive_opt.checkpoints.found import (
 )
 from adaptive_opt.checkpoints.meaning import Meaning, meanings, ratio
 from adaptive_opt.checkpoints.places import Place, over, path_of, places, replaced
-from adaptive_opt.core.describe import describe, held_by
+from adaptive_opt.core.describe import describe, held_by, held_in, made_of
 from adaptive_opt.core.trees import Tree
 
 _STARTS = "slow"
@@ -111,10 +111,15 @@ class Filling:
     # --- counts -------------------------------------------------------------------------------
 
     def check_schedules(self) -> None:
-        """A schedule that has its count to itself cannot move in with moments of another."""
-        apart = self.found.counts.schedules_apart()
-        if apart and not any(self.counts.is_of_a_schedule(place) for place in self.places):
-            self.counts.refuse_unless_given(self.wrong, apart)
+        """A schedule that has a count to itself cannot move in with moments that have another."""
+        apart = self.counts.schedules_apart()
+        if apart and any(
+            whose(place) == "moments" and place.has_schedules for place in self.places
+        ):
+            self.wrong[
+                f"the counts in the state differ: {apart}; give count=. That of the schedule is"
+                f" another than that of the moments, and {self.name} has one for both."
+            ] = None
 
     def count(self, place: Place) -> int | None:
         """The count at a place that goes on; None, and it is wrong, where nobody knows it."""
@@ -195,9 +200,9 @@ class Filling:
         own = [x for paths, labels, x in there if (paths, labels) == (covered, place.labels)]
         if wanted is not None and not wanted.is_of_gradients:  # the same for any parameters
             own += [x for _, _, x in there]
-        for value in own:
-            return self.cast_all(name, tree, self.converted(name, "", value, wanted))
-        return None
+        if not own:
+            return None
+        return self.cast_all(name, tree, self.converted(name, "", own[0], wanted))
 
     def converted(self, name: str, path: str, value: Any, wanted: Meaning | None) -> Any:
         """The value in the meaning that the target gives it."""
@@ -283,11 +288,17 @@ def _of_schedule(fresh: Any, held: Any, count: int) -> Any:
 
 
 def _every_k(owner: optax.GradientTransformation | None) -> Any:
+    """After how many gradients ``MultiSteps`` takes a step, by the steps taken."""
     while owner is not None:
+        own = made_of(owner)
+        if own is not None:
+            owner = own.plain
+            continue
         held = held_by(inspect.unwrap(owner.update))
         if "_every_k_schedule" in held:
             return held["_every_k_schedule"]
-        owner = held.get("tx", held.get("inner"))
+        parts = held_in(owner)
+        owner = parts[0][1] if len(parts) == 1 else None
     return None
 
 

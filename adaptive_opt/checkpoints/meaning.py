@@ -90,7 +90,11 @@ OPTAX = {
         )
     ),
     "scale_by_adadelta": AsStages(
-        lambda _: (second_moment(_B), per_weight_rate(0.0, _B), adadelta_units(_B, _B)),
+        lambda held: (
+            second_moment(_B),
+            per_weight_rate(0.0, held["eps"]),
+            adadelta_units(_B, held["eps"]),
+        ),
         {"e_g": "nu", "e_x": "step_ema"},
     ),
     "trace": AsStages(
@@ -337,20 +341,24 @@ def _scale_of(place: Place) -> Any:
         return None
     own = made_of(place.owner)
     if own is not None and own.name == "scale_by_learning_rate":
-        rate = own.settings["learning_rate"]
-        if not own.settings["flip_sign"]:
-            return rate
-        return (lambda count: -rate(count)) if callable(rate) else -rate
+        return _flipped(own.settings["learning_rate"], own.settings["flip_sign"])
     held = held_by(inspect.unwrap(place.owner.update))
     if place.name == "scale":
         return held["step_size"]
     return held["step_size_fn"] if place.name == "scale_by_schedule" else None
 
 
+def _flipped(rate: Any, flip_sign: bool) -> Any:
+    if not flip_sign:
+        return rate
+    return (lambda count: -rate(count)) if callable(rate) else -1 * rate
+
+
 def _value(factor: Any) -> float:
     """A made-up value of the same sign; 1 and -1 stay, for they are no learning rate."""
     if callable(factor):
-        samples = (float(factor(jnp.asarray(count))) for count in (0, 1, 10, 100, 1000))
+        schedule: Any = factor
+        samples = (float(schedule(jnp.asarray(count))) for count in (0, 1, 10, 100, 1000))
         return math.copysign(_ANY, next((x for x in samples if x), 1.0))
     return float(factor) if abs(float(factor)) == 1 else math.copysign(_ANY, float(factor))
 

@@ -79,7 +79,7 @@ def convert_state(
     params = _plain(params)
     expected = jax.eval_shape(source.init, params)
     state = _plain(state, expected)
-    if jax.tree.structure(state) != jax.tree.structure(expected):
+    if _paths(state) != _paths(expected):  # a named_chain makes an OrderedDict of a dict
         raise ValueError(
             f"the state is not one of the source, {describe(source).name}, for these parameters:"
             f" its structure is {jax.tree.structure(state)}, that of the source is"
@@ -106,6 +106,10 @@ def _plain(tree: Any, expected: Any = None) -> Any:
     if {_simple(path) for path, _ in with_paths} != set(there):
         return tree
     return structure.unflatten([there[_simple(path)] for path, _ in with_paths])
+
+
+def _paths(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _simple(path: Any) -> str:

@@ -49,6 +49,12 @@ class Place:
         return "" if self.owner is None else describe(self.owner).name
 
     @property
+    def has_schedules(self) -> bool:
+        """Whether a hyperparameter of the owner goes by its count."""
+        parts = () if self.owner is None else describe(self.owner).walk()
+        return any(callable(value) for part in parts for value in part.settings.values())
+
+    @property
     def labels(self) -> tuple[Any, ...]:
         return tuple(w for w in self.within if isinstance(w, tuple))
 
