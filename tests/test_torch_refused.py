@@ -116,7 +116,10 @@ def test_settings_are_compared_for_each_parameter():
         )
         return adamw(LR, weight_decay=0.1, mask=decays)
 
-    assert int(imported(row, masked(*head))[0].count) == BEFORE
+    said = said_by(row, masked(*head))
+    assert "lr of PyTorch is 0.1, here 0.01 (of head/bias)" in said
+    assert "lr of PyTorch is 0.01, here 0.01 (of body/bias)" in said
+    assert int(imported(row, masked(*head), allow={"lr"})[0].count) == BEFORE
     said = said_by(row, masked("head/kernel", "scale"))
     assert "weight_decay of PyTorch is 0, here 0.1 (decoupled) (of head/bias);" in said
     assert "weight_decay of PyTorch is 0.1 (decoupled), here 0 (of scale)" in said

@@ -12,16 +12,13 @@ import numpy as np
 import optax
 
 from adaptive_opt.checkpoints.buffers import put_together
+from adaptive_opt.checkpoints.computing import Computed, computed_by
 from adaptive_opt.checkpoints.filling import listed
 from adaptive_opt.checkpoints.found import Found, found_in
 from adaptive_opt.checkpoints.places import over
 from adaptive_opt.checkpoints.torch_dict import Entry, Key, Saved, as_array, read
 from adaptive_opt.checkpoints.torch_layouts import Layout, Place, laid_out, places_of
-from adaptive_opt.checkpoints.torch_settings import (
-    Computed,
-    Group,
-    computed_by,
-)
+from adaptive_opt.checkpoints.torch_settings import TorchGroup
 from adaptive_opt.core.trees import Tree, dtype_of
 from adaptive_opt.recipes.adam import amsgrad
 from adaptive_opt.recipes.bounds import adamod
@@ -77,7 +74,7 @@ def import_torch_params(
         if name not in state_dict:
             raise ValueError(
                 f"PyTorch has no parameter {name!r}, which {place.path!r} should be; it has"
-                f" {listed(state_dict)}."
+                f" {_some(sorted(state_dict))}."
             )
         array = laid_out(name, as_array(state_dict[name], name), place, layout)
         if np.iscomplexobj(array) and not jnp.issubdtype(dtype_of(leaf), np.complexfloating):
@@ -108,9 +105,9 @@ def import_torch_state(
 
     **Settings** in the state dict are compared with those of the target, parameter by parameter:
     betas, eps, weight decay and where it acts, momentum, nesterov, dampening, amsgrad, maximize,
-    and so on. Not the learning rate, which schedulers change and which is the target's, nor what is
-    a schedule here. ``pytorch_optimizer`` keeps ``maximize`` to itself. A group that says too
-    little to tell its optimizer is compared in what it says.
+    and so on. Of learning rates, which schedulers change, only the ratios between groups; nothing
+    that is a schedule here. ``pytorch_optimizer`` keeps ``maximize`` to itself. A group that says
+    too little to tell its optimizer is compared in what it says.
 
     **Groups** here (``ParameterGroups``, ``optax.partition``) count each for themselves, so that
     parameters that have seen different numbers of gradients need groups of their own, unless
@@ -151,16 +148,19 @@ def import_torch_state(
     >>> state = import_torch_state(saved, adam(1e-3), params, {"dense/kernel": 0})
     >>> int(state[0].count), state[0].mu["dense"]["kernel"].shape
     (7, (2, 3))
-    >>> import_torch_state(saved, adam(1e-3, b2=0.99), params, {"dense/kernel": 0})
-    Traceback (most recent call last):
-    ...
-    ValueError: the target computes something else than PyTorch did: betas[1] of PyTorch is ...
+    >>> try:
+    ...     import_torch_state(saved, adam(1e-3, b2=0.99), params, {"dense/kernel": 0})
+    ... except ValueError as error:  # doctest: +ELLIPSIS
+    ...     print(error)
+    the target computes something else ... betas[1] of PyTorch is 0.999, b2 here 0.99. Correct it...
     """
     saved = read(state_dict, order)
     groups = _groups(saved)
     leaves = _leaves(saved, computed_by(target, params), params, names, layout)
     _check_settings(groups, leaves, frozenset(allow))
     counts = _counts(groups, leaves, count)
+    if not {"lr", "learning_rate"} & {*allow}:
+        _check_rates(groups, leaves, max(counts.values(), default=0))
     found = _found(leaves, counts)
     if any(group.kind is None for group in groups):  # so that no settings say what buffers mean
         found = dataclasses.replace(found, meaning=_meanings(found.names(), params))
@@ -181,14 +181,14 @@ class _Leaf(NamedTuple):
     buffers: Mapping[str, np.ndarray]
 
 
-def _groups(saved: Saved) -> list[Group]:
+def _groups(saved: Saved) -> list[TorchGroup]:
     groups, every = [], set().union(*(e.buffers for e in saved.entries.values()))
     for i, settings in enumerate(saved.groups):
         buffers = [e.buffers for e in saved.entries.values() if e.group == i]
         squares = [b["exp_avg_sq"] for b in buffers if "exp_avg_sq" in b]
         seen = [np.min(np.abs(s), where=s != 0, initial=np.inf) for s in squares]
         names = set().union(*buffers) or every
-        groups.append(Group(settings, names, float(min(seen, default=np.inf))))
+        groups.append(TorchGroup(settings, names, float(min(seen, default=np.inf))))
     return groups
 
 
@@ -231,8 +231,8 @@ def _leaves(
     left = [e for e in saved.entries.values() if e.buffers and e.key not in taken]
     if left:
         raise ValueError(
-            f"no parameter here is that of the states {listed(left)}, which would be lost. Name"
-            " them in names=, or take them out of the state dict."
+            f"no parameter here is that of the states {_some([*map(str, left)])}, which would be"
+            " lost. Name them in names=, or take them out of the state dict."
         )
     return found
 
@@ -240,7 +240,7 @@ def _leaves(
 def _name_of(place: Place, names: Mapping[str, Any]) -> Any:
     if place.path not in names:
         raise ValueError(
-            f"names does not say what {place.path!r} is called; it has {listed(names)}."
+            f"names does not say what {place.path!r} is called; it has {_some(sorted(names))}."
         )
     return names[place.path]
 
@@ -256,7 +256,7 @@ def _not_there(saved: Saved, name: Any, place: Place) -> str:
         )
     return (
         f"{name!r}, which {place.path!r} should be, is not among the names of PyTorch:"
-        f" {listed(known)}. What its optimizer does not have, freeze here."
+        f" {_some(sorted(known))}. What its optimizer does not have, freeze here."
     )
 
 
@@ -284,7 +284,7 @@ def _check_complex(buffers: Mapping[str, np.ndarray], leaf: Any, place: Place) -
 
 
 def _check_settings(
-    groups: Sequence[Group], leaves: Sequence[_Leaf], allow: frozenset[str]
+    groups: Sequence[TorchGroup], leaves: Sequence[_Leaf], allow: frozenset[str]
 ) -> None:
     differ: dict[str, list[str]] = {}
     compared = [(leaf, leaf.entry.group) for leaf in leaves if leaf.entry is not None]
@@ -302,12 +302,31 @@ def _check_settings(
         )
 
 
+def _check_rates(groups: Sequence[TorchGroup], leaves: Sequence[_Leaf], count: int) -> None:
+    """Learning rates may be others, as schedulers change them, but others by one factor for all."""
+    by_factor: dict[str, list[str]] = {}
+    for leaf in leaves:
+        if leaf.entry is not None:
+            there = groups[leaf.entry.group].settings.get("lr")
+            here = leaf.computed.rate_at(count)
+            if there and here:
+                said = f"lr of PyTorch is {float(there):.6g}, here {here:.6g}"
+                factor = f"{here / float(there):.5g}"
+                by_factor.setdefault(factor, []).append(f"{said} (of {leaf.place.path})")
+    if len(by_factor) > 1:
+        one_of_each = "; ".join(said[0] for said in by_factor.values())
+        raise ValueError(
+            f"the groups have other learning rates, compared with one another: {one_of_each}."
+            ' Correct it, or let it be with allow={"lr"}.'
+        )
+
+
 def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
 def _counts(
-    groups: Sequence[Group], leaves: Sequence[_Leaf], count: int | None
+    groups: Sequence[TorchGroup], leaves: Sequence[_Leaf], count: int | None
 ) -> dict[tuple[str, ...], int]:
     """How many gradients each group of the target has seen."""
     trained = [(leaf, leaf.entry) for leaf in leaves if leaf.entry is not None]

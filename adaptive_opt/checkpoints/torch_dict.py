@@ -39,7 +39,7 @@ class Saved(NamedTuple):
     """All parameters of the optimizer, and the settings of its groups."""
 
     entries: dict[Key, Entry]
-    groups: list[Mapping[str, Any]]
+    groups: Sequence[Mapping[str, Any]]
 
     def find(self, name: str | int, path: str) -> Entry | None:
         """The parameter of this name or position; None if the optimizer does not have it."""

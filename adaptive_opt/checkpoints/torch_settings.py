@@ -11,18 +11,15 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.checkpoints.computing import RATE, Computed, computed
 from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.describe import Description, describe
-from adaptive_opt.core.stage import STAGES
-from adaptive_opt.core.trees import Tree
 from adaptive_opt.recipes.adam import adam, amsgrad, nadam, radam
 from adaptive_opt.recipes.bounds import adamod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd
-from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.directions import diffgrad_friction
 from adaptive_opt.stages.moments import amsgrad_max, first_moment, second_moment
 from adaptive_opt.stages.rates import (
@@ -33,9 +30,6 @@ from adaptive_opt.stages.rates import (
 )
 
 Settings = Mapping[str, Any]
-RATE = "learning rate"
-"""What every stage is called that multiplies by it."""
-
 WITHOUT_MEANING = (
     *("lr", "initial_lr", "params", "param_names", "step", "name", "weight_decay", "maximize"),
     *("foreach", "fused", "capturable", "differentiable"),
@@ -213,100 +207,8 @@ TORCH_NAMES = {"b1": "betas[0]", "b2": "betas[1]"}
 NO_SETTINGS = ("name", "dtype", "mask", "as_in_optax", "initial", "learning_rate", "factor")
 """Settings of stages that change no step from here on, or are compared apart."""
 
-RATES = ("uniform_rate", "scale_rate", "scale_by_learning_rate")
-OBSERVERS = ("telemetry", "observer")
 
-
-class Computed(NamedTuple):
-    """What a target computes for one parameter.
-
-    Attributes:
-      group: the labels of the groups it is in, which count each for themselves.
-      stages: the stages that make a step of a gradient, learning rates as "learning rate".
-      decays: the weight decays and their forms: "l2", "decoupled" or "constant".
-      is_negated: whether the gradient is, before all stages.
-      is_frozen: whether there is no step.
-      is_scheduled: whether something changes by the count of the moments. A learning rate behind
-        them, and weight decay, count for themselves.
-    """
-
-    group: tuple[str, ...]
-    stages: tuple[Description, ...]
-    decays: tuple[tuple[Any, str], ...]
-    is_negated: bool
-    is_frozen: bool
-    is_scheduled: bool
-
-
-def computed_by(target: optax.GradientTransformation, params: Tree) -> list[Computed]:
-    """What the target computes, for every leaf of the parameters."""
-    leaves = _by_leaf(describe(target), params)
-    return [_computed(group, stages) for group, stages in leaves]
-
-
-def _by_leaf(
-    described: Description, params: Tree
-) -> list[tuple[tuple[str, ...], tuple[Description, ...]]]:
-    """For every leaf the groups it is in and the stages that see it."""
-    parts = [_by_leaf(part, params) for part in described.parts]
-    if described.labels is not None and described.parts:
-        labels = _flat(described.labels, params)
-        if described.parts[0].key is None:  # a mask
-            return [
-                row if masked else ((), ()) for masked, row in zip(labels, parts[0], strict=True)
-            ]
-        row_of = {part.key: rows for part, rows in zip(described.parts, parts, strict=True)}
-        chosen = [(str(label), row_of[str(label)][i]) for i, label in enumerate(labels)]
-        return [((label, *group), stages) for label, (group, stages) in chosen]
-    if parts:
-        return [
-            (sum((g for g, _ in rows), ()), sum((s for _, s in rows), ()))
-            for rows in zip(*parts, strict=True)
-        ]
-    stages = (described,)
-    if described.name == "scale_by_adam":  # optax's, which equals ours
-        stages = describe(scale_by_adam(**described.settings)).stages()
-    mask = described.settings.get("mask")
-    if mask is not None:  # of a weight decay
-        return [((), stages if masked else ()) for masked in _flat(mask, params)]
-    return [((), stages)] * len(jax.tree.leaves(params))
-
-
-def _flat(labels: Any, params: Tree) -> list[Any]:
-    return jax.tree.leaves(
-        jax.tree.broadcast(labels(params) if callable(labels) else labels, params)
-    )
-
-
-def _computed(group: tuple[str, ...], listed: tuple[Description, ...]) -> Computed:
-    stages: list[Description] = []
-    decays, negated = [], False
-    for stage in listed:
-        settings = stage.settings
-        if stage.name in ("l2_regularization", "add_decayed_weights") and not stages:
-            decays.append((settings.get("weight_decay"), "l2"))
-        elif stage.name in ("decoupled_weight_decay", "l2_regularization", "add_decayed_weights"):
-            scaled = settings.get("learning_rate") is not None
-            scaled = scaled or not any(s.name == RATE for s in stages)
-            decays.append((settings.get("weight_decay"), "decoupled" if scaled else "constant"))
-        elif stage.name in RATES:
-            stages.append(stage._replace(name=RATE))
-        elif stage.name in (*STAGES, "decoupled_l1_decay") and stage.name not in OBSERVERS:
-            stages.append(stage)
-        elif stage.name == "scale" and settings.get("step_size") == -1 and not stages:
-            negated = not negated
-    inside = [s for s in listed if s.name in STAGES and s.name != "scale_by_learning_rate"]
-    return Computed(
-        group,
-        tuple(stages),
-        tuple((value, form) for value, form in decays if callable(value) or value != 0),
-        negated,
-        any(stage.name == "set_to_zero" for stage in listed),
-        any(callable(value) for stage in inside for value in stage.settings.values()),
-    )
-
-
-class Group:
+class TorchGroup:
     """A group of a state dict: its settings, which optimizer it is of, and what that computes.
 
     ``kind`` is None where the settings are those of several optimizers, or say nothing.
@@ -322,7 +224,7 @@ class Group:
         self.root_is_lost = 1e-12 * smallest >= 1e-15
         self.settings, self.expected = settings, None
         if self.kind is not None:
-            self.expected = _computed((), describe(self.kind.equal(settings)).stages())
+            self.expected = computed((), describe(self.kind.equal(settings)).stages())
 
     @property
     def counts(self) -> bool:
