@@ -341,17 +341,12 @@ def _scale_of(place: Place) -> Any:
         return None
     own = made_of(place.owner)
     if own is not None and own.name == "scale_by_learning_rate":
-        return _flipped(own.settings["learning_rate"], own.settings["flip_sign"])
+        rate = own.settings["learning_rate"]
+        return checks.scaled(rate, -1.0) if own.settings["flip_sign"] else rate
     held = held_by(inspect.unwrap(place.owner.update))
     if place.name == "scale":
         return held["step_size"]
     return held["step_size_fn"] if place.name == "scale_by_schedule" else None
-
-
-def _flipped(rate: Any, flip_sign: bool) -> Any:
-    if not flip_sign:
-        return rate
-    return (lambda count: -rate(count)) if callable(rate) else -1 * rate
 
 
 def _value(factor: Any) -> float:

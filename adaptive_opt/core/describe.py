@@ -256,7 +256,10 @@ def held_in(
     transformation: optax.GradientTransformation,
 ) -> list[tuple[str | None, optax.GradientTransformation]]:
     """The transformations that one closes over, in order, with the labels it has for them."""
-    held = {**held_by(transformation.init), **held_by(inspect.unwrap(transformation.update))}
+    update = inspect.unwrap(transformation.update)
+    held = {**held_by(transformation.init), **held_by(update)}
+    if getattr(update, "__qualname__", "").startswith("with_extra_args_support."):
+        return [(None, held["tx"])]  # beside whose init what it holds would be found twice
     if "update_fns" in held:  # optax.chain
         updates = held["update_fns"]  # with an init of its own, if somebody has replaced that
         inits = held.get("init_fns", (None,) * len(updates))
