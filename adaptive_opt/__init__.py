@@ -5,7 +5,7 @@ too: ``describe`` shows it, ``adaptive`` puts stages together anew, ``stage`` ma
 """
 
 from adaptive_opt.checkpoints.config import config, make
-from adaptive_opt.checkpoints.from_torch import import_torch_state
+from adaptive_opt.checkpoints.from_torch import import_torch_params, import_torch_state
 from adaptive_opt.checkpoints.headers import (
     CheckpointMismatch,
     check_checkpoint,
@@ -209,6 +209,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "write_checkpoint",
     "read_checkpoint",
     "convert_state",
+    "import_torch_params",
     "import_torch_state",
     # Writing a new stage, and the types one meets.
     "stage",

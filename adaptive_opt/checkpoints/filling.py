@@ -196,11 +196,13 @@ class Filling:
                 return self.cast(name, path, old, self.converted(name, key, there[key], wanted))
 
             return jax.tree_util.tree_map_with_path(move, tree)
-        for paths, labels, value in self.found.of_tree.get(name, ()):
-            is_same = wanted is not None and not wanted.is_of_gradients  # for any parameters
-            if is_same or (paths == covered and labels == place.labels):
-                return self.cast_all(name, tree, self.converted(name, "", value, wanted))
-        return None
+        there = self.found.of_tree.get(name, ())
+        own = [x for paths, labels, x in there if (paths, labels) == (covered, place.labels)]
+        if wanted is not None and not wanted.is_of_gradients:  # the same for any parameters
+            own += [x for _, _, x in there]
+        if not own:
+            return None
+        return self.cast_all(name, tree, self.converted(name, "", own[0], wanted))
 
     def converted(self, name: str, path: str, value: Any, wanted: Meaning | None) -> Any:
         """The value in the meaning that the target gives it."""
