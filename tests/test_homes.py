@@ -21,20 +21,31 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from adaptive_opt import (
+    CheckpointMismatch,
     Group,
     Packing,
     ParameterGroups,
     adam,
+    adamod,
     adamw,
+    check_checkpoint,
+    checkpoint_header,
+    convert_state,
     decay_mask,
     decay_report,
+    from_bytes,
     gradual_unfreezing,
     layerwise_learning_rates,
     low_memory,
+    rate_histograms,
+    read_telemetry,
     sweep,
+    telemetry,
+    to_bytes,
     train_step,
 )
 from adaptive_opt.memory.codecs import Blocks
+from adaptive_opt.watching.plots import Recorder
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 Y = np.sin(X).sum(axis=1, keepdims=True)
@@ -394,6 +405,61 @@ def test_a_state_in_8_bits_stays_so(home):
         np.any(a != b)
         for a, b in zip(by_name(home, one).values(), by_name(home, model).values(), strict=True)
     )
+
+
+@EACH
+def test_what_is_held_is_saved_checked_and_goes_on_bit_for_bit(home):
+    tx = adamw(1e-2, weight_decay=0.1)
+    step = train_step(home.loss, tx)
+
+    def go_on(held, steps):
+        for _ in range(steps):
+            *held, _ = step(*held, BATCH)
+        return tuple(held)
+
+    def arrays(held):
+        state = nnx.state(held[1]) if home is Nnx else held
+        model = home.all_arrays(held[0]) if home in (Nnx, Equinox) else []
+        return [*model, *(x for x in jax.tree.leaves(state) if hasattr(x, "dtype"))]
+
+    held = go_on(home.as_held(made(home), tx), 2)
+    data, header = to_bytes(tx, held), checkpoint_header(tx, held)
+    fresh = home.as_held(home.make(jax.random.key(7)), tx)
+    check_checkpoint(header, tx, fresh)
+    with pytest.raises(CheckpointMismatch, match=r"b2 of adamw was 0\.999, is 0\.9"):
+        check_checkpoint(header, adamw(1e-2, b2=0.9, weight_decay=0.1), fresh)
+    expected, resumed = go_on(held, 2), go_on(from_bytes(tx, fresh, data), 2)
+    assert len(arrays(expected)) > len(home.names)
+    for a, b in zip(arrays(expected), arrays(resumed), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(_bits(x)) for x in (a, b)))
+
+
+def _bits(x):
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
+
+
+@EACH
+def test_telemetry_is_read_off_what_is_held(home):
+    tx = adamod(1e-2, observers=telemetry(every=1))
+    held = home.as_held(made(home), tx)
+    *held, _ = train_step(home.loss, tx)(*held, BATCH)
+    recorder, optimizer = Recorder(), held[-1]
+    recorder.record(optimizer)
+    seen = read_telemetry(optimizer)
+    assert seen["step"] == 1 == recorder.steps[-1]
+    assert seen["learning_rate"] == pytest.approx(1e-2)
+    assert rate_histograms(optimizer)["all"].sum() == pytest.approx(1.0)
+
+
+@EACH
+def test_the_state_of_optax_moves_in(home):
+    model, state = home.trained(made(home), optax.adam(1e-2))
+    params = home.params(model)
+    moved = convert_state(state, optax.adam(1e-2), adamod(1e-2), params)
+    assert int(jax.tree.leaves(moved[0].count)[0]) == 2
+    mine, theirs = (jax.tree.leaves(t) for t in (moved[0].buffers["mu"], state[0].mu))
+    assert_close(mine, theirs, rtol=0, atol=0)
 
 
 # --- What only one of them has ------------------------------------------------------------------
