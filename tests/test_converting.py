@@ -36,6 +36,7 @@ from adaptive_opt import (
     rmsprop,
     sgd,
     skip_nonfinite,
+    stage,
 )
 from adaptive_opt.checkpoints.buffers import put_together
 from adaptive_opt.checkpoints.found import found_in
@@ -589,3 +590,30 @@ def test_an_optimizer_of_nnx_moves():
     trained(optax.adam(LR), 2, expected, nnx.as_pure(optimizer.opt_state))
     trained(adam(LR), 2, actual, moved)
     np.testing.assert_allclose(actual.kernel[...], expected.kernel[...], rtol=1e-6)
+
+
+def test_buffers_of_lines_that_bear_no_made_up_numbers_are_not_taken_for_one_another():
+    """Both keep ``mu``; nobody can tell what it means, so only the same stages go on with it."""
+
+    def kept(name):
+        def picky():
+            def line(step):
+                if step.direction.ndim == 2:
+                    raise TypeError("not for matrices")
+                return step.set(direction=step.average("mu", step.direction, 0.5))
+
+            return line
+
+        picky.__name__ = name
+        return adaptive(stage(picky)())
+
+    try:
+        one, same, other = kept("picky"), kept("picky"), kept("fussy")
+    finally:
+        for name in ("picky", "fussy"):
+            STAGES.pop(name)
+    x = jnp.ones(3)
+    _, state = one.update(x, one.init(x), x)
+    assert_bit_equal(convert_state(state, one, same, x), state)
+    with pytest.raises(ValueError, match=r"'mu' means something else .* cannot be found out"):
+        convert_state(state, one, other, x)

@@ -22,7 +22,7 @@ from adaptive_opt.checkpoints.found import (
     own_of,
     with_buffers,
 )
-from adaptive_opt.checkpoints.meaning import Meaning, meanings, ratio
+from adaptive_opt.checkpoints.meaning import Meaning, Unknown, meanings, ratio, unknown_at
 from adaptive_opt.checkpoints.places import Place, over, path_of, places, replaced
 from adaptive_opt.core.describe import describe, held_by, held_in, made_of
 from adaptive_opt.core.trees import Tree
@@ -180,7 +180,8 @@ class Filling:
 
     def taken(self, place: Place, name: str, tree: Tree) -> Tree | None:
         """A buffer of the source in the place of ``tree``; None where it is not there."""
-        wanted, covered = self.meanings.get((place.key, name)), self.covered[place.key]
+        wanted = self.meanings.get((place.key, name)) or unknown_at(place)
+        covered = self.covered[place.key]
         arrays = over(tree)
         if set(arrays) <= self.paths:
             there = self.found.buffers.get(name, {})
@@ -198,13 +199,15 @@ class Filling:
             return jax.tree_util.tree_map_with_path(move, tree)
         there = self.found.of_tree.get(name, ())
         own = [x for paths, labels, x in there if (paths, labels) == (covered, place.labels)]
-        if wanted is not None and not wanted.is_of_gradients:  # the same for any parameters
+        if (
+            isinstance(wanted, Meaning) and not wanted.is_of_gradients
+        ):  # the same for any parameters
             own += [x for _, _, x in there]
         if not own:
             return None
         return self.cast_all(name, tree, self.converted(name, "", own[0], wanted))
 
-    def converted(self, name: str, path: str, value: Any, wanted: Meaning | None) -> Any:
+    def converted(self, name: str, path: str, value: Any, wanted: Meaning | Unknown) -> Any:
         """The value in the meaning that the target gives it."""
         if (name, path) not in self.found.meaning:
             return value
@@ -214,7 +217,7 @@ class Filling:
             factor = "the learning rate is part of one of them only, and was changed by hand"
         if not isinstance(factor, str):
             return value if factor == 1 else jax.tree.map(lambda x: factor * x, value)
-        here, there = (m.made_by if m else ("nobody knows",) for m in (wanted, held))
+        here, there = wanted.made_by, held.made_by
         self.wrong[
             f"{name!r} means something else in {self.name} than in {self.found.name}: {factor}."
             f" Here it is made by {', '.join(here)}; there by {', '.join(there)}. Choose the"

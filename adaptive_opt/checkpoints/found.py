@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from adaptive_opt.checkpoints.counting import Counts, count_of
-from adaptive_opt.checkpoints.meaning import Meaning, meanings, rule_of
+from adaptive_opt.checkpoints.meaning import Meaning, Unknown, meanings, rule_of, unknown_at
 from adaptive_opt.checkpoints.places import Place, over, places
 from adaptive_opt.core.bracket import AdaptiveState
 from adaptive_opt.core.describe import describe
@@ -42,7 +42,7 @@ class Found:
     of_tree: dict[str, list[tuple[frozenset[str], Any, Any]]] = dataclasses.field(
         default_factory=dict
     )
-    meaning: dict[tuple[str, str], Meaning | None] = dataclasses.field(default_factory=dict)
+    meaning: dict[tuple[str, str], Meaning | Unknown] = dataclasses.field(default_factory=dict)
     counts: Counts = dataclasses.field(default_factory=Counts)
     own: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     numbers: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -57,7 +57,12 @@ class Found:
         return any("hyperparams" in names for names in self.numbers.values())
 
     def note(
-        self, name: str, tree: Tree, place: Place, covered: frozenset[str], meaning: Meaning | None
+        self,
+        name: str,
+        tree: Tree,
+        place: Place,
+        covered: frozenset[str],
+        meaning: Meaning | Unknown,
     ) -> None:
         """A buffer at a place, of the covered parameters."""
         arrays = over(tree)
@@ -85,7 +90,8 @@ def found_in(optimizer: optax.GradientTransformation, state: Any, params: Tree) 
         mine = buffers_at(place, paths)
         covered = covered_by(mine, paths)
         for name, tree in mine.items():
-            found.note(name, tree, place, covered, known.get((place.key, name)))
+            meaning = known.get((place.key, name)) or unknown_at(place)
+            found.note(name, tree, place, covered, meaning)
         found.counts.note(place, covered)
         own = own_of(place, mine)
         if own:

@@ -24,7 +24,7 @@ from jax.core import Tracer
 
 from adaptive_opt.checkpoints.places import Place, lanes
 from adaptive_opt.core import checks
-from adaptive_opt.core.describe import held_by, made_of
+from adaptive_opt.core.describe import describe, held_by, made_of
 from adaptive_opt.core.look import init_buffers
 from adaptive_opt.core.now import Correction, Now
 from adaptive_opt.core.observe import Watch
@@ -146,6 +146,18 @@ class Meaning:
     initial: np.ndarray
     is_corrected: bool
     made_by: tuple[str, ...]
+
+
+class Unknown(NamedTuple):
+    """A buffer whose lines do not bear made-up numbers, or has none: the names of its place."""
+
+    made_by: tuple[str, ...]
+
+
+def unknown_at(place: Place) -> Unknown:
+    if place.owner is None or place.inner is not None:
+        return Unknown((place.kind,))
+    return Unknown(tuple(stage.name for stage in describe(place.owner).stages()))
 
 
 def meanings(found: Sequence[Place]) -> Mapping[tuple[Any, str], Meaning]:
@@ -382,10 +394,10 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-9, atol=0)
 
 
-def ratio(held: Meaning | None, wanted: Meaning | None) -> float | str:
+def ratio(held: Meaning | Unknown, wanted: Meaning | Unknown) -> float | str:
     """By what a buffer is to be multiplied to mean what is wanted; or why that cannot be."""
-    if held is None or wanted is None:
-        return 1.0 if held is wanted else "what it is made of is not known of both"
+    if isinstance(held, Unknown) or isinstance(wanted, Unknown):
+        return 1.0 if held == wanted else "what it is made of cannot be found out"
     if _alike(held.value, wanted.value):
         sign = 1.0
     elif _alike(held.value, wanted.mirrored):
