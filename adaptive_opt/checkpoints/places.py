@@ -143,25 +143,30 @@ def innermost(tx: optax.GradientTransformation | None) -> optax.GradientTransfor
     while tx is not None and not _is_whole(tx):
         own = made_of(tx)
         if own is not None:
-            tx = own.plain
+            parts = own.parts or ()
+            tx = parts[0] if len(parts) == 1 else own.plain
             continue
-        parts = [part for _, part in held_in(tx)]
-        if not parts:
+        held = [part for _, part in held_in(tx)]
+        if not held:
             return tx
-        tx = parts[0] if len(parts) == 1 else None
+        tx = held[0] if len(held) == 1 else None
     return tx
 
 
 def _is_whole(tx: optax.GradientTransformation) -> bool:
     own = made_of(tx)
     if own is not None:
-        return own.name == "adaptive" or bool(own.lines) or own.parts == ()
+        return own.name == "adaptive" or bool(own.lines) or own.parts == () or bool(own.keys)
     return bool({"update_fns", "transforms"} & {*held_by(inspect.unwrap(tx.update))})
 
 
 def _parts(tx: Any, labels: Any) -> list[optax.GradientTransformation | None]:
     """The parts of a chain or a partition, one for each label of its state."""
     whole = innermost(tx)
+    own = None if whole is None else made_of(whole)
+    if own is not None and own.keys:
+        by_label = dict(zip(own.keys, own.parts or (), strict=True))
+        return [by_label.get(str(label)) for label in labels]
     known = [] if whole is None or made_of(whole) is not None else held_in(whole)
     if len(known) != len(labels):
         return [None] * len(labels)
