@@ -33,9 +33,9 @@ FIRST = {
 
 # file, what is there (once), what is put in its place, what is wrong then
 MUTANTS = [
-    ("core/now", "lambda old, x: (1 - b) * x + b * old", "lambda old, x: b * x + (1 - b) * old",
+    ("core/now", "return (1 - b) * x + b * old", "return b * x + (1 - b) * old",
      "the moving average remembers the new"),
-    ("core/now", "lambda old, x: (1 - b) * x + b * old", "lambda old, x: x + b * old",
+    ("core/now", "return (1 - b) * x + b * old", "return x + b * old",
      "the moving average is a sum"),
     ("core/now", "t = jnp.asarray(count, float)", "t = jnp.asarray(count + 1, float)",
      "bias correction off by one"),

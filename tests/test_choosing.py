@@ -93,6 +93,6 @@ def test_every_name_and_link_exists():
         assert anchor in anchors
     for name in re.findall(r"`([a-z_]+[a-z0-9_]*)(?:\(|`)", PAGE):
         seen = ("loss", "gradient_norm", "skipped", "skipped_in_a_row")
-        of_telemetry = ("learning_rate", "update_ratio", "limited", "q99", *seen)
+        of_telemetry = ("learning_rate", "update", "update_ratio", "limited", "q99", *seen)
         assert hasattr(adaptive_opt, name) or name in ("weight_decay", *of_telemetry), name
     assert inspect.signature(adaptive_opt.adamod).parameters["b3"].default == 0.999

@@ -1,4 +1,4 @@
-"""Finite gradients of any size make no NaN and no infinity, and no weight stands still for ever.
+"""Gradients whose squares are finite make no NaN and no infinity, and no weight stands still.
 
 One program per recipe: leaves of every dtype side by side, each with a weight for every course that
 gradients may take, and one that has only ever seen ordinary ones to compare with.
@@ -13,10 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import EACH_OFTEN_ONCE, EVERY_CONVENTION, NEED_PARAMS, RECIPES, buffers_of
+from common import (
+    EACH_OFTEN_ONCE,
+    EVERY_CONVENTION,
+    NEED_PARAMS,
+    RECIPES,
+    assert_bit_equal,
+    buffers_of,
+)
 
 import adaptive_opt
-from adaptive_opt import low_memory
+from adaptive_opt import low_memory, skip_nonfinite
 from adaptive_opt.memory import codecs
 
 DTYPES = {
@@ -31,7 +38,7 @@ EXTREME, ALL, LATE = 24, 2600, slice(-12, None)
 
 # From the square of the largest float64 to ordinary numbers in 2,600 steps.
 SHORT = {"b1": 0.5, "b2": 0.7, "rho": 0.7, "b3": 0.5, "len_memory": 2, "momentum": 0.5}
-SHORT |= {"sync_period": 2}
+SHORT |= {"sync_period": 2, "rest_b1": 0.5, "rest_b2": 0.7}
 NEVER_FORGET = ("sum_of_squares", "nu_max")
 """Buffers that only grow: one extreme gradient lowers the rate of its weight for good."""
 
@@ -39,7 +46,11 @@ NEVER_FORGET = ("sum_of_squares", "nu_max")
 def courses(dtype, steps, rng):
     """The gradients of a real dtype: a name for each weight, an array of steps by weights."""
     info, time = jnp.finfo(dtype), np.arange(steps)
-    largest, ordinary = float(info.max), 1 + 0.5 * np.sin(np.arange(ALL))
+    wide = jnp.finfo(jnp.promote_types(dtype, np.float32))
+    largest = min(
+        float(info.max), float(wide.max) ** 0.5 / 32
+    )  # so that sums of squares are finite
+    ordinary = 1 + 0.5 * np.sin(np.arange(ALL))
     exponents = rng.uniform(np.log2(float(info.tiny)), np.log2(largest), (3, steps))
     sizes = {
         "zeros": 0.0 * time,
@@ -133,6 +144,22 @@ def test_extreme_gradients_make_nothing_infinite_where_nothing_is_compiled(name)
         gradient = jax.tree.map(lambda g, t=t: jnp.asarray(g[t]), given)
         updates, state = optimizer.update(gradient, state, params)
         assert is_finite(updates, state), t
+
+
+@pytest.mark.parametrize("name", EACH_OFTEN_ONCE)
+def test_where_squares_overflow_nothing_is_a_nan_and_the_guard_leaves_all_as_it_was(name):
+    x, gradient = jnp.full(3, 0.5), jnp.array([1e30, -3e38, 1.0])
+    plain, guarded = make(name), skip_nonfinite(make(name))
+    update, state = jax.jit(plain.update)(gradient, plain.init(x), x)
+    assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves((update, state)))
+    step, before = jax.jit(guarded.update), guarded.init(x)
+    update, after = step(gradient, before, x)
+    assert int(after.total) == (not is_finite(state, plain.update(gradient, plain.init(x), x)[0]))
+    if after.total:
+        assert_bit_equal(after.inner_state, before.inner_state)
+        assert not np.any(update)
+    update, after = step(jnp.ones(3), after, x)
+    assert is_finite(update, after)
 
 
 def test_after_10000_zero_gradients_every_recipe_moves():

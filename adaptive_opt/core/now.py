@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.core import checks, finite, trees
+from adaptive_opt.core import checks, trees
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.memory import PARAM, Memory
 
@@ -264,28 +264,21 @@ class Remembering:
         *,
         initial: Any = 0.0,
         dtype: DTypeLike | None = None,
-        at_most: float | None = None,
-        of: Any = None,
     ) -> jax.Array:
         """The moving average ``(1 - decay) value + decay kept``, which is kept in turn.
 
         One that starts at zero owes the correction for it, until somebody makes it.
-
-        Args:
-          name, value, initial, dtype: see ``remember``.
-          decay: in [0, 1).
-          at_most: what the value counts as at most, so that nothing overflows.
-          of: what the value was made of, whose NaN and infinities are let through.
         """
         b = self.at(decay)
-        is_one = is_one_in(b, self.width)  # whose difference from 1 is not lost by itself
 
         def averaged(old: jax.Array, x: Any) -> jax.Array:
-            kept = old if is_one else b * old
-            new = kept + (1 - b) * (x - old) if is_one else (1 - b) * x + kept
-            return new if at_most is None else finite.averaged(new, kept, (1 - b) * at_most, of)
+            return (1 - b) * x + b * old
 
-        new = self.remember(name, averaged, value, initial=initial, dtype=dtype)
+        def carried(old: jax.Array, x: Any) -> jax.Array:  # where rounding makes 1 of b
+            return old + (1 - b) * (x - old)
+
+        rule = carried if is_one_in(b, self.width) else averaged
+        new = self.remember(name, rule, value, initial=initial, dtype=dtype)
         if checks.is_zero(initial):
             self.now.averages[id(new)] = new, decay
         return new

@@ -399,6 +399,8 @@ def _at_padding(name: str, settings: Any, given: Sequence[int | None]) -> int | 
         return None
     if name == "mul" and 0 in given:
         return 0
+    if name == "or" and 1 in given:
+        return 1
     values = given[1:] if name == "select_n" else given
     if name in _KEEP_ZERO and values and all(value == 0 for value in values):
         return 0

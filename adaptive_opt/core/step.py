@@ -264,7 +264,7 @@ class AdaptiveStep(Remembering):
 
     def close(self) -> jax.Array:
         """The plain update: direction times rate, in the dtype it was promised."""
-        direction, rate = self._followed(), self.values.get("rate")
+        direction, rate = self.values["direction"], self.values.get("rate")
         if "second_moment" in self.values and rate is None:
             raise WrongOrder(
                 "close_step() was given a second moment that no rate uses. Put per_weight_rate(eps)"
@@ -291,8 +291,6 @@ class AdaptiveStep(Remembering):
 
     def _get(self, field: str) -> Any:
         self._read.add(field)
-        if field == "direction":
-            return self._followed()
         if field in self.values:
             return self.values[field]
         if self.now.lenient:  # a stage of a flat chain, which is initialised by itself
@@ -303,13 +301,6 @@ class AdaptiveStep(Remembering):
             f"{self.now.stage} reads the {field} of the step, which is not set yet. Put"
             f" {self.now.stage} after {_WHERE_IT_COMES_FROM[field]}."
         )
-
-    def _followed(self) -> jax.Array:
-        """The direction; where it is the gradient itself, no more of it than what was squared."""
-        gradient = self.values["gradient"]
-        if "second_moment" in self.values and self.values["direction"] is gradient:
-            self.values["direction"] = finite.squarable(gradient)
-        return self.values["direction"]
 
     def _set(self, field: str, value: Any) -> None:
         if field not in ("gradient", "direction", "second_moment", "rate"):

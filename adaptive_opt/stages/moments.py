@@ -18,7 +18,7 @@ from adaptive_opt.core.checks import (
     given,
     value_at,
 )
-from adaptive_opt.core.finite import largest_square, largest_squared, squarable, summable
+from adaptive_opt.core.finite import squarable, summable
 from adaptive_opt.core.now import Remembering
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
@@ -36,10 +36,8 @@ def first_moment(
 ) -> OneArray:
     """The moving average of the direction: ``m_t = b1 m_{t-1} + (1 - b1) d_t``, with ``m_0 = 0``.
 
-    A direction counts as at most the root of half the largest number (1.3e19 in float32), because
-    its square is averaged beside it; NaN and infinities pass. Reads and replaces ``direction``,
-    which is the gradient unless a stage before has changed it. Adam's biased first moment estimate
-    (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
+    Reads and replaces ``direction``, which is the gradient unless a stage before has changed it.
+    Adam's biased first moment estimate (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     Args:
       b1: decay in [0, 1), or a schedule of it.
@@ -56,10 +54,7 @@ def first_moment(
     check_decay(b1=b1)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        d = step.direction
-        most = largest_squared(d.dtype)
-        mean = step.average(name, d, b1, dtype=dtype, at_most=most, of=d)
-        return step.set(direction=mean)
+        return step.set(direction=step.average(name, step.direction, b1, dtype=dtype))
 
     return line
 
@@ -77,10 +72,9 @@ def second_moment(
 ) -> OneArray | WholeTree:
     """The moving average of the squared gradient: ``v_t = b2 v_{t-1} + (1 - b2) |g_t|^2``.
 
-    Reads ``gradient``, sets ``second_moment``; real for complex gradients. A square counts as at
-    most half the largest number, and the direction as no more than its root, so that nothing
-    overflows: after such a gradient (above 1.3e19 in float32) the rate of its weight is low for
-    about ``88 / (1 - b2)`` steps, and with ``amsgrad_max`` for good.
+    Reads ``gradient``, sets ``second_moment``; real for complex gradients. The square of a gradient
+    above 1.8e19 is infinite in float32: its weight stands still from then on, as in every public
+    code; ``skip_nonfinite`` refuses such a step.
     Adam's biased second raw moment estimate (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     With a wider ``scope`` the square is summed, or averaged, over each tensor or over the whole
@@ -119,20 +113,17 @@ def second_moment(
     choose("scope", scope, SCOPES)
     choose("reduce", reduce, REDUCTIONS)
 
-    def averaged(step: Remembering, squares: jax.Array, of: jax.Array | None) -> jax.Array:
-        most = largest_square(squares.dtype)
-        return step.average(name, squares, b2, initial=initial, dtype=dtype, at_most=most, of=of)
-
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        squares, of = absolute_square(step.gradient), step.gradient
+        squares = absolute_square(step.gradient)
         if scope == "tensor":
-            squares, of = over(step, [squares], reduce, axis_name), None
-        return step.set(second_moment=averaged(step, squares, of))
+            squares = over(step, [squares], reduce, axis_name)
+        nu = step.average(name, squares, b2, initial=initial, dtype=dtype)
+        return step.set(second_moment=nu)
 
     def line_of_the_tree(steps: OpenStep) -> OpenStep:
         squares = steps.leaves(lambda step: absolute_square(step.gradient))
         total = over(steps, squares, reduce, axis_name)
-        nu = averaged(steps, total, None)
+        nu = steps.average(name, total, b2, initial=initial, dtype=dtype)
         return steps.each(lambda step: step.set(second_moment=nu))
 
     return WholeTree(line_of_the_tree) if scope == "tree" else line
@@ -178,8 +169,8 @@ def sum_of_squares(
 ) -> OneArray:
     """All squared gradients so far, summed: ``v_t = v_{t-1} + |g_t|^2``.
 
-    Reads ``gradient``, sets ``second_moment``. The sum stops at half the largest number; a large
-    gradient lowers the rate of its weight for good. AdaGrad (Duchi, Hazan & Singer 2011, JMLR 12).
+    Reads ``gradient``, sets ``second_moment``. A large gradient lowers the rate of its weight for
+    good. AdaGrad (Duchi, Hazan & Singer 2011, JMLR 12).
 
     Args:
       initial: the first value, in the units of a squared gradient; at least 0.
@@ -195,14 +186,8 @@ def sum_of_squares(
     check_nonnegative(initial=initial)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        g = step.gradient
-        total = step.remember(
-            name,
-            lambda v, square: summable(square + v, v, g),
-            absolute_square(g),
-            initial=initial,
-            dtype=dtype,
-        )
+        squares = absolute_square(step.gradient)
+        total = step.remember(name, lambda v, g: g + v, squares, initial=initial, dtype=dtype)
         return step.set(second_moment=total)
 
     return line
@@ -239,7 +224,7 @@ def infinity_moment(
     check_nonnegative(eps=eps)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        b, size = step.decay_at(b2), jnp.abs(squarable(step.gradient)) + step.at(eps)
+        b, size = step.decay_at(b2), jnp.abs(step.gradient) + step.at(eps)
         norm = step.remember(name, lambda u, g: jnp.maximum(b * u, g), size, dtype=dtype)
         return step.set(second_moment=norm)
 
@@ -270,10 +255,10 @@ def centered_moment(
     check_decay(b2=b2)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        g = step.gradient
-        most = largest_squared(g.dtype)
-        mean = step.average(name, g, b2, dtype=dtype, at_most=most, of=g)
-        return step.set(second_moment=jnp.maximum(step.second_moment - absolute_square(mean), 0))
+        mean = step.average(name, step.gradient, b2, dtype=dtype)
+        v, square = step.second_moment, absolute_square(mean)
+        finite = jnp.minimum(square, jnp.finfo(square.dtype).max)  # infinity less itself is NaN
+        return step.set(second_moment=jnp.maximum(v - finite, 0))
 
     return line
 
@@ -310,12 +295,7 @@ def belief_moment(
     def line(step: AdaptiveStep) -> AdaptiveStep:
         surprise = absolute_square(step.gradient - step.raw("direction"))
         kept = step.at(eps) / (1 - step.at(b2))
-        most = largest_square(surprise.dtype)
-        return step.set(
-            second_moment=step.average(
-                name, surprise + kept, b2, dtype=dtype, at_most=most, of=step.gradient
-            )
-        )
+        return step.set(second_moment=step.average(name, surprise + kept, b2, dtype=dtype))
 
     return line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_opt.core.describe import described_around
-from adaptive_opt.core.trees import Tree, branch
+from adaptive_opt.core.trees import Tree
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -27,8 +28,8 @@ def skip_nonfinite(
     """Skips a step that has a NaN or an infinity in its gradient or would make one, and counts it.
 
     The update is zero, and the inner state, its count included, is untouched: it is as if the batch
-    had not been there. Two things are looked at: the gradient before the step; after it the update
-    and the new state, where the old state was finite. So a square that overflows in a buffer of
+    had not been there. Two things are looked at: the gradient, and the new state where the old one
+    was finite. So a square that overflows in a buffer of
     ``optax.adam`` (a gradient above 1.8e19 in float32) is skipped too, and counted like the others.
 
     ``optax.apply_if_finite`` does the same up to a number of skipped steps in a
@@ -70,18 +71,11 @@ def skip_nonfinite(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         old = state.inner_state
 
-        def step() -> Any:
-            return inner.update(updates, old, params, **extra)
-
-        def skip() -> Any:
-            return jax.tree.map(jnp.zeros_like, made), still
-
-        made, after = jax.eval_shape(step)
+        made, after = inner.update(updates, old, params, **extra)
         still = jax.tree.map(_astype, old, after)  # some widen their state in their first step
-        good = agreed(_all_finite(updates))
-        new = branch(good, step, skip)
-        good &= agreed(_all_finite(new, skip()))
-        new, inner_state = jax.tree.map(lambda x, y: jnp.where(good, x, y), new, skip())
+        good = agreed(_all_finite(updates) & _all_finite(after, still))
+        new = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), made)
+        inner_state = jax.tree.map(lambda x, y: jnp.where(good, x, y), after, still)
         consecutive = jnp.where(good, 0, optax.safe_increment(state.consecutive))
         total = jnp.where(good, state.total, optax.safe_increment(state.total))
         return new, SkipNonfiniteState(consecutive, total, inner_state)
@@ -98,7 +92,7 @@ def _all_finite(tree: Any, before: Any = None) -> jax.Array:
         for x, y in zip(leaves, others, strict=True)
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
+    return functools.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
 def _astype(x: Any, to: Any) -> Any:
