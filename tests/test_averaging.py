@@ -102,7 +102,8 @@ def test_it_is_found_in_any_wrapper(nest):
         pairs = zip(*map(jax.tree.leaves, (found, last)), strict=True)
         assert any(not np.array_equal(a, b) for a, b in pairs)
     else:
-        assert_bit_equal(found, bare.slow)
+        for a, b in zip(*map(jax.tree.leaves, (found, bare.slow)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_each_group_has_its_own_and_frozen_parameters_stay():
