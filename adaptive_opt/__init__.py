@@ -36,12 +36,12 @@ from adaptive_opt.recipes.successors import adabelief, lion
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
+from adaptive_opt.stages.averages import belief_moment
 from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
 from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
 from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball, trust_ratio
 from adaptive_opt.stages.moments import (
     amsgrad_max,
-    belief_moment,
     centered_moment,
     debias,
     first_moment,

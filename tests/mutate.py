@@ -85,7 +85,7 @@ MUTANTS = [
      "the variance is not centered"),
     ("stages/moments", "summable(mu * w + undamped * d, d)", "summable(mu * w + d, d)",
      "no dampening"),
-    ("stages/moments", "step.gradient - step.raw(\"direction\")", "step.gradient",
+    ("stages/averages", "step.gradient - step.raw(\"direction\")", "step.gradient",
      "AdaBelief believes nothing"),
     ("stages/rates", "root(v + step.at(eps_root)) + step.at(eps)",
      "root(v + step.at(eps_root) + step.at(eps))", "eps under the root"),

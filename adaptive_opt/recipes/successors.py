@@ -14,8 +14,9 @@ from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
+from adaptive_opt.stages.averages import belief_moment
 from adaptive_opt.stages.directions import lion_direction
-from adaptive_opt.stages.moments import amsgrad_max, belief_moment, debias, first_moment
+from adaptive_opt.stages.moments import amsgrad_max, debias, first_moment
 from adaptive_opt.stages.rates import debias_rate, per_weight_rate, radam_rectifier
 from adaptive_opt.stages.weight_decay import (
     Mask,
