@@ -86,3 +86,12 @@ def test_telemetry_looks_at_the_matrices():
     seen = read_telemetry(state)
     assert seen["matrices/step"] == 2
     assert seen["matrices/learning_rate"] == pytest.approx(1e-2)
+
+
+def test_what_is_split_over_explicit_axes_is_refused_by_the_leaf():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = {"w": jax.device_put(jnp.ones((4, 2)), split)}
+    optimizer = muon(0.1)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"split over explicit axes .* Auto"):
+        jax.jit(optimizer.update)(params, optimizer.init(params), params)

@@ -209,7 +209,11 @@ def _program(
         return step.direction, rate, step.notes, list(step.limited.values())
 
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, trees.dtype_of(x)), leaf)
-    return _operations(jax.make_jaxpr(everything)(like), shape)
+    try:
+        traced = jax.make_jaxpr(everything)(like)
+    except Exception:  # a line that does not bear an array of this shape, of matrices say
+        return None
+    return _operations(traced, shape)
 
 
 def _operations(program: Any, shape: tuple[int, ...]) -> Any:

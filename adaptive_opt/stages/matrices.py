@@ -45,6 +45,16 @@ def sides(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
+def check_products(step: AdaptiveStep, x: jax.Array) -> None:
+    """Of arrays that are split over explicit axes, somebody must say how a product is split."""
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        raise ValueError(
+            f"{step.now.stage} multiplies whole matrices, but the array{step.memory.where()} is"
+            f" split over explicit axes of its mesh, as {jax.typeof(x).sharding.spec}. Give the"
+            " mesh axes of the type Auto, or replicate the gradients."
+        )
+
+
 @stage
 def ahead_of(b1: Hyperparameter) -> OneArray:
     """Nesterov's look ahead without a correction: ``b1 m_t + (1 - b1) g_t``.
@@ -113,6 +123,7 @@ def orthogonalize(
     def line(step: AdaptiveStep) -> AdaptiveStep:
         x = step.direction
         rows, columns = sides(step, x, axis_name)
+        check_products(step, x)
         x = x.mT if rows > columns else x
         norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
         x = x / (norm + eps if eps_is == "added" else jnp.maximum(norm, eps))
