@@ -76,8 +76,12 @@ def _centralize() -> optax.GradientTransformation:
     """``optax.centralize``, in float32 at least, of what the moments would take of a gradient."""
     theirs = optax.centralize()
 
+    def summed(g: Any) -> Any:  # a vector is left as it is
+        g = at_width(g, real(wide(dtype_of(g))))
+        return squarable(g) if g.ndim > 1 else g
+
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        wider = map_none(lambda g: squarable(at_width(g, real(wide(dtype_of(g))))), updates)
+        wider = map_none(summed, updates)
         centralized, state = theirs.update(wider, state, params)
         return map_none(lambda new, g: narrowed(new, dtype_of(g)), centralized, updates), state
 
