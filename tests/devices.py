@@ -30,7 +30,7 @@ WITH_SUMS = ("rmsprop of the tree", "ranger", *PER_TENSOR)
 """Not elementwise: one rate for the whole tree; gradients less their mean; matrices."""
 ELEMENTWISE = {name: o for name, o in OPTIMIZERS.items() if name not in WITH_SUMS}
 FEW = ("adamw", "amsgrad", "adabound", "diffmod", "nadam", "rmsprop of the tree", "ranger")
-BY_HAND = {name: RECIPES[name](1e-2, axis_name=()) for name in ("rmsprop of the tree", *PER_TENSOR)}
+BY_HAND = {"rmsprop of the tree": RECIPES["rmsprop of the tree"](1e-2, axis_name=())}
 """For shard_map and pmap, where every device has the whole tree."""
 
 
