@@ -206,6 +206,14 @@ def take_through(
                 run_line(line, each, turn)
 
 
+def run_on_one(lines: Sequence[Any], step: AdaptiveStep) -> None:
+    """Takes the step of one array through the lines, of which none is of the tree."""
+    with jax.numpy_dtype_promotion("standard"):
+        for line in lines:
+            step.begin()
+            run_line(line, step, object())
+
+
 def run_line(line: Any, step: Any, turn: object) -> None:
     """One line on one step, of a leaf or of the tree; ``turn`` is its place in the list."""
     step.now.begin(turn, line.stage, line.settings)

@@ -134,6 +134,12 @@ def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
     return asked
 
 
+def kept_dtype(x: Any, asked: DTypeLike | None) -> np.dtype:
+    """The dtype in which a wrapper keeps what is like ``x``: as asked for, else its own, wide."""
+    own = wide(dtype_of(x))
+    return own if asked is None else buffer_dtype(asked, own)
+
+
 def copied(x: jax.Array, before: jax.Array) -> jax.Array:
     """``x``, bit for bit (but for the bits of a NaN), for a buffer that had ``before`` in it.
 

@@ -16,7 +16,7 @@ from adaptive_opt.core.look import scalars_of
 from adaptive_opt.core.memory import Memory
 from adaptive_opt.core.now import Now
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.tree import OpenStep, leaves_of_params, of_leaves, of_tree, run, run_line
+from adaptive_opt.core.tree import OpenStep, leaves_of_params, of_leaves, of_tree, run, run_on_one
 from adaptive_opt.core.trees import Tree
 
 
@@ -60,10 +60,8 @@ def update_leaves(
         own.scalars = dict(zip(arrays, zip(of_whom, scalars, strict=True), strict=True))
         memory = Memory(stored, state_dtype, where, warned, jnp.shape(gradient))
         step = AdaptiveStep(own, gradient, param, memory)
+        run_on_one(lines, step)
         with jax.numpy_dtype_promotion("standard"):
-            for line in lines:
-                step.begin()
-                run_line(line, step, object())
             return step.close(), memory.finished(*step.inputs)
 
     updates: list[Any] = list(leaves)

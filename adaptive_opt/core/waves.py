@@ -27,7 +27,7 @@ from adaptive_opt.core.memory import Memory
 from adaptive_opt.core.now import Now
 from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.tree import OpenStep, of_leaves, run_line
+from adaptive_opt.core.tree import OpenStep, of_leaves, run_on_one
 from adaptive_opt.core.trees import Tree
 
 Carry = TypeVar("Carry")
@@ -136,7 +136,7 @@ def waves_of(
     for place, leaf in enumerate(inputs):
         if leaf is None or leaf.gradient.size == 0:
             continue
-        if not _fits(leaf, length):
+        if not _fits(leaf):
             return None
         kind = tuple(jax.tree.map(trees.dtype_of, jax.tree.leaves(leaf))), jax.tree.structure(leaf)
         for shape in (leaf.gradient.shape, (length,)):
@@ -162,10 +162,7 @@ def stepped(
     warned = set(leaf.stored)  # the update says it
     memory = Memory(leaf.stored, state_dtype, warned=warned, like=jnp.shape(leaf.gradient))
     step = AdaptiveStep(own, leaf.gradient, leaf.param, memory)
-    with jax.numpy_dtype_promotion("standard"):
-        for line in lines:
-            step.begin()
-            run_line(line, step, object())
+    run_on_one(lines, step)
     return step
 
 
@@ -192,7 +189,7 @@ def _may_be_split(x: Any) -> bool:
     return any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in kinds)
 
 
-def _fits(leaf: Inputs, length: int) -> bool:
+def _fits(leaf: Inputs) -> bool:
     size, arrays = leaf.gradient.size, jax.tree.leaves(leaf)
     alike = all(jnp.shape(x) == leaf.gradient.shape for x in arrays)
     return alike and (size < SEGMENT or size // math.gcd(size, SHORTEST) < SEGMENT)

@@ -20,6 +20,7 @@ from adaptive_opt.core.checks import (
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.stages.moments import absolute_square, over
+from adaptive_opt.stages.weight_decay import agreement
 
 Axes = str | tuple[str, ...] | None
 
@@ -66,11 +67,7 @@ def cautious(
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         d, g = step.direction, step.gradient
-        if jnp.iscomplexobj(d):
-            agree = jnp.real(d * jnp.conj(g)) > 0
-        else:
-            agree = jnp.sign(d) * jnp.sign(g) > 0  # a product of tiny numbers would be 0
-        same = agree.astype(step.width)
+        same = (agreement(d, g) > 0).astype(step.width)
         mean = over(step, [same], "mean", axis_name) if scale != "none" else 1.0
         return step.set(direction=d * scaled(same, mean, same.size))
 

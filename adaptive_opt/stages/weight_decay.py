@@ -107,11 +107,7 @@ def cautious_weight_decay(
     check_nonnegative(weight_decay=weight_decay)
 
     def combine(u: jax.Array, x: jax.Array, *, s: Any) -> jax.Array:
-        if jnp.iscomplexobj(u) or jnp.iscomplexobj(x):
-            together = jnp.real(u * jnp.conj(x)) >= 0
-        else:
-            together = jnp.sign(u) * jnp.sign(x) >= 0
-        return u + s * jnp.where(together, x, 0)
+        return u + s * jnp.where(agreement(u, x) >= 0, x, 0)
 
     return _decay(combine, "weight_decay", weight_decay, mask, learning_rate)
 
@@ -148,6 +144,13 @@ def decoupled_l1_decay(
     """
     check_nonnegative(l1=l1)
     return _decay(lambda u, x, *, s: u + s * jnp.sign(x), "l1", l1, mask, learning_rate)
+
+
+def agreement(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Greater than 0 where two arrays have one sign, less where they have two; real."""
+    if jnp.iscomplexobj(a) or jnp.iscomplexobj(b):
+        return jnp.real(a * jnp.conj(b))
+    return jnp.sign(a) * jnp.sign(b)  # a product of tiny numbers would be 0
 
 
 def with_decay(

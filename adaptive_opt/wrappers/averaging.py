@@ -14,11 +14,11 @@ from adaptive_opt.core.checks import Hyperparameter, check_decay, value_at
 from adaptive_opt.core.describe import described_around
 from adaptive_opt.core.trees import (
     Tree,
-    buffer_dtype,
     dtype_of,
     is_array,
     is_none,
     keep_dtype,
+    kept_dtype,
     leaves_like,
     map_leaves,
     path_at,
@@ -83,13 +83,9 @@ def parameter_ema(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> ParameterEmaState:
-        def zeros(p: Any) -> Any:
-            own = wide(dtype_of(p))
-            dtype = own if state_dtype is None else buffer_dtype(state_dtype, own)
-            return jnp.zeros_like(p, dtype=dtype)
-
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=kept_dtype(p, state_dtype)), params)
         nothing = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
-        return ParameterEmaState(*nothing, jax.tree.map(zeros, params), inner.init(params))
+        return ParameterEmaState(*nothing, zeros, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if params is None:

@@ -20,13 +20,11 @@ from adaptive_opt.core.describe import described_around
 from adaptive_opt.core.finite import narrowed
 from adaptive_opt.core.trees import (
     Tree,
-    buffer_dtype,
-    dtype_of,
     keep_dtype,
+    kept_dtype,
     map_leaves,
     map_none,
     update_dtypes,
-    wide,
 )
 
 
@@ -93,13 +91,11 @@ def lookahead(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> LookaheadState:
-        def dtype(own: Any) -> Any:
-            return wide(own) if state_dtype is None else buffer_dtype(state_dtype, wide(own))
-
         def copy(p: Any) -> Any:
+            dtype = kept_dtype(p, state_dtype)
             if isinstance(p, jax.ShapeDtypeStruct):
-                return p.update(dtype=dtype(p.dtype))
-            return jnp.array(p, dtype(dtype_of(p)), copy=True)
+                return p.update(dtype=dtype)
+            return jnp.array(p, dtype, copy=True)
 
         slow = jax.tree.map(copy, params)
         return LookaheadState(jnp.zeros([], jnp.int32), slow, inner.init(params))

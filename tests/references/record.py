@@ -409,21 +409,24 @@ def save(
         record["parameters"] = record["parameters"][parameters_every - 1 :: parameters_every]
         assert all(np.isfinite(value).all() for value in record.values()), row.name
         arrays |= {f"{row.name}/{key}": value for key, value in record.items()}
-        package = max((name for name in versions if row.source.startswith(name)), key=len)
-        manifest.append(
-            {
-                "name": row.name,
-                "source": row.source,
-                "version": versions[package],
-                "recipe": row.recipe,
-                "arguments": row.arguments,
-                "scheduled": row.scheduled,
-                "parameters_every": parameters_every,
-            }
-        )
+        manifest.append(entry_of(row, versions, parameters_every))
     np.savez_compressed(HERE / f"{name}.npz", **arrays)
     (HERE / f"{name}.json").write_text(json.dumps(manifest, indent=1) + "\n")
     print(f"{len(manifest)} rows, {(HERE / f'{name}.npz').stat().st_size / 1e6:.2f} MB")
+
+
+def entry_of(row: Row, versions: dict[str, str], parameters_every: int) -> dict[str, Any]:
+    """What the manifest says of a row."""
+    package = max((name for name in versions if row.source.startswith(name)), key=len)
+    return {
+        "name": row.name,
+        "source": row.source,
+        "version": versions[package],
+        "recipe": row.recipe,
+        "arguments": row.arguments,
+        "scheduled": row.scheduled,
+        "parameters_every": parameters_every,
+    }
 
 
 def installed(*packages: str) -> dict[str, str]:

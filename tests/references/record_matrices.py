@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import HERE, LR, STEPS, Row, commit, installed, load, schedule
+from record import HERE, LR, STEPS, Row, commit, entry_of, installed, load, schedule
 
 JORDAN, EVERY = "KellerJordan/Muon", 50
 SHAPES = {"tall": (5, 3), "wide": (3, 5), "square": (4, 4)}
@@ -111,19 +111,8 @@ def main() -> None:
         }
         arrays |= {f"gradients of {kind}": g}
         arrays |= {f"{row.name}/{key}": value for key, value in record.items()}
-        package = max((name for name in versions if row.source.startswith(name)), key=len)
-        manifest.append(
-            {
-                "name": row.name,
-                "source": row.source,
-                "version": versions[package],
-                "recipe": row.recipe,
-                "arguments": row.arguments,
-                "scheduled": row.scheduled,
-                "parameters_every": EVERY,
-                "gradients": f"gradients of {kind}",
-            }
-        )
+        entry = entry_of(row, versions, EVERY)
+        manifest.append(entry | {"gradients": f"gradients of {kind}"})
     np.savez_compressed(HERE / "matrices.npz", **arrays)
     (HERE / "matrices.json").write_text(json.dumps(manifest, indent=1) + "\n")
     print(f"{len(manifest)} rows")
