@@ -19,6 +19,7 @@ from adaptive_opt import (
     lookahead,
     low_memory,
     one_cycle,
+    parameter_ema,
     single_pass,
     skip_nonfinite,
     telemetry,
@@ -28,6 +29,7 @@ CYCLE = one_cycle(1e-2, 10)
 WRAPPED = {
     "skip_nonfinite": lambda: skip_nonfinite(adam(1e-2)),
     "lookahead": lambda: lookahead(adam(1e-2), 2, lambda step: 0.5 + 0.0 * jnp.float32(step)),
+    "parameter_ema": lambda: parameter_ema(adam(1e-2), lambda step: 0.5 + 0.0 * jnp.float32(step)),
     "bfloat16": lambda: low_memory(adam(1e-2), min_size=1),
     "8-bit": lambda: low_memory(amsgrad(1e-2), "8-bit", min_size=1),
     "single_pass": lambda: single_pass(adamod(1e-2)),

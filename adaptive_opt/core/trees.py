@@ -190,7 +190,8 @@ def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalar
             )
         width = max((real(wide(dtype_of(a))) for a in arrays), key=lambda d: d.itemsize)
         cast = {name: scalar_at(value, width) for name, value in scalars.items()}
-        results.append(function(*(at_width(a, width) for a in arrays), **cast))
+        with jax.numpy_dtype_promotion("standard"):  # widths are our matter
+            results.append(function(*(at_width(a, width) for a in arrays), **cast))
     return structure.unflatten(results)
 
 

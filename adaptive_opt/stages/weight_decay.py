@@ -336,8 +336,6 @@ def _plain(
         if not isinstance(state, optax.EmptyState):
             count = optax.safe_increment(state.count)
             state = state._replace(count=count)
-        with jax.numpy_dtype_promotion("standard"):  # widths are our matter
-            new = combine(updates, params, count)
-        return map_none(narrowed, new, dtypes), state
+        return map_none(narrowed, combine(updates, params, count), dtypes), state
 
     return optax.GradientTransformationExtraArgs(template.init, update)
