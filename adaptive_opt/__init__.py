@@ -32,10 +32,11 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.successors import adabelief, lion
+from adaptive_opt.recipes.successors import adabelief, lion, yogi
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
+from adaptive_opt.stages.averages import yogi_moment
 from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
@@ -106,6 +107,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     # Optimizers: what came after.
     "adabelief",
     "lion",
+    "yogi",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -153,6 +155,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "infinity_moment",
     "centered_moment",
     "belief_moment",
+    "yogi_moment",
     "amsgrad_max",
     "debias",
     "nesterov_moment",

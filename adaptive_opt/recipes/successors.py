@@ -1,4 +1,4 @@
-"""What came after: AdaBelief, Lion.
+"""What came after: AdaBelief, Lion, Yogi.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -14,6 +14,7 @@ from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
+from adaptive_opt.stages.averages import yogi_moment
 from adaptive_opt.stages.directions import lion_direction
 from adaptive_opt.stages.moments import amsgrad_max, belief_moment, debias, first_moment
 from adaptive_opt.stages.rates import debias_rate, per_weight_rate, radam_rectifier
@@ -125,3 +126,73 @@ def lion(
         decoupled_weight_decay(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
+
+
+def decaying(
+    bracket: optax.GradientTransformationExtraArgs,
+    learning_rate: Hyperparameter,
+    weight_decay: Hyperparameter,
+    mask: Mask | None,
+    decay: str,
+) -> Parts:
+    """The parts of a recipe whose learning rate comes last, with the decay in its place."""
+    scale = scale_by_learning_rate(learning_rate)
+    if decay == "l2":
+        return l2_regularization(weight_decay, mask), bracket, scale
+    decoupled = decoupled_weight_decay(weight_decay, mask)
+    if decay == "decoupled":
+        return bracket, decoupled, scale
+    uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
+    return bracket, uphill, decoupled, optax.scale(-1.0)
+
+
+@recipe
+def yogi(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-3,
+    *,
+    initial: float = 1e-6,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    convention: Literal["optax", "tensorflow"] = "optax",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Adam whose rates rise slowly: ``x - lr m^ / (sqrt(v^) + eps)``, v moving by ``|g|^2``.
+
+    ``v_t = v_{t-1} - (1 - b2) sign(v_{t-1} - |g_t|^2) |g_t|^2``, see ``yogi_moment``. Zaheer et al.
+    2018, NeurIPS (Adaptive Methods for Nonconvex Optimization), Algorithm 2, which corrects
+    nothing for the start; public codes do. The authors published no code.
+
+    Equals ``optax.yogi`` and ``torch_optimizer.Yogi`` once their first moment starts at zero, and
+    TensorFlow Addons' ``Yogi``. That ``m`` starts at 1e-6 in the former, like ``v``, so that zero
+    gradients move the weights, is not copied.
+
+    Use it where sparse or sudden gradients make Adam's rates jump.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      initial: ``v_0``, greater than 0.
+      weight_decay: at least 0.
+      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient
+        (torch_optimizer). "constant": ``- wd x``, times neither.
+      convention: "optax" (and torch_optimizer), or "tensorflow": eps in the eps-hat form.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import yogi
+    >>> x = jnp.array([1.0])
+    >>> optimizer = yogi(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.990004
+    """
+    moments = first_moment(b1), yogi_moment(b2, initial=initial)
+    listings = {
+        "optax": (*moments, debias(b1, b2), per_weight_rate(eps)),
+        "tensorflow": (*moments, per_weight_rate(eps), debias_rate(b1, b2)),
+    }
+    bracket = adaptive(*listings[convention], state_dtype=state_dtype)
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)

@@ -1,7 +1,7 @@
 """Records what came after the family, and adds to what is recorded without rewriting it.
 
     pip install -r tests/references/requirements.txt
-    git clone https://github.com/google/automl
+    git clone https://github.com/google/automl  # and the others that CHECKOUTS names
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -16,15 +16,18 @@ import argparse
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
+import transcribed
 from record import (
     BOTH,
     HERE,
     LR,
+    WEIGHTS,
     Row,
     commit,
     installed,
@@ -39,6 +42,17 @@ from record_family import wide
 
 NAME, PARAMETERS_EVERY = "successors", 50
 WHAT_IT_IS = ("source", "recipe", "arguments", "scheduled")
+
+
+def run_transcribed(make: Callable[[], transcribed.Step]) -> Callable[..., np.ndarray]:
+    def run(g, start, factor, reset):
+        step, x, path = make(), start, []
+        for t, row in enumerate(g):
+            x = step(np.zeros(WEIGHTS) if reset else x, row, LR * factor(t))
+            path.append(x)
+        return np.stack(path)
+
+    return run
 
 
 def adabelief(checkouts: pathlib.Path) -> Iterator[Row]:
@@ -107,12 +121,64 @@ def lion(checkouts: pathlib.Path) -> Iterator[Row]:
     )
 
 
-METHODS = {method.__name__: method for method in (adabelief, lion)}
+def yogi(checkouts: pathlib.Path) -> Iterator[Row]:
+    """optax's and torch_optimizer's, whose first moment is put to zero first; and TensorFlow's."""
+    import torch
+    from torch_optimizer import Yogi
+
+    def of_optax(lr: optax.Schedule, **h: float) -> optax.GradientTransformation:
+        theirs = optax.yogi(lr, **h)
+
+        def init(params: Any) -> Any:
+            state = theirs.init(params)
+            return optax.tree.set(state, mu=jnp.zeros_like(params))
+
+        return optax.GradientTransformation(init, theirs.update)
+
+    def of_torch(params: list[Any], **options: Any) -> torch.optim.Optimizer:
+        theirs = Yogi(params, **options)
+        m, v = torch.zeros_like(params[0]), torch.full_like(params[0], 1e-6)
+        theirs.state[params[0]] = {"step": 0, "exp_avg": m, "exp_avg_sq": v}
+        return theirs
+
+    sets = {"defaults": BOTH["defaults"] | {"eps": 1e-3}, "far": BOTH["far"] | {"eps": 1e-6}}
+    yield from rows_of(
+        "yogi-optax",
+        "optax.yogi, from a first moment of zero",
+        "yogi",
+        lambda h, wd: run_optax(lambda lr: of_optax(lr, **h)),
+        sets=sets,
+    )
+    rows = rows_of(
+        "yogi-torch-l2",
+        "torch_optimizer.Yogi, from a first moment of zero",
+        "yogi",
+        lambda h, wd: run_torch(lambda p: of_torch(p, **torch_options(h), **wd)),
+        sets=sets,
+        decay=0.1,
+        always_decays=True,
+        decay_form="l2",
+    )
+    yield from list(rows)[::2]
+    yield from rows_of(
+        "yogi-tensorflow",
+        "tensorflow/addons tensorflow_addons/optimizers/yogi.py, transcribed",
+        "yogi",
+        lambda h, wd: run_transcribed(lambda: transcribed.yogi(**h)),
+        sets={label: h | {"initial": 1e-6 if label == "defaults" else 1e-2}
+              for label, h in sets.items()},
+        convention="tensorflow",
+    )  # fmt: skip
+
+
+METHODS = {method.__name__: method for method in (adabelief, lion, yogi)}
 
 
 def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:
     """The version of a source's package, or the commit of its ``owner/repository``."""
-    first = source.split()[0]
+    first = source.split()[0].rstrip(",")
+    if first in transcribed.COMMITS:
+        return {first: transcribed.COMMITS[first]}
     if "/" in first:
         return {first: commit(checkouts / first.split("/")[1])}
     return installed(first.split(".")[0])

@@ -1,0 +1,55 @@
+"""Stages that average otherwise than Adam's: slower, additively, a step behind, by weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.checks import Hyperparameter, check_decay, check_positive
+from adaptive_opt.core.stage import OneArray, stage
+from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.stages.moments import absolute_square
+
+
+@stage
+def yogi_moment(
+    b2: Hyperparameter,
+    *,
+    initial: float = 1e-6,
+    name: str = "nu",
+    dtype: DTypeLike | None = None,
+) -> OneArray:
+    """A second moment that moves by the size of the gradient: ``v_t = v_{t-1} - (1 - b2)
+    sign(v_{t-1} - |g_t|^2) |g_t|^2``.
+
+    Where Adam's average forgets a large gradient at once when small ones follow, this one falls
+    slowly; it rises like Adam's. Reads ``gradient``, sets ``second_moment``, which ``debias``
+    corrects with ``b2`` as in every public code, though it starts above zero. Yogi (Zaheer et al.
+    2018, NeurIPS, Algorithm 2).
+
+    Args:
+      b2: in [0, 1), or a schedule of it.
+      initial: ``v_0``, in the units of a squared gradient; greater than 0.
+      name: the name of its buffer ``nu``: real, one array per parameter.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, per_weight_rate, yogi_moment
+    >>> rule = adaptive(yogi_moment(0.75, initial=16.0), per_weight_rate(eps=0.0))
+    >>> _, state = rule.update(jnp.array([2.0, 8.0]), rule.init(jnp.zeros(2)))
+    >>> state.buffers["nu"].tolist()
+    [15.0, 32.0]
+    """
+    check_decay(b2=b2)
+    check_positive(initial=initial)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        def move(v: jax.Array, square: jax.Array) -> jax.Array:
+            return v - (1 - step.at(b2)) * jnp.sign(v - square) * square
+
+        square = absolute_square(step.gradient)
+        nu = step.remember(name, move, square, initial=initial, dtype=dtype)
+        return step.set(second_moment=step.owing(nu, b2))
+
+    return line

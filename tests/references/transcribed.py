@@ -1,0 +1,32 @@
+"""Rules of public code that does not run here, transcribed in NumPy line by line.
+
+Each is a function of the hyperparameters that returns ``step(x, g, lr) -> x``. None of it imports
+this library. COMMITS says what was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+Step = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+
+COMMITS = {
+    "tensorflow/addons": "23bd494cd4b13adccc0985fce6da65c6542f672e",
+}
+
+
+def yogi(b1: float, b2: float, eps: float, initial: float) -> Step:
+    """tensorflow_addons/optimizers/yogi.py, dense, with the sign and without its penalties."""
+    m, v, t = 0.0, initial, 0
+
+    def step(x, g, lr):
+        nonlocal m, v, t
+        t += 1
+        lr = lr * np.sqrt(1 - b2**t) / (1 - b1**t)
+        m = m * b1 + g * (1 - b1)
+        v = v + (1 - b2) * np.sign(g * g - v) * (g * g)
+        return x - lr / (np.sqrt(v) + eps) * m
+
+    return step
