@@ -32,11 +32,11 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.successors import adabelief, lion, yogi
+from adaptive_opt.recipes.successors import adabelief, laprop, lion, yogi
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
-from adaptive_opt.stages.averages import yogi_moment
+from adaptive_opt.stages.averages import weighted_moment, yogi_moment
 from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
@@ -65,6 +65,7 @@ from adaptive_opt.stages.rates import (
     uniform_rate,
 )
 from adaptive_opt.stages.weight_decay import (
+    decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
@@ -108,6 +109,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adabelief",
     "lion",
     "yogi",
+    "laprop",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -156,6 +158,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "centered_moment",
     "belief_moment",
     "yogi_moment",
+    "weighted_moment",
     "amsgrad_max",
     "debias",
     "nesterov_moment",
@@ -177,6 +180,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "l2_regularization",
     "decoupled_weight_decay",
     "decoupled_l1_decay",
+    "decay_after_step",
     "scale_by_learning_rate",
     # Seeing what it does.
     "telemetry",

@@ -21,6 +21,7 @@ from adaptive_opt.memory.single_pass import single_pass
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.weight_decay import (
+    decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
@@ -69,6 +70,7 @@ OURS: dict[str, Callable[..., Any]] = {
         l2_regularization,
         decoupled_weight_decay,
         decoupled_l1_decay,
+        decay_after_step,
         scale_by_learning_rate,
     )
 } | {"ParameterGroups": parameter_groups}

@@ -1,4 +1,4 @@
-"""What came after: AdaBelief, Lion, Yogi.
+"""What came after: AdaBelief, Lion, Yogi, LaProp.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -14,12 +14,19 @@ from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
-from adaptive_opt.stages.averages import yogi_moment
+from adaptive_opt.stages.averages import weighted_moment, yogi_moment
 from adaptive_opt.stages.directions import lion_direction
-from adaptive_opt.stages.moments import amsgrad_max, belief_moment, debias, first_moment
-from adaptive_opt.stages.rates import debias_rate, per_weight_rate, radam_rectifier
+from adaptive_opt.stages.moments import (
+    amsgrad_max,
+    belief_moment,
+    debias,
+    first_moment,
+    second_moment,
+)
+from adaptive_opt.stages.rates import apply_rate, debias_rate, per_weight_rate, radam_rectifier
 from adaptive_opt.stages.weight_decay import (
     Mask,
+    decay_after_step,
     decoupled_weight_decay,
     l2_regularization,
     scale_by_learning_rate,
@@ -139,6 +146,8 @@ def decaying(
     scale = scale_by_learning_rate(learning_rate)
     if decay == "l2":
         return l2_regularization(weight_decay, mask), bracket, scale
+    if decay == "after":
+        return bracket, scale, decay_after_step(weight_decay, mask)
     decoupled = decoupled_weight_decay(weight_decay, mask)
     if decay == "decoupled":
         return bracket, decoupled, scale
@@ -195,4 +204,58 @@ def yogi(
         "tensorflow": (*moments, per_weight_rate(eps), debias_rate(b1, b2)),
     }
     bracket = adaptive(*listings[convention], state_dtype=state_dtype)
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+
+
+@recipe
+def laprop(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-15,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant", "after"] = "decoupled",
+    convention: Literal["reference", "amsgrad"] = "reference",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Adam with its two lines exchanged: the average of steps ``g / (sqrt(v^) + eps)``.
+
+    Each gradient is divided by the second moment of its own time, and no later one, so that b1 and
+    b2 may be anything. Ziyin, Wang & Ueda 2020, arXiv:2002.04839, Algorithm 1. Equals the authors'
+    ``laprop.py`` (Z-T-WANG/LaProp-Optimizer): the average weighs each step with its learning rate,
+    see ``weighted_moment``, which matters only where the rate is a schedule.
+
+    Use it where Adam diverges at a small b2, or with a b1 close to 1.
+
+    Not copied: ``centered``, and a step at a learning rate of 0, where the authors' code moves by
+    the whole average; here nothing moves.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      weight_decay: at least 0.
+      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient.
+        "constant": ``- wd x``, times neither. "after": the same of the new x, as the authors do.
+      convention: "reference", or "amsgrad": with the largest second moment so far.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import laprop
+    >>> x = jnp.array([1.0])
+    >>> optimizer = laprop(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.99
+    """
+    largest = (amsgrad_max(),) if convention == "amsgrad" else ()
+    bracket = adaptive(
+        second_moment(b2),
+        *largest,
+        debias(b2=b2),
+        per_weight_rate(eps),
+        apply_rate(),
+        weighted_moment(b1, learning_rate),
+        state_dtype=state_dtype,
+    )
     return decaying(bracket, learning_rate, weight_decay, mask, decay)

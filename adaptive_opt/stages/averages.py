@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.checks import Hyperparameter, check_decay, check_positive
-from adaptive_opt.core.stage import OneArray, stage
+from adaptive_opt.core.checks import (
+    Hyperparameter,
+    check_decay,
+    check_nonnegative,
+    check_positive,
+)
+from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.stages.moments import absolute_square
 
 
@@ -53,3 +59,48 @@ def yogi_moment(
         return step.set(second_moment=step.owing(nu, b2))
 
     return line
+
+
+@stage
+def weighted_moment(
+    b1: Hyperparameter,
+    weight: Hyperparameter,
+    *,
+    name: str = "mu",
+    dtype: DTypeLike | None = None,
+) -> WholeTree:
+    """The moving average of the direction in which every step counts by its weight: ``m_t / w_t``.
+
+    ``m_t = b1 m_{t-1} + (1 - b1) weight_t d_t`` and ``w_t = b1 w_{t-1} + (1 - b1) weight_t``, so
+    that it is right from the first step on; of a constant weight, ``first_moment`` and ``debias``.
+    Reads and replaces ``direction``. While all weights were 0 it is 0. LaProp's average of the
+    steps it has taken, each with its learning rate (Ziyin et al. 2020, arXiv:2002.04839).
+
+    Args:
+      b1: decay in [0, 1), or a schedule of it.
+      weight: at least 0, usually the learning rate; only ratios of it count.
+      name: the name of its buffers: ``mu``, one array per parameter, and ``mu_weight``, a real
+        scalar; zeros at first.
+      dtype: the dtype of ``mu``; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, weighted_moment
+    >>> rule = adaptive(weighted_moment(0.5, weight=lambda step: 1.0 + step))
+    >>> _, state = rule.update(jnp.array([4.0]), rule.init(jnp.zeros(1)))
+    >>> print(rule.update(jnp.array([9.0]), state)[0].round(4))
+    [8.]
+    """
+    check_decay(b1=b1)
+    check_nonnegative(weight=weight)
+
+    def line(steps: OpenStep) -> OpenStep:
+        total = steps.average(f"{name}_weight", jnp.asarray(steps.at(weight), steps.width), b1)
+        inverse = jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
+
+        def average(step: AdaptiveStep) -> AdaptiveStep:
+            weighed = step.average(name, step.at(weight) * step.direction, b1, dtype=dtype)
+            return step.set(direction=step.at(inverse) * weighed)
+
+        return steps.each(average)
+
+    return WholeTree(line)

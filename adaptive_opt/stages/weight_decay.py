@@ -89,6 +89,44 @@ def decoupled_l1_decay(
     return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
 
 
+@described
+def decay_after_step(
+    weight_decay: Hyperparameter,
+    mask: Mask | None = None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+    proximal: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Decays the value that the step leads to: ``(x_t + u_t) (1 - wd_t)``, or by ``/ (1 + wd_t)``.
+
+    Comes last, behind the learning rate and its sign, and returns the update that leads there.
+    Every other decay here is taken off the old x. With ``learning_rate`` the strength is ``lr_t
+    wd_t``.
+
+    Args:
+      weight_decay: at least 0, per step (and, with learning_rate, per unit of it); a number or a
+        schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+      learning_rate: a number or a schedule.
+      proximal: divide by ``1 + wd``, the proximal step of the penalty ``wd/2 |x|^2``, which cannot
+        overshoot (Adan). Otherwise multiply by ``1 - wd`` (LaProp).
+
+    State: as that of ``decoupled_weight_decay``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import decay_after_step
+    >>> decay, x = decay_after_step(0.5), jnp.array([4.0])
+    >>> print(decay.update(jnp.array([-1.0]), decay.init(x), x)[0].round(4))
+    [-2.5]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def combine(u: jax.Array, x: jax.Array, *, s: Any) -> jax.Array:
+        return (u - s * x) / (1 + s) if proximal else u - s * (x + u)
+
+    return _decay(combine, weight_decay, mask, learning_rate)
+
+
 def decays(
     weight_decay: Hyperparameter,
     l1: Hyperparameter | None,

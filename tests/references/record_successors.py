@@ -1,7 +1,8 @@
 """Records what came after the family, and adds to what is recorded without rewriting it.
 
     pip install -r tests/references/requirements.txt
-    git clone https://github.com/google/automl  # and the others that CHECKOUTS names
+    git clone https://github.com/google/automl
+    git clone https://github.com/Z-T-WANG/LaProp-Optimizer
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -171,7 +172,27 @@ def yogi(checkouts: pathlib.Path) -> Iterator[Row]:
     )  # fmt: skip
 
 
-METHODS = {method.__name__: method for method in (adabelief, lion, yogi)}
+def laprop(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code."""
+    authors = load(checkouts / "LaProp-Optimizer/laprop.py", "LaProp")
+    sets = {"defaults": BOTH["defaults"] | {"eps": 1e-15}, "far": BOTH["far"]}
+    binding = {"binding": {"b1": 0.9, "b2": 0.9, "eps": 1e-15}, "far": BOTH["far"]}
+    for name, amsgrad in (("reference", False), ("amsgrad", True)):
+        yield from rows_of(
+            f"laprop-{name}",
+            "Z-T-WANG/LaProp-Optimizer laprop.py" + ", amsgrad=True" * amsgrad,
+            "laprop",
+            lambda h, wd, a=amsgrad: run_torch(
+                lambda p: authors(p, **torch_options(h), **wd, amsgrad=a)
+            ),
+            sets=binding if amsgrad else sets,
+            decay=0.01,
+            decay_form="after",
+            convention=name,
+        )
+
+
+METHODS = {method.__name__: method for method in (adabelief, lion, yogi, laprop)}
 
 
 def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:
