@@ -32,12 +32,12 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.successors import adabelief, laprop, lion, yogi
+from adaptive_opt.recipes.successors import adabelief, adopt, laprop, lion, yogi
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
-from adaptive_opt.stages.averages import weighted_moment, yogi_moment
-from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
+from adaptive_opt.stages.averages import previous_second_moment, weighted_moment, yogi_moment
+from adaptive_opt.stages.directions import clip_direction, diffgrad_friction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     belief_moment,
@@ -57,6 +57,7 @@ from adaptive_opt.stages.rates import (
     adamod_momental_bound,
     apply_rate,
     debias_rate,
+    floored_rate,
     inverse_rate,
     mute_unseen,
     per_weight_rate,
@@ -110,6 +111,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "lion",
     "yogi",
     "laprop",
+    "adopt",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -159,12 +161,14 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "belief_moment",
     "yogi_moment",
     "weighted_moment",
+    "previous_second_moment",
     "amsgrad_max",
     "debias",
     "nesterov_moment",
     "nadam_moment",
     "per_weight_rate",
     "inverse_rate",
+    "floored_rate",
     "uniform_rate",
     "debias_rate",
     "scale_rate",
@@ -176,6 +180,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "apply_rate",
     "diffgrad_friction",
     "lion_direction",
+    "clip_direction",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",

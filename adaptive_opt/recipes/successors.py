@@ -1,21 +1,23 @@
-"""What came after: AdaBelief, Lion, Yogi, LaProp.
+"""What came after: AdaBelief, Lion, Yogi, LaProp, ADOPT.
 
 The arguments are those of ``recipes.adam``, which see.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.bracket import adaptive
-from adaptive_opt.core.checks import Hyperparameter
+from adaptive_opt.core.checks import Hyperparameter, is_zero, value_at
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
-from adaptive_opt.stages.averages import weighted_moment, yogi_moment
-from adaptive_opt.stages.directions import lion_direction
+from adaptive_opt.stages.averages import previous_second_moment, weighted_moment, yogi_moment
+from adaptive_opt.stages.directions import clip_direction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     belief_moment,
@@ -23,7 +25,13 @@ from adaptive_opt.stages.moments import (
     first_moment,
     second_moment,
 )
-from adaptive_opt.stages.rates import apply_rate, debias_rate, per_weight_rate, radam_rectifier
+from adaptive_opt.stages.rates import (
+    apply_rate,
+    debias_rate,
+    floored_rate,
+    per_weight_rate,
+    radam_rectifier,
+)
 from adaptive_opt.stages.weight_decay import (
     Mask,
     decay_after_step,
@@ -258,4 +266,71 @@ def laprop(
         weighted_moment(b1, learning_rate),
         state_dtype=state_dtype,
     )
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+
+
+def fourth_root(step: Any) -> jax.Array:
+    """ADOPT's limit: ``(t - 1)^(1/4)`` at the t-th gradient."""
+    return jnp.asarray(step, float) ** 0.25
+
+
+def from_the_second_step(hyperparameter: Hyperparameter) -> Hyperparameter:
+    """A hyperparameter that is 0 at the first step."""
+    if is_zero(hyperparameter):
+        return hyperparameter
+    return lambda step: jnp.where(step == 0, 0.0, value_at(hyperparameter, step + 1))
+
+
+@recipe
+def adopt(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.9999,
+    eps: Hyperparameter = 1e-6,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    convention: Literal["reference", "unclipped"] = "reference",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Adam that converges at any b2: the average of ``clip(g_t / max(sqrt(v_{t-1}), eps))``.
+
+    A gradient is divided by the second moment of the step before, then clipped to ``(t -
+    1)^(1/4)``, then averaged; nothing is debiased. The first gradient only fills v, see
+    ``previous_second_moment``, and nothing moves or decays at it. Taniguchi et al. 2024,
+    arXiv:2411.02853, Algorithm 2. Equals the authors' package (iShohei220/adopt) and
+    ``optax.contrib.adopt``, whose ``nesterov`` is not copied.
+
+    Use it where Adam's b2 would have to be tuned.
+
+    Args:
+      learning_rate, b1, b2, mask, state_dtype: see ``adam``.
+      eps: the smallest ``sqrt(v)`` that is divided by; at least 0.
+      weight_decay: at least 0.
+      decay: "decoupled": times the learning rate and its schedule (``decouple=True``). "l2": added
+        to the gradient (the authors' default). "constant": ``- wd x``, times neither.
+      convention: "reference", or "unclipped": as first published (``clip_lambda=None``).
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adopt
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adopt(1e-2)
+    >>> _, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), state, x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.999
+    """
+    clip = (clip_direction(fourth_root),) if convention == "reference" else ()
+    bracket = adaptive(
+        previous_second_moment(b2),
+        floored_rate(eps),
+        apply_rate(),
+        *clip,
+        first_moment(b1),
+        state_dtype=state_dtype,
+    )
+    if decay != "l2":
+        weight_decay = from_the_second_step(weight_decay)
     return decaying(bracket, learning_rate, weight_decay, mask, decay)

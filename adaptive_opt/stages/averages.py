@@ -104,3 +104,39 @@ def weighted_moment(
         return steps.each(average)
 
     return WholeTree(line)
+
+
+@stage
+def previous_second_moment(
+    b2: Hyperparameter, *, name: str = "nu", dtype: DTypeLike | None = None
+) -> OneArray:
+    """The second moment of the step before: ``v_{t-1}``, while ``v_t = b2 v_{t-1} + (1 - b2)
+    |g_t|^2`` is kept for the next.
+
+    The gradient is divided by what does not depend on it, which is why ADOPT converges at any b2.
+    The first gradient only fills ``v_1 = |g_1|^2``: its direction is 0. Reads ``gradient`` and
+    ``direction``, sets ``second_moment``, in which there is nothing to debias, and ``direction``.
+    ADOPT (Taniguchi et al. 2024, arXiv:2411.02853, Algorithm 2).
+
+    Args:
+      b2: decay in [0, 1), or a schedule of it.
+      name: the name of its buffer ``nu``: real, one array per parameter, zeros at first.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, per_weight_rate, previous_second_moment
+    >>> rule = adaptive(previous_second_moment(0.5), per_weight_rate(eps=0.0))
+    >>> first, state = rule.update(jnp.array([2.0]), rule.init(jnp.zeros(1)))
+    >>> print(first, rule.update(jnp.array([8.0]), state)[0].round(4))
+    [0.] [4.]
+    """
+    check_decay(b2=b2)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        square, d = absolute_square(step.gradient), step.direction
+        before = step.recall(name, like=square, dtype=dtype)
+        now = step.average(name, square, b2, initial=lambda first: first, dtype=dtype)
+        step = step.set(second_moment=now, direction=jnp.where(step.count == 1, 0.0, d))
+        return step.set(second_moment=before)
+
+    return line

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.checks import Hyperparameter, check_decay, choose
+from adaptive_opt.core.checks import Hyperparameter, check_decay, check_nonnegative, choose
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 
@@ -95,5 +95,33 @@ def lion_direction(
         before = step.recall(name, like=d, dtype=dtype)
         step.average(name, d, b2, dtype=dtype)
         return step.set(direction=jnp.sign(b * before + (1 - b) * d))
+
+    return line
+
+
+@stage
+def clip_direction(limit: Hyperparameter) -> OneArray:
+    """No part of the direction beyond a limit: ``clip(d_t, -limit_t, limit_t)``.
+
+    Reads and replaces ``direction``; of a complex one, both parts. Remembers nothing. ADOPT clips
+    its scaled gradient to ``(t - 1)^(1/4)`` (Taniguchi et al. 2024, arXiv:2411.02853).
+
+    Args:
+      limit: at least 0, in the units of the direction, or a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, clip_direction
+    >>> rule = adaptive(clip_direction(1.5))
+    >>> print(rule.update(jnp.array([1.0, -3.0]), rule.init(jnp.zeros(2)))[0])
+    [ 1.  -1.5]
+    """
+    check_nonnegative(limit=limit)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        d, most = step.direction, step.at(limit)
+        if jnp.iscomplexobj(d):
+            parts = jnp.clip(d.real, -most, most), jnp.clip(d.imag, -most, most)
+            return step.limit(direction=jax.lax.complex(*parts))
+        return step.limit(direction=jnp.clip(d, -most, most))
 
     return line

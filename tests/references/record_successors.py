@@ -3,6 +3,7 @@
     pip install -r tests/references/requirements.txt
     git clone https://github.com/google/automl
     git clone https://github.com/Z-T-WANG/LaProp-Optimizer
+    git clone https://github.com/iShohei220/adopt
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -192,7 +193,43 @@ def laprop(checkouts: pathlib.Path) -> Iterator[Row]:
         )
 
 
-METHODS = {method.__name__: method for method in (adabelief, lion, yogi, laprop)}
+def adopt(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code with and without its clipping, with both decays; and optax's."""
+    authors = load(checkouts / "adopt/src/adopt/adopt.py", "ADOPT")
+    sets = {"defaults": {"b1": 0.9, "b2": 0.9999, "eps": 1e-6}, "far": BOTH["far"]}
+
+    def package(name: str, decay: float, theirs: dict[str, Any], **ours: Any) -> list[Row]:
+        rows = rows_of(
+            f"adopt-reference{name}",
+            "iShohei220/adopt src/adopt/adopt.py"
+            + "".join(f", {k}={v}" for k, v in theirs.items()),
+            "adopt",
+            lambda h, wd: run_torch(
+                lambda p: authors(p, **torch_options(h), **wd, **theirs, foreach=False)
+            ),
+            sets=sets,
+            decay=decay,
+            **ours,
+        )
+        return list(rows)
+
+    yield from package("", 1.0, {"decouple": True})
+    # Not at the defaults: where only the penalty has a gradient, ADOPT divides it by the first one
+    # it saw, so that a weight of 5e-5 oscillates and multiplies a rounding by 1e10.
+    yield from package("-l2", 0.1, {"decouple": False}, always_decays=True, decay_form="l2")[1:]
+    unclipped = {"decouple": True, "clip_lambda": None}
+    yield from package("-unclipped", 1.0, unclipped, convention="unclipped")[1:]
+    rows = rows_of(
+        "adopt-optax",
+        "optax.contrib.adopt",
+        "adopt",
+        lambda h, wd: run_optax(lambda lr: optax.contrib.adopt(lr, **h)),
+        sets=sets,
+    )
+    yield from list(rows)[::2]
+
+
+METHODS = {method.__name__: method for method in (adabelief, lion, yogi, laprop, adopt)}
 
 
 def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:
