@@ -32,11 +32,23 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.successors import adabelief, adopt, laprop, lion, yogi
+from adaptive_opt.recipes.successors import (
+    adabelief,
+    ademamix,
+    adopt,
+    laprop,
+    lion,
+    yogi,
+)
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
-from adaptive_opt.stages.averages import previous_second_moment, weighted_moment, yogi_moment
+from adaptive_opt.stages.averages import (
+    previous_second_moment,
+    slow_average,
+    weighted_moment,
+    yogi_moment,
+)
 from adaptive_opt.stages.directions import clip_direction, diffgrad_friction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
@@ -112,6 +124,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "yogi",
     "laprop",
     "adopt",
+    "ademamix",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -162,6 +175,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "yogi_moment",
     "weighted_moment",
     "previous_second_moment",
+    "slow_average",
     "amsgrad_max",
     "debias",
     "nesterov_moment",

@@ -1,22 +1,38 @@
-"""What came after: AdaBelief, Lion, Yogi, LaProp, ADOPT.
+"""What came after: AdaBelief, Lion, Yogi, LaProp, ADOPT, AdEMAMix.
 
 The arguments are those of ``recipes.adam``, which see.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.bracket import adaptive
-from adaptive_opt.core.checks import Hyperparameter, is_zero, value_at
+from adaptive_opt.core.checks import (
+    Hyperparameter,
+    check_constant,
+    check_decay,
+    check_nonnegative,
+    check_whole,
+    is_number,
+    is_zero,
+    value_at,
+)
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
-from adaptive_opt.stages.averages import previous_second_moment, weighted_moment, yogi_moment
+from adaptive_opt.stages.averages import (
+    previous_second_moment,
+    slow_average,
+    weighted_moment,
+    yogi_moment,
+)
 from adaptive_opt.stages.directions import clip_direction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
@@ -333,4 +349,96 @@ def adopt(
     )
     if decay != "l2":
         weight_decay = from_the_second_step(weight_decay)
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+
+
+def done_at(step: Any, steps: float) -> jax.Array:
+    """How much of a warm-up is done."""
+    return jnp.minimum((jnp.asarray(step, float) + 1) / steps, 1.0)
+
+
+def linear_warmup(end: float, steps: float) -> Hyperparameter:
+    """From 0 to ``end`` in so many steps; a schedule."""
+    return lambda step: end * done_at(step, steps)
+
+
+def half_life_warmup(start: float, end: float, steps: float) -> Hyperparameter:
+    """A decay from ``start`` to ``end`` in so many steps, linear in the half-life; a schedule."""
+
+    def half_life(decay: Any) -> Any:
+        log = np.log if is_number(decay) else jnp.log  # in double
+        return math.log(0.5) / log(decay + 1e-8) - 1  # with 1e-8 for 0, as the authors have it
+
+    def schedule(step: Any) -> Any:
+        done = done_at(step, steps)
+        now = (1 - done) * half_life(start) + done * half_life(end)
+        return jnp.where(done == 1, end, 0.5 ** (1 / (now + 1)))
+
+    return schedule
+
+
+@recipe
+def ademamix(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    b3: Hyperparameter = 0.9999,
+    alpha: Hyperparameter = 2.0,
+    eps: Hyperparameter = 1e-8,
+    *,
+    b3_warmup: int | None = None,
+    alpha_warmup: int | None = None,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """AdamW with a long memory beside the short one: ``x - lr (m^ + alpha s) / (sqrt(v^) + eps)``.
+
+    ``s`` is a second average of the gradient, with b3 close to 1, see ``slow_average``.
+    Pagliardini, Ablin & Grangier 2024, arXiv:2409.03137, Algorithm 1. Equals the authors'
+    ``pytorch/ademamix.py`` (apple/ml-ademamix) and ``optax.contrib.ademamix``.
+
+    Use it in long trainings, with the two warm-ups as long as the training: a slow average that is
+    heavy early makes it diverge.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      b3: decay of the slow average, in [0, 1), or a schedule of it.
+      alpha: its weight, at least 0, or a schedule of it; the paper takes 5 to 10, the code 2.
+      b3_warmup: over how many steps b3 grows from b1, linearly in its half-life; at least 1. b1 and
+        b3 must be numbers then.
+      alpha_warmup: over how many steps alpha grows from 0, linearly; at least 1.
+      weight_decay: at least 0.
+      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient.
+        "constant": ``- wd x``, times neither.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import ademamix
+    >>> x = jnp.array([1.0])
+    >>> optimizer = ademamix(1e-2, b3=0.75)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.985
+    """
+    check_decay(b3=b3)
+    check_nonnegative(alpha=alpha)
+    if b3_warmup is not None:
+        check_constant(b1=b1, b3=b3)
+        check_whole(1, b3_warmup=b3_warmup)
+        b3 = half_life_warmup(b1, b3, b3_warmup)
+    if alpha_warmup is not None:
+        check_constant(alpha=alpha)
+        check_whole(1, alpha_warmup=alpha_warmup)
+        alpha = linear_warmup(alpha, alpha_warmup)
+    bracket = adaptive(
+        first_moment(b1),
+        debias(b1),
+        slow_average(b3, alpha),
+        second_moment(b2),
+        debias(b2=b2),
+        per_weight_rate(eps),
+        state_dtype=state_dtype,
+    )
     return decaying(bracket, learning_rate, weight_decay, mask, decay)

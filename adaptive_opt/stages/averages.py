@@ -140,3 +140,41 @@ def previous_second_moment(
         return step.set(second_moment=before)
 
     return line
+
+
+@stage
+def slow_average(
+    b3: Hyperparameter,
+    alpha: Hyperparameter,
+    *,
+    name: str = "mu_slow",
+    dtype: DTypeLike | None = None,
+) -> OneArray:
+    """Adds a slow average of the gradient: ``d_t + alpha_t s_t``, ``s_t = b3 s_{t-1} + (1 - b3)
+    g_t``.
+
+    Reads ``gradient`` and ``direction``, replaces ``direction``. The slow average starts at zero
+    and is not corrected for it, so that it comes in gradually. AdEMAMix (Pagliardini, Ablin &
+    Grangier 2024, arXiv:2409.03137, Algorithm 1).
+
+    Args:
+      b3: decay of the slow average, in [0, 1), or a schedule of it; 0.9999 remembers some ten
+        thousand steps.
+      alpha: its weight beside the direction, at least 0, or a schedule of it.
+      name: the name of its buffer ``mu_slow``: one array per parameter, zeros at first.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, slow_average
+    >>> rule = adaptive(slow_average(0.75, alpha=2.0))
+    >>> print(rule.update(jnp.array([4.0]), rule.init(jnp.zeros(1)))[0])
+    [6.]
+    """
+    check_decay(b3=b3)
+    check_nonnegative(alpha=alpha)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        slow = step.average(name, step.gradient, b3, dtype=dtype)
+        return step.set(direction=step.direction + step.at(alpha) * slow)
+
+    return line

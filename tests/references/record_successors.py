@@ -4,6 +4,7 @@
     git clone https://github.com/google/automl
     git clone https://github.com/Z-T-WANG/LaProp-Optimizer
     git clone https://github.com/iShohei220/adopt
+    git clone https://github.com/apple/ml-ademamix
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -229,7 +230,45 @@ def adopt(checkouts: pathlib.Path) -> Iterator[Row]:
     yield from list(rows)[::2]
 
 
-METHODS = {method.__name__: method for method in (adabelief, lion, yogi, laprop, adopt)}
+def ademamix(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code with and without its warm-ups, and optax's."""
+    authors = load(checkouts / "ml-ademamix/pytorch/ademamix.py", "AdEMAMix")
+    sets = {
+        "defaults": BOTH["defaults"] | {"b3": 0.9999, "alpha": 2.0},
+        "far": BOTH["far"] | {"b3": 0.99, "alpha": 8.0},
+    }
+
+    def options(h: dict[str, float]) -> dict[str, Any]:
+        more = {key: h[key] for key in ("alpha", "b3_warmup", "alpha_warmup") if key in h}
+        more |= {"beta3_warmup": more.pop("b3_warmup")} if "b3_warmup" in more else {}
+        return {"lr": LR, "betas": (h["b1"], h["b2"], h["b3"]), "eps": h["eps"]} | more
+
+    warm = {"b3_warmup": 200, "alpha_warmup": 100}
+    for name, chosen in (
+        ("", sets),
+        ("-warmups", {label: h | warm for label, h in sets.items()}),
+    ):
+        rows = rows_of(
+            f"ademamix-reference{name}",
+            "apple/ml-ademamix pytorch/ademamix.py",
+            "ademamix",
+            lambda h, wd: run_torch(lambda p: authors(p, **options(h), **wd)),
+            sets=chosen,
+            decay=1.0,
+        )
+        yield from list(rows)
+    rows = rows_of(
+        "ademamix-optax",
+        "optax.contrib.ademamix",
+        "ademamix",
+        lambda h, wd: run_optax(lambda lr: optax.contrib.ademamix(lr, **h, **wd)),
+        sets=sets,
+        decay=1.0,
+    )
+    yield from list(rows)[::2]
+
+
+METHODS = {method.__name__: method for method in (adabelief, lion, yogi, laprop, adopt, ademamix)}
 
 
 def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:
