@@ -31,6 +31,7 @@ from adaptive_opt.memory.single_pass import (
 from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
+from adaptive_opt.recipes.differences import mars
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.successors import (
     adabelief,
@@ -49,7 +50,13 @@ from adaptive_opt.stages.averages import (
     weighted_moment,
     yogi_moment,
 )
-from adaptive_opt.stages.directions import clip_direction, diffgrad_friction, lion_direction
+from adaptive_opt.stages.differences import variance_reduced_gradient
+from adaptive_opt.stages.directions import (
+    clip_direction,
+    diffgrad_friction,
+    lion_direction,
+    sign_direction,
+)
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     belief_moment,
@@ -77,6 +84,7 @@ from adaptive_opt.stages.rates import (
     scale_rate,
     uniform_rate,
 )
+from adaptive_opt.stages.tensors import clip_gradient_norm
 from adaptive_opt.stages.weight_decay import (
     decay_after_step,
     decoupled_l1_decay,
@@ -125,6 +133,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "laprop",
     "adopt",
     "ademamix",
+    "mars",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -195,6 +204,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "diffgrad_friction",
     "lion_direction",
     "clip_direction",
+    "sign_direction",
+    "variance_reduced_gradient",
+    "clip_gradient_norm",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",

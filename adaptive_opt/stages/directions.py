@@ -125,3 +125,23 @@ def clip_direction(limit: Hyperparameter) -> OneArray:
         return step.limit(direction=jnp.clip(d, -most, most))
 
     return line
+
+
+@stage
+def sign_direction() -> OneArray:
+    """The sign of the direction: ``sign(d_t)``, 0 where it is 0; of a complex one, its unit.
+
+    Reads and replaces ``direction``. Remembers nothing. Signum (Bernstein et al. 2018,
+    arXiv:1802.04434), MARS-Lion.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, sign_direction
+    >>> rule = adaptive(sign_direction())
+    >>> print(rule.update(jnp.array([4.0, -0.5, 0.0]), rule.init(jnp.zeros(3)))[0])
+    [ 1. -1.  0.]
+    """
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(direction=jnp.sign(step.direction))
+
+    return line

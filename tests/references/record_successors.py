@@ -5,6 +5,7 @@
     git clone https://github.com/Z-T-WANG/LaProp-Optimizer
     git clone https://github.com/iShohei220/adopt
     git clone https://github.com/apple/ml-ademamix
+    git clone https://github.com/AGI-Arena/MARS
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -268,7 +269,33 @@ def ademamix(checkouts: pathlib.Path) -> Iterator[Row]:
     yield from list(rows)[::2]
 
 
-METHODS = {method.__name__: method for method in (adabelief, lion, yogi, laprop, adopt, ademamix)}
+def mars(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code, on vectors as on matrices, in two of its three forms."""
+    authors = load(checkouts / "MARS/MARS/optimizers/mars.py", "MARS")
+    sets = {
+        "defaults": {"b1": 0.95, "b2": 0.99, "eps": 1e-8, "gamma": 0.025},
+        "far": BOTH["far"] | {"gamma": 0.5},
+    }
+    for form in ("adamw", "lion"):
+        yield from rows_of(
+            f"mars-{form}",
+            f"AGI-Arena/MARS MARS/optimizers/mars.py, mars_type=mars-{form}, optimize_1d=True",
+            "mars",
+            lambda h, wd, f=form: run_torch(
+                lambda p: authors(
+                    p, **torch_options(h), **wd, gamma=h["gamma"], mars_type=f"mars-{f}",
+                    optimize_1d=True,
+                )
+            ),
+            sets=sets,
+            decay=1.0,
+            convention=form,
+        )  # fmt: skip
+
+
+METHODS = {
+    method.__name__: method for method in (adabelief, lion, yogi, laprop, adopt, ademamix, mars)
+}
 
 
 def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:
