@@ -31,7 +31,7 @@ from adaptive_opt.memory.single_pass import (
 from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
-from adaptive_opt.recipes.differences import mars
+from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.successors import (
     adabelief,
@@ -50,7 +50,11 @@ from adaptive_opt.stages.averages import (
     weighted_moment,
     yogi_moment,
 )
-from adaptive_opt.stages.differences import variance_reduced_gradient
+from adaptive_opt.stages.differences import (
+    change_average,
+    nesterov_gradient,
+    variance_reduced_gradient,
+)
 from adaptive_opt.stages.directions import (
     clip_direction,
     diffgrad_friction,
@@ -134,6 +138,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adopt",
     "ademamix",
     "mars",
+    "adan",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -206,6 +211,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "clip_direction",
     "sign_direction",
     "variance_reduced_gradient",
+    "nesterov_gradient",
+    "change_average",
     "clip_gradient_norm",
     # Before and after the stages.
     "l2_regularization",

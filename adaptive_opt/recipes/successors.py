@@ -172,6 +172,9 @@ def decaying(
         return l2_regularization(weight_decay, mask), bracket, scale
     if decay == "after":
         return bracket, scale, decay_after_step(weight_decay, mask)
+    if decay == "proximal":
+        proximal = decay_after_step(weight_decay, mask, learning_rate=learning_rate, proximal=True)
+        return bracket, scale, proximal
     decoupled = decoupled_weight_decay(weight_decay, mask)
     if decay == "decoupled":
         return bracket, decoupled, scale

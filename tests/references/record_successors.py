@@ -6,6 +6,7 @@
     git clone https://github.com/iShohei220/adopt
     git clone https://github.com/apple/ml-ademamix
     git clone https://github.com/AGI-Arena/MARS
+    git clone https://github.com/sail-sg/Adan
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -293,8 +294,48 @@ def mars(checkouts: pathlib.Path) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def adan(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code with both of its decays, and optax's."""
+    authors = load(checkouts / "Adan/adan.py", "Adan")
+    sets = {
+        "defaults": {"b1": 0.98, "b2": 0.92, "b3": 0.99, "eps": 1e-8},
+        "far": {"b1": 0.8, "b2": 0.5, "b3": 0.9, "eps": 1e-3},
+    }
+
+    def package(no_prox: bool, **ours: Any) -> Iterator[Row]:
+        return rows_of(
+            f"adan-reference{'-no-prox' * no_prox}",
+            "sail-sg/Adan adan.py" + ", no_prox=True" * no_prox,
+            "adan",
+            lambda h, wd: run_torch(
+                lambda p: authors(
+                    p, lr=LR, betas=(h["b1"], h["b2"], h["b3"]), eps=h["eps"], **wd,
+                    no_prox=no_prox, foreach=False,
+                )
+            ),
+            sets=sets,
+            decay=1.0,
+            **ours,
+        )  # fmt: skip
+
+    yield from package(False)
+    yield from list(package(True, decay_form="decoupled"))[2:]
+    rows = rows_of(
+        "adan-optax",
+        "optax.adan(eps_root=0)",
+        "adan",
+        lambda h, wd: run_optax(lambda lr: optax.adan(lr, **h, **wd, eps_root=0.0)),
+        sets=sets,
+        decay=1.0,
+        decay_form="decoupled",
+        convention="optax",
+    )
+    yield from list(rows)[::2]
+
+
 METHODS = {
-    method.__name__: method for method in (adabelief, lion, yogi, laprop, adopt, ademamix, mars)
+    method.__name__: method
+    for method in (adabelief, lion, yogi, laprop, adopt, ademamix, mars, adan)
 }
 
 
