@@ -43,7 +43,9 @@ WRAPPED = ELEMENTWISE | {
     "optax.inject_hyperparams": optax.inject_hyperparams(adam)(1e-2),
     "optax.MultiSteps": optax.MultiSteps(adam(1e-2), 2).gradient_transformation(),
 }
-CONVENTIONS = {n: make(1e-2) for n, make in EVERY_CONVENTION.items() if n not in WITH_SUMS}
+CONVENTIONS = {
+    n: make(1e-2) for n, make in EVERY_CONVENTION.items() if n.split(" (")[0] not in WITH_SUMS
+}
 ODD = {"kernel": (17, 9), "bias": (9,), "convolution": (3, 3, 1, 5), "scale": ()}
 """No size is a multiple of 8."""
 

@@ -74,6 +74,11 @@ EACH_OFTEN_ONCE = [
 ]
 """Every recipe often, its further conventions among the slow tests; for ``parametrize``."""
 
+PER_TENSOR = tuple(
+    name for name in REGISTERED if "axis_name" in _arguments(name) and name != "rmsprop"
+)
+"""The recipes that look at each tensor as a whole; where devices have parts of it, by axis_name."""
+
 NEED_PARAMS = (
     "ranger",
     *(

@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RECIPES
+from common import PER_TENSOR, RECIPES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import adaptive_opt
 
 STEPS, BATCH = 4, 16
 SHAPES = {"first": (8, 16), "bias": (16,), "second": (16, 8), "scale": ()}
@@ -28,11 +26,11 @@ LAYOUTS = {
 KINDS = (AxisType.Auto, AxisType.Explicit)
 
 OPTIMIZERS = {name: recipe(1e-2) for name, recipe in RECIPES.items()}
-WITH_SUMS = ("rmsprop of the tree", "ranger")
-"""Not elementwise: one rate for the whole tree; gradients less their mean."""
+WITH_SUMS = ("rmsprop of the tree", "ranger", *PER_TENSOR)
+"""Not elementwise: one rate for the whole tree; gradients less their mean; norms of tensors."""
 ELEMENTWISE = {name: o for name, o in OPTIMIZERS.items() if name not in WITH_SUMS}
 FEW = ("adamw", "amsgrad", "adabound", "diffmod", "nadam", *WITH_SUMS)
-BY_HAND = {"rmsprop of the tree": adaptive_opt.rmsprop(1e-2, scope="tree", axis_name=())}
+BY_HAND = {name: RECIPES[name](1e-2, axis_name=()) for name in ("rmsprop of the tree", *PER_TENSOR)}
 """For shard_map and pmap, where every device has the whole tree."""
 
 
