@@ -33,6 +33,7 @@ from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, di
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.ranger import ranger
+from adaptive_opt.recipes.scaled import stableadamw
 from adaptive_opt.recipes.successors import (
     adabelief,
     ademamix,
@@ -88,7 +89,7 @@ from adaptive_opt.stages.rates import (
     scale_rate,
     uniform_rate,
 )
-from adaptive_opt.stages.tensors import clip_gradient_norm
+from adaptive_opt.stages.tensors import clip_gradient_norm, inner_weight_decay, rms_bound
 from adaptive_opt.stages.weight_decay import (
     decay_after_step,
     decoupled_l1_decay,
@@ -139,6 +140,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ademamix",
     "mars",
     "adan",
+    "stableadamw",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -214,6 +216,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "nesterov_gradient",
     "change_average",
     "clip_gradient_norm",
+    "rms_bound",
+    "inner_weight_decay",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",

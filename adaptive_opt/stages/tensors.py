@@ -9,10 +9,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adaptive_opt.core.checks import Hyperparameter, check_positive
-from adaptive_opt.core.stage import OneArray, stage
+from adaptive_opt.core.checks import (
+    Hyperparameter,
+    check_nonnegative,
+    check_positive,
+    is_number,
+)
+from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.core.trees import is_none
 from adaptive_opt.stages.moments import absolute_square, over
+from adaptive_opt.stages.weight_decay import Mask
 
 AxisName = str | tuple[str, ...] | None
 
@@ -47,3 +55,85 @@ def clip_gradient_norm(limit: Hyperparameter = 1.0, *, axis_name: AxisName = Non
         return step.set(direction=step.direction * factor).limit(gradient=g * factor)
 
     return line
+
+
+@stage
+def rms_bound(
+    eps: Hyperparameter, threshold: Hyperparameter = 1.0, *, axis_name: AxisName = None
+) -> OneArray:
+    """A lower rate where a tensor's gradient has outgrown its second moment.
+
+    ``rate_t / max(1, r_t / threshold)`` with ``r_t`` the root mean square of ``g_t / sqrt(max(v_t,
+    eps^2))`` over the tensor: 1 while the gradients are what they were. Reads ``gradient``,
+    ``second_moment`` and ``rate``, replaces ``rate``; leaves the factor as a note for
+    ``inner_weight_decay``. Remembers nothing. Adafactor's update clipping (Shazeer & Stern 2018,
+    arXiv:1804.04235, section 6) in the form of StableAdamW (Wortsman et al. 2023,
+    arXiv:2304.13013, Algorithm 2).
+
+    Args:
+      eps: the smallest root of ``v`` that counts, at least 0; that of ``per_weight_rate``.
+      threshold: greater than 0, or a schedule.
+      axis_name: see ``second_moment``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, per_weight_rate, rms_bound, second_moment
+    >>> rule = adaptive(second_moment(0.75), per_weight_rate(0.0), rms_bound(0.0))
+    >>> print(rule.update(jnp.array([3.0, 3.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [1. 1.]
+    """
+    check_nonnegative(eps=eps)
+    check_positive(threshold=threshold)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        v = jnp.maximum(step.second_moment, jnp.square(step.at(eps)))
+        squares = jnp.where(v == 0, 0.0, absolute_square(step.gradient) / jnp.where(v == 0, 1.0, v))
+        rms = jnp.sqrt(over(step, [squares], "mean", axis_name))
+        factor = 1 / jnp.maximum(1.0, rms / step.at(threshold))
+        return step.limit(rate=step.rate * factor).note(rms_factor=factor)
+
+    return line
+
+
+@stage
+def inner_weight_decay(
+    weight_decay: Hyperparameter, mask: Mask | None = None, *, times: str | None = None
+) -> WholeTree:
+    """Weight decay between two stages: ``d_t + wd_t x_t``.
+
+    For what comes after it in the bracket, a momentum or a bound; elsewhere there is
+    ``decoupled_weight_decay``. Reads and replaces ``direction``; put ``apply_rate`` before it.
+    Remembers nothing.
+
+    Args:
+      weight_decay: at least 0, or a schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+      times: a note of an earlier stage by which the decay is multiplied.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, inner_weight_decay
+    >>> rule, x = adaptive(inner_weight_decay(0.5)), jnp.array([4.0])
+    >>> print(rule.update(jnp.array([1.0]), rule.init(x), x)[0])
+    [3.]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def line(steps: OpenStep) -> OpenStep:
+        if is_number(weight_decay) and float(weight_decay) == 0:  # needs no parameters then
+            return steps
+        for step, decays in zip(steps.steps, flags(mask, steps), strict=True):
+            if step is not None and decays:
+                factor = 1.0 if times is None else step.noted(times)
+                decay = step.at(weight_decay) * factor * step.param
+                step.set(direction=step.direction + decay)
+        return steps
+
+    return WholeTree(line)
+
+
+def flags(mask: Mask | None, steps: OpenStep) -> list[bool]:
+    """For every leaf whether a mask holds there; a mask may be a prefix, or a function."""
+    if mask is None or steps.now.looking or steps.params is None:
+        return [True] * len(steps.steps)
+    held = mask(steps.params) if callable(mask) else mask
+    whole = jax.tree.broadcast(held, steps.params, is_leaf=is_none)
+    return [bool(flag) for flag in jax.tree.leaves(whole, is_leaf=is_none)]

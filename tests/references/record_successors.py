@@ -7,6 +7,7 @@
     git clone https://github.com/apple/ml-ademamix
     git clone https://github.com/AGI-Arena/MARS
     git clone https://github.com/sail-sg/Adan
+    git clone https://github.com/warner-benjamin/optimi
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -333,9 +335,39 @@ def adan(checkouts: pathlib.Path) -> Iterator[Row]:
     yield from list(rows)[::2]
 
 
+def stableadamw(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The author's code, which optimi keeps for its tests, and optimi's."""
+    kept = "optimi/tests/reference/stableadamwunfused.py"
+    author = load(checkouts / kept, "StableAdamWUnfused")
+    sys.path.insert(0, str(checkouts / "optimi"))
+    from optimi import StableAdamW
+
+    sets = {"defaults": {"b1": 0.9, "b2": 0.99, "eps": 1e-6}, "far": BOTH["far"]}
+    nothing = {"weight_decay": 0.0}  # which they have by default
+    yield from rows_of(
+        "stableadamw-author",
+        f"warner-benjamin/optimi {kept.removeprefix('optimi/')}",
+        "stableadamw",
+        lambda h, wd: run_torch(lambda p: author(p, **torch_options(h), **(nothing | wd))),
+        sets=sets,
+        decay=1.0,
+    )
+    rows = rows_of(
+        "stableadamw-optimi",
+        "warner-benjamin/optimi optimi/stableadamw.py",
+        "stableadamw",
+        lambda h, wd: run_torch(
+            lambda p: StableAdamW(p, **torch_options(h), **(nothing | wd), foreach=False)
+        ),
+        sets=sets,
+        decay=1.0,
+    )
+    yield from list(rows)[::2]
+
+
 METHODS = {
     method.__name__: method
-    for method in (adabelief, lion, yogi, laprop, adopt, ademamix, mars, adan)
+    for method in (adabelief, lion, yogi, laprop, adopt, ademamix, mars, adan, stableadamw)
 }
 
 
