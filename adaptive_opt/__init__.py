@@ -33,7 +33,7 @@ from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, di
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.scaled import stableadamw
+from adaptive_opt.recipes.scaled import novograd, stableadamw
 from adaptive_opt.recipes.successors import (
     adabelief,
     ademamix,
@@ -89,7 +89,12 @@ from adaptive_opt.stages.rates import (
     scale_rate,
     uniform_rate,
 )
-from adaptive_opt.stages.tensors import clip_gradient_norm, inner_weight_decay, rms_bound
+from adaptive_opt.stages.tensors import (
+    clip_gradient_norm,
+    inner_weight_decay,
+    norm_moment,
+    rms_bound,
+)
 from adaptive_opt.stages.weight_decay import (
     decay_after_step,
     decoupled_l1_decay,
@@ -141,6 +146,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "mars",
     "adan",
     "stableadamw",
+    "novograd",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -216,6 +222,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "nesterov_gradient",
     "change_average",
     "clip_gradient_norm",
+    "norm_moment",
     "rms_bound",
     "inner_weight_decay",
     # Before and after the stages.

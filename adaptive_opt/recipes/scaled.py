@@ -1,4 +1,4 @@
-"""Recipes that scale a tensor as a whole: StableAdamW.
+"""Recipes that scale a tensor as a whole: StableAdamW, NovoGrad.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -14,9 +14,9 @@ from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
 from adaptive_opt.recipes.successors import Parts, decaying
-from adaptive_opt.stages.moments import debias, first_moment, second_moment
+from adaptive_opt.stages.moments import debias, first_moment, heavy_ball, second_moment
 from adaptive_opt.stages.rates import apply_rate, per_weight_rate
-from adaptive_opt.stages.tensors import AxisName, inner_weight_decay, rms_bound
+from adaptive_opt.stages.tensors import AxisName, inner_weight_decay, norm_moment, rms_bound
 from adaptive_opt.stages.weight_decay import Mask, scale_by_learning_rate
 
 
@@ -71,3 +71,62 @@ def stableadamw(
     inner = inner_weight_decay(weight_decay, mask, times="rms_factor")
     bracket = adaptive(*adam, bound, apply_rate(), inner, state_dtype=state_dtype)
     return bracket, scale_by_learning_rate(learning_rate)
+
+
+@recipe
+def novograd(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.95,
+    b2: Hyperparameter = 0.98,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["inner", "decoupled", "l2", "constant"] = "inner",
+    convention: Literal["reference", "averaging"] = "reference",
+    axis_name: AxisName = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Momentum of gradients that each tensor has normalised: ``m = b1 m + g / (sqrt(v) + eps)``.
+
+    ``v`` is the average of the tensor's squared norm, see ``norm_moment``; one number per tensor.
+    Ginsburg et al. 2019, arXiv:1905.11286, Algorithm 1. Equals NVIDIA's TensorFlow code
+    (NVIDIA/OpenSeq2Seq, with eps under the root: ``eps=0, eps_root=1e-8``), ``torch_optimizer``'s
+    ``NovoGrad`` and ``optax.novograd``, whose b2 defaults to 0.25.
+
+    Use it where memory is short: it keeps one array per parameter. The momentum is a sum: its steps
+    are ``1 / (1 - b1)`` times those of an average.
+
+    Args:
+      learning_rate, b1, b2, eps, eps_root, mask, state_dtype: see ``adam``.
+      weight_decay: at least 0.
+      decay: "inner": ``m = b1 m + g / (sqrt(v) + eps) + wd x``, inside the momentum and behind the
+        normalisation. "decoupled": times the learning rate and its schedule. "l2": added to the
+        gradient. "constant": ``- wd x``, times neither.
+      convention: "reference", or "averaging": what enters the momentum times ``1 - b1``
+        (``grad_averaging=True``).
+      axis_name: see ``second_moment``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import novograd
+    >>> x = jnp.array([1.0])
+    >>> optimizer = novograd(1e-2)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.99
+    """
+    momentum = heavy_ball(b1) if convention == "reference" else first_moment(b1)
+    inner = (inner_weight_decay(weight_decay, mask),) if decay == "inner" else ()
+    bracket = adaptive(
+        norm_moment(b2, axis_name=axis_name),
+        per_weight_rate(eps, eps_root),
+        apply_rate(),
+        *inner,
+        momentum,
+        state_dtype=state_dtype,
+    )
+    if inner:
+        return bracket, scale_by_learning_rate(learning_rate)
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import (
     Hyperparameter,
+    check_decay,
     check_nonnegative,
     check_positive,
     is_number,
@@ -53,6 +55,47 @@ def clip_gradient_norm(limit: Hyperparameter = 1.0, *, axis_name: AxisName = Non
         most, g = step.at(limit), step.gradient
         factor = most / jnp.maximum(norm(step, g, axis_name), most)
         return step.set(direction=step.direction * factor).limit(gradient=g * factor)
+
+    return line
+
+
+@stage
+def norm_moment(
+    b2: Hyperparameter,
+    *,
+    axis_name: AxisName = None,
+    name: str = "nu",
+    dtype: DTypeLike | None = None,
+) -> OneArray:
+    """The average of a tensor's squared norm: ``v_t = b2 v_{t-1} + (1 - b2) |g_t|^2``, ``v_1 =
+    |g_1|^2``.
+
+    It starts at the first gradient that is not zero, and so owes no correction; with one that
+    starts at zero, ``second_moment(b2, scope="tensor")``. Reads ``gradient``, sets
+    ``second_moment``, a scalar per tensor. NovoGrad (Ginsburg et al. 2019, arXiv:1905.11286,
+    Algorithm 1).
+
+    Args:
+      b2: decay in [0, 1), or a schedule of it.
+      axis_name: see ``second_moment``.
+      name: the name of its buffer ``nu``: a real scalar per parameter, zeros at first.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, norm_moment, per_weight_rate
+    >>> rule = adaptive(norm_moment(0.5), per_weight_rate(eps=6.0))
+    >>> print(rule.update(jnp.array([8.0, 6.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [0.5   0.375]
+    """
+    check_decay(b2=b2)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        def average(v: jax.Array, square: jax.Array) -> jax.Array:
+            b = step.at(b2)
+            return jnp.where(v == 0, square, (1 - b) * square + b * v)
+
+        square = over(step, [absolute_square(step.gradient)], "sum", axis_name)
+        return step.set(second_moment=step.remember(name, average, square, dtype=dtype))
 
     return line
 

@@ -365,10 +365,72 @@ def stableadamw(checkouts: pathlib.Path) -> Iterator[Row]:
     yield from list(rows)[::2]
 
 
+def novograd(checkouts: pathlib.Path) -> Iterator[Row]:
+    """NVIDIA's code, transcribed, torch_optimizer's and optax's."""
+    import torch
+    from torch_optimizer import NovoGrad
+
+    def of_torch(params: list[Any], **options: Any) -> torch.optim.Optimizer:
+        theirs = NovoGrad(params, **options)
+        m, v = torch.zeros_like(params[0]), torch.zeros((), dtype=torch.float64)
+        theirs.state[params[0]] = {"step": 0, "exp_avg": m, "exp_avg_sq": v}
+        return theirs
+
+    sets = {"defaults": {"b1": 0.95, "b2": 0.98, "eps": 1e-8}, "far": BOTH["far"]}
+    roots = {
+        "defaults": {"b1": 0.95, "b2": 0.98, "eps_root": 1e-8},
+        "far": {"b1": 0.8, "b2": 0.9, "eps_root": 1e-3},
+    }
+
+    def nvidia(convention: str, decay: float, **ours: Any) -> list[Row]:
+        averaging = convention == "averaging"
+        rows = rows_of(
+            f"novograd-{convention}",
+            "NVIDIA/OpenSeq2Seq open_seq2seq/optimizers/novograd.py, transcribed"
+            + ", grad_averaging=True" * averaging,
+            "novograd",
+            lambda h, wd: run_transcribed(
+                lambda: transcribed.novograd(
+                    h["b1"], h["b2"], h["eps_root"], **wd, averaging=averaging
+                )
+            ),
+            sets={label: h | {"eps": 0.0} for label, h in roots.items()},
+            decay=decay,
+            convention=convention,
+            **ours,
+        )
+        return list(rows)
+
+    yield from nvidia("reference", 1.0)
+    # Decay and schedule apart: with both, the first step is lost in the rounding of the weights.
+    yield from nvidia("averaging", 1.0, always_decays=True)[:2]
+    yield nvidia("averaging", 0.0)[-1]
+    rows = rows_of(
+        "novograd-torch",
+        "torch_optimizer.NovoGrad, from a second moment in float64",
+        "novograd",
+        lambda h, wd: run_torch(lambda p: of_torch(p, **torch_options(h), **wd)),
+        sets=sets,
+        decay=1.0,
+    )
+    yield from list(rows)[::2]
+    rows = rows_of(
+        "novograd-optax",
+        "optax.novograd",
+        "novograd",
+        lambda h, wd: run_optax(lambda lr: optax.novograd(lr, **h, **wd)),
+        sets={label: h | {"b2": 0.25} for label, h in sets.items()},
+        decay=1.0,
+    )
+    yield from list(rows)[::2]
+
+
 METHODS = {
     method.__name__: method
-    for method in (adabelief, lion, yogi, laprop, adopt, ademamix, mars, adan, stableadamw)
-}
+    for method in (
+        adabelief, lion, yogi, laprop, adopt, ademamix, mars, adan, stableadamw, novograd
+    )
+}  # fmt: skip
 
 
 def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import numpy as np
 Step = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 COMMITS = {
+    "NVIDIA/OpenSeq2Seq": "8681d381ed404fde516e2c1b823de5a213c59aba",
     "tensorflow/addons": "23bd494cd4b13adccc0985fce6da65c6542f672e",
 }
 
@@ -28,5 +29,26 @@ def yogi(b1: float, b2: float, eps: float, initial: float) -> Step:
         m = m * b1 + g * (1 - b1)
         v = v + (1 - b2) * np.sign(g * g - v) * (g * g)
         return x - lr / (np.sqrt(v) + eps) * m
+
+    return step
+
+
+def novograd(
+    b1: float, b2: float, eps_root: float, weight_decay: float = 0.0, averaging: bool = False
+) -> Step:
+    """open_seq2seq/optimizers/novograd.py, with the momentum of TensorFlow's MomentumOptimizer."""
+    ema, accumulated = 0.0, 0.0
+
+    def step(x, g, lr):
+        nonlocal ema, accumulated
+        g_2 = np.sum(np.square(g))
+        ema = g_2 if ema == 0.0 else ema * b2 + g_2 * (1.0 - b2)
+        g = g * (1.0 / np.sqrt(ema + eps_root))
+        if weight_decay > 0.0:
+            g = g + weight_decay * x
+        if averaging:
+            g = g * (1.0 - b1)
+        accumulated = accumulated * b1 + g
+        return x - lr * accumulated
 
     return step
