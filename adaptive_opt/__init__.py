@@ -33,7 +33,7 @@ from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, di
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.scaled import novograd, stableadamw
+from adaptive_opt.recipes.scaled import lamb, lars, novograd, stableadamw
 from adaptive_opt.recipes.successors import (
     adabelief,
     ademamix,
@@ -94,6 +94,7 @@ from adaptive_opt.stages.tensors import (
     inner_weight_decay,
     norm_moment,
     rms_bound,
+    trust_ratio,
 )
 from adaptive_opt.stages.weight_decay import (
     decay_after_step,
@@ -147,6 +148,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adan",
     "stableadamw",
     "novograd",
+    "lamb",
+    "lars",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -224,6 +227,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "clip_gradient_norm",
     "norm_moment",
     "rms_bound",
+    "trust_ratio",
     "inner_weight_decay",
     # Before and after the stages.
     "l2_regularization",

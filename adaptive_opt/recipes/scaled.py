@@ -1,4 +1,4 @@
-"""Recipes that scale a tensor as a whole: StableAdamW, NovoGrad.
+"""Recipes that scale a tensor as a whole: StableAdamW, NovoGrad, LAMB, LARS.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.bracket import adaptive
@@ -15,9 +16,15 @@ from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
 from adaptive_opt.recipes.successors import Parts, decaying
 from adaptive_opt.stages.moments import debias, first_moment, heavy_ball, second_moment
-from adaptive_opt.stages.rates import apply_rate, per_weight_rate
-from adaptive_opt.stages.tensors import AxisName, inner_weight_decay, norm_moment, rms_bound
-from adaptive_opt.stages.weight_decay import Mask, scale_by_learning_rate
+from adaptive_opt.stages.rates import apply_rate, per_weight_rate, uniform_rate
+from adaptive_opt.stages.tensors import (
+    AxisName,
+    inner_weight_decay,
+    norm_moment,
+    rms_bound,
+    trust_ratio,
+)
+from adaptive_opt.stages.weight_decay import Mask, l2_regularization, scale_by_learning_rate
 
 
 @recipe
@@ -130,3 +137,122 @@ def novograd(
     if inner:
         return bracket, scale_by_learning_rate(learning_rate)
     return decaying(bracket, learning_rate, weight_decay, mask, decay)
+
+
+@recipe
+def lamb(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-6,
+    *,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    trust_mask: Mask | None = None,
+    decay: Literal["inner", "decoupled", "l2", "constant"] = "inner",
+    convention: Literal["reference", "optax", "cybertronai"] = "reference",
+    axis_name: AxisName = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """AdamW whose step has the length of the tensor: ``x - lr |x| u / |u|``.
+
+    ``u = m / (sqrt(v) + eps) + wd x``. You et al. 2019, arXiv:1904.00962, Algorithm 2; see
+    ``trust_ratio``. Equals the authors' TensorFlow code (google-research/albert), ``optax.lamb``
+    and ``pytorch_lamb`` (cybertronai/pytorch-lamb).
+
+    Use it at large batches; a tensor of zeros takes Adam's step. Needs the parameters.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      weight_decay: at least 0.
+      trust_mask: which tensors take the length of their step from their own; the others take
+        Adam's step. The authors leave out biases and normalisation: ``decay_mask``.
+      decay: "inner": part of u, as above. "decoupled": times the learning rate and its schedule.
+        "l2": added to the gradient. "constant": ``- wd x``, times neither.
+      convention: "reference": m and v as they are, as in the authors' code. "optax": corrected for
+        their start at zero, as in the listing of the paper's later versions. "cybertronai": as they
+        are, and no ``|x|`` counts as more than 10.
+      axis_name: see ``second_moment``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import lamb
+    >>> x = jnp.array([2.0])
+    >>> optimizer = lamb(0.25)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    1.5
+    """
+    corrected = (debias(b1, b2),) if convention == "optax" else ()
+    inner = (inner_weight_decay(weight_decay, mask),) if decay == "inner" else ()
+    bracket = adaptive(
+        first_moment(b1),
+        second_moment(b2),
+        *corrected,
+        per_weight_rate(eps),
+        apply_rate(),
+        *inner,
+        trust_ratio(
+            largest=10.0 if convention == "cybertronai" else None,
+            mask=trust_mask,
+            axis_name=axis_name,
+        ),
+        state_dtype=state_dtype,
+    )
+    if inner:
+        return bracket, scale_by_learning_rate(learning_rate)
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+
+
+@recipe
+def lars(
+    learning_rate: Hyperparameter,
+    momentum: Hyperparameter = 0.9,
+    *,
+    trust_coefficient: Hyperparameter = 1e-3,
+    eps: Hyperparameter = 0.0,
+    nesterov: bool = False,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    trust_mask: Mask | None = None,
+    convention: Literal["optax", "mae"] = "optax",
+    axis_name: AxisName = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """SGD with momentum whose gradient has a part of the length of the tensor: ``c |x| d / |d|``.
+
+    ``d = g + wd x``. You, Gitman & Ginsburg 2017, arXiv:1708.03888; see ``trust_ratio``. Equals
+    ``optax.lars`` and the LARS of facebookresearch/mae, which is that of MoCo v3. The paper divides
+    by ``|g| + wd |x|`` and not by ``|d|``, which is not copied.
+
+    Use it at large batches of images, at learning rates of 1 to 10. Needs the parameters.
+
+    Args:
+      learning_rate, mask, state_dtype: see ``adam``.
+      momentum: in [0, 1), or a schedule of it.
+      trust_coefficient: c, at least 0, or a schedule.
+      eps: added to ``|d|``; at least 0.
+      nesterov: look one step ahead.
+      weight_decay: added to the gradient, at least 0.
+      trust_mask: which tensors are scaled, the others follow d; see ``lamb``.
+      convention: "optax", and the paper: the momentum is one of steps, each with the learning rate
+        of its time. "mae": the learning rate of now times the momentum.
+      axis_name: see ``second_moment``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import lars
+    >>> x = jnp.array([2.0])
+    >>> optimizer = lars(0.25, trust_coefficient=1.0)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    1.5
+    """
+    trust = trust_ratio(trust_coefficient, eps, mask=trust_mask, axis_name=axis_name)
+    ball = heavy_ball(momentum, nesterov=nesterov)
+    l2 = l2_regularization(weight_decay, mask)
+    if convention == "mae":
+        bracket = adaptive(trust, ball, state_dtype=state_dtype)
+        return l2, bracket, scale_by_learning_rate(learning_rate)
+    steps = uniform_rate(learning_rate), apply_rate()
+    return l2, adaptive(trust, *steps, ball, state_dtype=state_dtype), optax.scale(-1.0)

@@ -180,3 +180,57 @@ def flags(mask: Mask | None, steps: OpenStep) -> list[bool]:
     held = mask(steps.params) if callable(mask) else mask
     whole = jax.tree.broadcast(held, steps.params, is_leaf=is_none)
     return [bool(flag) for flag in jax.tree.leaves(whole, is_leaf=is_none)]
+
+
+@stage
+def trust_ratio(
+    coefficient: Hyperparameter = 1.0,
+    eps: Hyperparameter = 0.0,
+    *,
+    largest: float | None = None,
+    mask: Mask | None = None,
+    axis_name: AxisName = None,
+) -> WholeTree:
+    """A direction in the units of its tensor: times ``coefficient |x_t| / (|d_t| + eps)``.
+
+    Norms are those of the tensor. Where one of them is 0 the direction stays as it is, so that a
+    tensor of zeros can leave zero. Reads and replaces ``direction``; put ``apply_rate`` before it.
+    Remembers nothing. In a bracket of its own, ``adaptive(trust_ratio())``, it comes behind any
+    optimizer. LARS (You, Gitman & Ginsburg 2017, arXiv:1708.03888); LAMB (You et al. 2019,
+    arXiv:1904.00962).
+
+    Args:
+      coefficient: at least 0, or a schedule: the length of a step as a part of ``|x|``.
+      eps: at least 0, in the units of a direction.
+      largest: the largest ``|x|`` that counts; default: any.
+      mask: which tensors are scaled, the others keep their direction; see :func:`optax.masked`.
+      axis_name: see ``second_moment``.
+
+    ValueError if params are not given to ``update``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, trust_ratio
+    >>> rule, x = adaptive(trust_ratio(0.5)), jnp.array([6.0, 8.0])
+    >>> print(rule.update(jnp.array([5.0, 0.0]), rule.init(x), x)[0].round(4))
+    [5. 0.]
+    """
+    check_nonnegative(coefficient=coefficient, eps=eps)
+    if largest is not None:
+        check_positive(largest=largest)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        d = step.direction
+        of_x, of_d = norm(step, step.param, axis_name), norm(step, d, axis_name)
+        if largest is not None:
+            of_x = jnp.minimum(of_x, largest)
+        both = (of_x > 0) & (of_d > 0)
+        ratio = step.at(coefficient) * of_x / jnp.where(both, of_d + step.at(eps), 1.0)
+        return step.set(direction=d * jnp.where(both, ratio, 1.0))
+
+    def line_of_the_tree(steps: OpenStep) -> OpenStep:
+        for step, is_scaled in zip(steps.steps, flags(mask, steps), strict=True):
+            if step is not None and is_scaled:
+                line(step)
+        return steps
+
+    return WholeTree(line_of_the_tree)

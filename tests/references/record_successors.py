@@ -8,6 +8,7 @@
     git clone https://github.com/AGI-Arena/MARS
     git clone https://github.com/sail-sg/Adan
     git clone https://github.com/warner-benjamin/optimi
+    git clone https://github.com/cybertronai/pytorch-lamb
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -19,10 +20,12 @@ that are recorded stay as they are, to the bit; ``--again`` renews the one it na
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -53,7 +56,7 @@ WHAT_IT_IS = ("source", "recipe", "arguments", "scheduled")
 
 def run_transcribed(make: Callable[[], transcribed.Step]) -> Callable[..., np.ndarray]:
     def run(g, start, factor, reset):
-        step, x, path = make(), start, []
+        step, x, path = make(), start.astype(np.longdouble), []
         for t, row in enumerate(g):
             x = step(np.zeros(WEIGHTS) if reset else x, row, LR * factor(t))
             path.append(x)
@@ -425,12 +428,109 @@ def novograd(checkouts: pathlib.Path) -> Iterator[Row]:
     yield from list(rows)[::2]
 
 
+def run_optax_apart(make: Callable[[optax.Schedule], Any]) -> Callable[..., Any]:
+    """The parameters and the updates as optax returns them, before they are added up."""
+
+    def run(g, start, factor, reset):
+        rates = jnp.asarray([LR * factor(t) for t in range(len(g))])
+        optimizer, x, made = make(lambda count: rates[count]), jnp.asarray(start), []
+        state = optimizer.init(x)
+        for row in g:
+            update, state = optimizer.update(jnp.asarray(row), state, x)
+            x = optax.apply_updates(x, update)
+            made.append((x, update))
+        return tuple(np.stack(list(each)) for each in zip(*made, strict=True))
+
+    return run
+
+
+def of_size_one(rows: Iterable[Row]) -> list[Row]:
+    """With weights in whose units a step can be seen: it has their length. All of them decay."""
+    return [dataclasses.replace(row, size=1.0) for row in rows]
+
+
+def lamb(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code, transcribed; optax's and cybertronai's."""
+    sys.modules.setdefault("tensorboardX", types.SimpleNamespace(SummaryWriter=None))  # for a log
+    theirs = load(checkouts / "pytorch-lamb/pytorch_lamb/lamb.py", "Lamb")
+    sets = {"defaults": BOTH["defaults"] | {"eps": 1e-6}, "far": BOTH["far"]}
+
+    def rows(name: str, source: str, run_of: Callable[..., Any]) -> list[Row]:
+        made = rows_of(
+            f"lamb-{name}", source, "lamb", run_of,
+            sets=sets, decay=1.0, always_decays=True, convention=name,
+        )  # fmt: skip
+        return of_size_one(made)
+
+    albert = "google-research/albert lamb_optimizer.py, transcribed, in long double"
+    yield from rows(
+        "reference", albert, lambda h, wd: run_transcribed(lambda: transcribed.lamb(**h, **wd))
+    )
+    yield from rows(
+        "optax", "optax.lamb", lambda h, wd: run_optax_apart(lambda lr: optax.lamb(lr, **h, **wd))
+    )
+    yield from rows(
+        "cybertronai",
+        "cybertronai/pytorch-lamb pytorch_lamb/lamb.py",
+        lambda h, wd: run_torch(lambda p: theirs(p, **torch_options(h), **wd)),
+    )[:2]
+
+
+def lars(checkouts: pathlib.Path) -> Iterator[Row]:
+    """optax's, and that of facebookresearch/mae, transcribed: it does not scale vectors."""
+    sets = {
+        "defaults": {"learning_rate": 10.0, "momentum": 0.9, "trust_coefficient": 1e-3},
+        "far": {"learning_rate": 1.0, "momentum": 0.5, "trust_coefficient": 0.01},
+    }
+
+    def of_optax(lr: optax.Schedule, learning_rate: float, **h: float) -> Any:
+        return optax.lars(lambda count: learning_rate / LR * lr(count), **h)
+
+    def of_mae(h: dict[str, float], wd: dict[str, float]) -> Any:
+        own = {key: value for key, value in h.items() if key != "learning_rate"}
+        step = transcribed.lars(**own, **wd)
+        return lambda x, g, lr: step(x, g, h["learning_rate"] / LR * lr)
+
+    rows = rows_of(
+        "lars-optax",
+        "optax.lars",
+        "lars",
+        lambda h, wd: run_optax_apart(lambda lr: of_optax(lr, **h, **wd)),
+        sets=sets,
+        decay=1.0,
+        always_decays=True,
+    )
+    yield from of_size_one(rows)
+    mae = rows_of(
+        "lars-mae",
+        "facebookresearch/mae util/lars.py, transcribed, in long double",
+        "lars",
+        lambda h, wd: run_transcribed(lambda: of_mae(h, wd)),
+        sets=sets,
+        decay=1.0,
+        always_decays=True,
+        convention="mae",
+    )
+    yield from of_size_one(mae)
+
+
 METHODS = {
     method.__name__: method
     for method in (
-        adabelief, lion, yogi, laprop, adopt, ademamix, mars, adan, stableadamw, novograd
+        adabelief,
+        lion,
+        yogi,
+        laprop,
+        adopt,
+        ademamix,
+        mars,
+        adan,
+        stableadamw,
+        novograd,
+        lamb,
+        lars,
     )
-}  # fmt: skip
+}
 
 
 def version(source: str, checkouts: pathlib.Path) -> dict[str, str]:
