@@ -33,7 +33,7 @@ from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, di
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.scaled import lamb, lars, novograd, stableadamw
+from adaptive_opt.recipes.scaled import adam_atan2, lamb, lars, novograd, stableadamw
 from adaptive_opt.recipes.successors import (
     adabelief,
     ademamix,
@@ -57,6 +57,7 @@ from adaptive_opt.stages.differences import (
     variance_reduced_gradient,
 )
 from adaptive_opt.stages.directions import (
+    atan2_direction,
     clip_direction,
     diffgrad_friction,
     lion_direction,
@@ -150,6 +151,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "novograd",
     "lamb",
     "lars",
+    "adam_atan2",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -221,6 +223,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "lion_direction",
     "clip_direction",
     "sign_direction",
+    "atan2_direction",
     "variance_reduced_gradient",
     "nesterov_gradient",
     "change_average",

@@ -1,4 +1,4 @@
-"""Recipes that scale a tensor as a whole: StableAdamW, NovoGrad, LAMB, LARS.
+"""Recipes in units of their own: StableAdamW, NovoGrad, LAMB, LARS by tensors, Adam-atan2.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -15,6 +15,7 @@ from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
 from adaptive_opt.recipes.successors import Parts, decaying
+from adaptive_opt.stages.directions import atan2_direction
 from adaptive_opt.stages.moments import debias, first_moment, heavy_ball, second_moment
 from adaptive_opt.stages.rates import apply_rate, per_weight_rate, uniform_rate
 from adaptive_opt.stages.tensors import (
@@ -256,3 +257,44 @@ def lars(
         return l2, bracket, scale_by_learning_rate(learning_rate)
     steps = uniform_rate(learning_rate), apply_rate()
     return l2, adaptive(trust, *steps, ball, state_dtype=state_dtype), optax.scale(-1.0)
+
+
+@recipe
+def adam_atan2(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.99,
+    *,
+    scale: Hyperparameter = 1.27,
+    b: Hyperparameter = 1.0,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """Adam without eps: ``x - lr scale atan2(m^, b sqrt(v^))``.
+
+    Everett et al. 2024, arXiv:2407.05872; see ``atan2_direction``. The authors published no code.
+    Equals ``AdamAtan2`` of lucidrains/adam-atan2-pytorch, whose defaults these are.
+
+    Use it where gradients are smaller than any eps: it is the same in any unit of the loss.
+
+    Args:
+      learning_rate, b1, b2, mask, state_dtype: see ``adam``.
+      scale, b: at least 0; see ``atan2_direction``.
+      weight_decay: at least 0.
+      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient.
+        "constant": ``- wd x``, times neither.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adam_atan2
+    >>> x = jnp.array([1.0])
+    >>> optimizer = adam_atan2(1e-2, scale=1.0)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> round(float(optax.apply_updates(x, updates)[0]), 6)
+    0.992146
+    """
+    moments = first_moment(b1), second_moment(b2), debias(b1, b2)
+    bracket = adaptive(*moments, atan2_direction(scale, b), state_dtype=state_dtype)
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)

@@ -297,7 +297,11 @@ def from_the_second_step(hyperparameter: Hyperparameter) -> Hyperparameter:
     """A hyperparameter that is 0 at the first step."""
     if is_zero(hyperparameter):
         return hyperparameter
-    return lambda step: jnp.where(step == 0, 0.0, value_at(hyperparameter, step + 1))
+
+    def later(step: Any) -> Any:
+        return jnp.where(step == 0, 0.0, value_at(hyperparameter, step + 1))
+
+    return later
 
 
 @recipe
@@ -360,12 +364,12 @@ def done_at(step: Any, steps: float) -> jax.Array:
     return jnp.minimum((jnp.asarray(step, float) + 1) / steps, 1.0)
 
 
-def linear_warmup(end: float, steps: float) -> Hyperparameter:
+def linear_warmup(end: Any, steps: float) -> Hyperparameter:
     """From 0 to ``end`` in so many steps; a schedule."""
     return lambda step: end * done_at(step, steps)
 
 
-def half_life_warmup(start: float, end: float, steps: float) -> Hyperparameter:
+def half_life_warmup(start: Any, end: Any, steps: float) -> Hyperparameter:
     """A decay from ``start`` to ``end`` in so many steps, linear in the half-life; a schedule."""
 
     def half_life(decay: Any) -> Any:

@@ -145,3 +145,37 @@ def sign_direction() -> OneArray:
         return step.set(direction=jnp.sign(step.direction))
 
     return line
+
+
+@stage
+def atan2_direction(scale: Hyperparameter = 1.27, b: Hyperparameter = 1.0) -> OneArray:
+    """The direction over the root of the second moment, as an angle: ``scale atan2(d_t, b
+    sqrt(v_t))``.
+
+    For small angles this is ``scale d / (b sqrt(v))``; it needs no eps, is at most ``scale pi / 2``
+    and the same for gradients in any unit, and 0 where both are 0. Reads ``direction`` and
+    ``second_moment``, replaces the one and uses up the other; of a complex direction, its length.
+    Remembers nothing. Adam-atan2 (Everett et al. 2024, arXiv:2407.05872).
+
+    Args:
+      scale: at least 0, or a schedule; with 1.27, about 4 / pi, a direction as long as the root
+        makes a step of 1.
+      b: at least 0, or a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, atan2_direction, second_moment
+    >>> rule = adaptive(second_moment(0.0), atan2_direction(scale=1.0))
+    >>> print(rule.update(jnp.array([3.0, 0.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [0.7854 0.    ]
+    """
+    check_nonnegative(scale=scale, b=b)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        d, root = step.direction, step.at(b) * jnp.sqrt(step.second_moment)
+        if jnp.iscomplexobj(d):
+            angle = jnp.sign(d) * jnp.atan2(jnp.abs(d), root)
+        else:
+            angle = jnp.atan2(d, root)
+        return step.set(direction=step.at(scale) * angle).without("second_moment")
+
+    return line

@@ -9,6 +9,7 @@
     git clone https://github.com/sail-sg/Adan
     git clone https://github.com/warner-benjamin/optimi
     git clone https://github.com/cybertronai/pytorch-lamb
+    git clone https://github.com/lucidrains/adam-atan2-pytorch
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -514,6 +515,25 @@ def lars(checkouts: pathlib.Path) -> Iterator[Row]:
     yield from of_size_one(mae)
 
 
+def adam_atan2(checkouts: pathlib.Path) -> Iterator[Row]:
+    """lucidrains' code: the authors published none."""
+    theirs = load(checkouts / "adam-atan2-pytorch/adam_atan2_pytorch/adam_atan2.py", "AdamAtan2")
+    sets = {
+        "defaults": {"b1": 0.9, "b2": 0.99, "scale": 1.27, "b": 1.0},
+        "far": {"b1": 0.8, "b2": 0.9, "scale": 0.5, "b": 0.1},
+    }
+    yield from rows_of(
+        "adam_atan2-lucidrains",
+        "lucidrains/adam-atan2-pytorch adam_atan2_pytorch/adam_atan2.py",
+        "adam_atan2",
+        lambda h, wd: run_torch(
+            lambda p: theirs(p, lr=LR, betas=(h["b1"], h["b2"]), a=h["scale"], b=h["b"], **wd)
+        ),
+        sets=sets,
+        decay=1.0,
+    )
+
+
 METHODS = {
     method.__name__: method
     for method in (
@@ -529,6 +549,7 @@ METHODS = {
         novograd,
         lamb,
         lars,
+        adam_atan2,
     )
 }
 
