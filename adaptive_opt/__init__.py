@@ -33,7 +33,7 @@ from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, di
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.scaled import adam_atan2, lamb, lars, novograd, stableadamw
+from adaptive_opt.recipes.scaled import adam_atan2, adamp, lamb, lars, novograd, stableadamw
 from adaptive_opt.recipes.successors import (
     adabelief,
     ademamix,
@@ -76,6 +76,7 @@ from adaptive_opt.stages.moments import (
     second_moment,
     sum_of_squares,
 )
+from adaptive_opt.stages.projections import radial_projection
 from adaptive_opt.stages.rates import (
     adabound_dynamic_bound,
     adadelta_units,
@@ -152,6 +153,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "lamb",
     "lars",
     "adam_atan2",
+    "adamp",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -231,6 +233,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "norm_moment",
     "rms_bound",
     "trust_ratio",
+    "radial_projection",
     "inner_weight_decay",
     # Before and after the stages.
     "l2_regularization",

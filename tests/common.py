@@ -81,7 +81,7 @@ PER_TENSOR = tuple(
 
 NEED_PARAMS = (
     "ranger",
-    *(n for n in REGISTERED if "trust_mask" in _arguments(n)),
+    *(n for n in REGISTERED if {"trust_mask", "wd_ratio"} & {*_arguments(n)}),
     *(
         n
         for n in REGISTERED

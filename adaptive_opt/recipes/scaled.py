@@ -1,4 +1,5 @@
-"""Recipes in units of their own: StableAdamW, NovoGrad, LAMB, LARS by tensors, Adam-atan2.
+"""Recipes in units of their own: StableAdamW, NovoGrad, LAMB, LARS and AdamP by
+tensors, Adam-atan2.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -17,6 +18,7 @@ from adaptive_opt.core.recipe import recipe
 from adaptive_opt.recipes.successors import Parts, decaying
 from adaptive_opt.stages.directions import atan2_direction
 from adaptive_opt.stages.moments import debias, first_moment, heavy_ball, second_moment
+from adaptive_opt.stages.projections import radial_projection
 from adaptive_opt.stages.rates import apply_rate, per_weight_rate, uniform_rate
 from adaptive_opt.stages.tensors import (
     AxisName,
@@ -297,4 +299,66 @@ def adam_atan2(
     """
     moments = first_moment(b1), second_moment(b2), debias(b1, b2)
     bracket = adaptive(*moments, atan2_direction(scale, b), state_dtype=state_dtype)
+    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+
+
+@recipe
+def adamp(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    delta: Hyperparameter = 0.1,
+    wd_ratio: Hyperparameter = 0.1,
+    channel_axis: int = -1,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["inner", "decoupled", "l2", "constant"] = "inner",
+    axis_name: tuple[()] | None = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """AdamW that does not lengthen weights whose length does not matter.
+
+    Where gradient and weights are nearly at right angles, as in front of a normalisation, the part
+    of the update along the weights is dropped, see ``radial_projection``. Heo et al. 2020,
+    arXiv:2006.08217, Algorithm 2. Equals the authors' package (clovaai/AdamP) at
+    ``channel_axis=0``, PyTorch's; its ``nesterov`` is not copied.
+
+    Use it in networks with normalisation layers. Needs the parameters.
+
+    Args:
+      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      delta, wd_ratio, channel_axis, axis_name: see ``radial_projection``.
+      weight_decay: at least 0.
+      decay: "inner": times the learning rate and its schedule, and ``wd_ratio`` where the update
+        was projected. "decoupled": times the learning rate and its schedule. "l2": added to the
+        gradient. "constant": ``- wd x``, times neither.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import adamp
+    >>> x = jnp.eye(2)
+    >>> optimizer = adamp(1e-2, delta=9.0)
+    >>> updates, state = optimizer.update(jnp.ones((2, 2)), optimizer.init(x), x)
+    >>> print(optax.apply_updates(x, updates).round(4))
+    [[ 1.   -0.01]
+     [-0.01  1.  ]]
+    """
+    projection = radial_projection(
+        delta, wd_ratio, eps, channel_axis=channel_axis, axis_name=axis_name
+    )
+    inner = inner_weight_decay(weight_decay, mask, times="projected_decay")
+    bracket = adaptive(
+        first_moment(b1),
+        second_moment(b2),
+        debias(b1, b2),
+        per_weight_rate(eps),
+        apply_rate(),
+        projection,
+        *((inner,) if decay == "inner" else ()),
+        state_dtype=state_dtype,
+    )
+    if decay == "inner":
+        return bracket, scale_by_learning_rate(learning_rate)
     return decaying(bracket, learning_rate, weight_decay, mask, decay)

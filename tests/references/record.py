@@ -80,6 +80,8 @@ class Row:
     scheduled: bool = False
     size: float = 1e-4
     """Of the weights at the start, where something decays."""
+    shape: tuple[int, ...] | None = None
+    """Of the weights, for what treats matrices otherwise; default: a vector."""
 
     def record(self, g: np.ndarray) -> dict[str, np.ndarray]:
         """Parameters from zero where nothing decays, and each update from where it was made.
@@ -424,6 +426,7 @@ def save(
                 "scheduled": row.scheduled,
                 "parameters_every": parameters_every,
             }
+            | ({} if row.shape is None else {"shape": row.shape})
         )
     np.savez_compressed(HERE / f"{name}.npz", **arrays)
     (HERE / f"{name}.json").write_text(json.dumps(manifest, indent=1) + "\n")

@@ -10,6 +10,7 @@
     git clone https://github.com/warner-benjamin/optimi
     git clone https://github.com/cybertronai/pytorch-lamb
     git clone https://github.com/lucidrains/adam-atan2-pytorch
+    git clone https://github.com/clovaai/AdamP
     python tests/references/record_successors.py --checkouts . [METHOD ...] [--again ROW ...]
 
 Like record_family.py, into ``successors.npz`` and ``successors.json``, with the parameters of every
@@ -534,6 +535,50 @@ def adam_atan2(checkouts: pathlib.Path) -> Iterator[Row]:
     )
 
 
+def run_torch_shaped(make: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]:
+    """run_torch for weights in another shape."""
+    import torch
+
+    def run(g, start, factor, reset):
+        assert not reset
+        x = torch.nn.Parameter(torch.tensor(start.reshape(shape)))
+        optimizer, path = make([x]), []
+        for t, row in enumerate(g):
+            optimizer.param_groups[0]["lr"] = LR * factor(t)
+            x.grad = torch.tensor(row.reshape(shape))
+            optimizer.step()
+            path.append(x.detach().numpy().reshape(-1).copy())
+        return np.stack(path)
+
+    return run
+
+
+def adamp(checkouts: pathlib.Path) -> Iterator[Row]:
+    """The authors' code, for one channel of five weights, and for five of one."""
+    authors = load(checkouts / "AdamP/adamp/adamp.py", "AdamP")
+    sets = {
+        "defaults": BOTH["defaults"] | {"delta": 0.1, "wd_ratio": 0.1},
+        "far": BOTH["far"] | {"delta": 1.5, "wd_ratio": 0.5},
+    }
+    for name, shape in (("", (1, 5)), ("-channels", (5, 1))):
+        rows = rows_of(
+            f"adamp-reference{name}",
+            "clovaai/AdamP adamp/adamp.py",
+            "adamp",
+            lambda h, wd, s=shape: run_torch_shaped(
+                lambda p: authors(
+                    p, **torch_options(h), **wd, delta=h["delta"], wd_ratio=h["wd_ratio"]
+                ),
+                s,
+            ),
+            sets=sets,
+            decay=1.0,
+            always_decays=True,
+            channel_axis=0,
+        )
+        yield from [dataclasses.replace(row, shape=shape) for row in rows]
+
+
 METHODS = {
     method.__name__: method
     for method in (
@@ -550,6 +595,7 @@ METHODS = {
         lamb,
         lars,
         adam_atan2,
+        adamp,
     )
 }
 
