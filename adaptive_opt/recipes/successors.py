@@ -22,8 +22,6 @@ from adaptive_opt.core.checks import (
     check_nonnegative,
     check_whole,
     is_number,
-    is_zero,
-    value_at,
 )
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
@@ -48,6 +46,7 @@ from adaptive_opt.stages.rates import (
     per_weight_rate,
     radam_rectifier,
 )
+from adaptive_opt.stages.tensors import inner_weight_decay
 from adaptive_opt.stages.weight_decay import (
     Mask,
     decay_after_step,
@@ -293,17 +292,6 @@ def fourth_root(step: Any) -> jax.Array:
     return jnp.asarray(step, float) ** 0.25
 
 
-def from_the_second_step(hyperparameter: Hyperparameter) -> Hyperparameter:
-    """A hyperparameter that is 0 at the first step."""
-    if is_zero(hyperparameter):
-        return hyperparameter
-
-    def later(step: Any) -> Any:
-        return jnp.where(step == 0, 0.0, value_at(hyperparameter, step + 1))
-
-    return later
-
-
 @recipe
 def adopt(
     learning_rate: Hyperparameter,
@@ -322,7 +310,7 @@ def adopt(
 
     A gradient is divided by the second moment of the step before, then clipped to ``(t -
     1)^(1/4)``, then averaged; nothing is debiased. The first gradient only fills v, see
-    ``previous_second_moment``, and nothing moves or decays at it. Taniguchi et al. 2024,
+    ``previous_second_moment``, and nothing moves at it. Taniguchi et al. 2024,
     arXiv:2411.02853, Algorithm 2. Equals the authors' package (iShohei220/adopt) and
     ``optax.contrib.adopt``, whose ``nesterov`` is not copied.
 
@@ -332,8 +320,9 @@ def adopt(
       learning_rate, b1, b2, mask, state_dtype: see ``adam``.
       eps: the smallest ``sqrt(v)`` that is divided by; at least 0.
       weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule (``decouple=True``). "l2": added
-        to the gradient (the authors' default). "constant": ``- wd x``, times neither.
+      decay: "decoupled": times the learning rate and its schedule, from the second step on
+        (``decouple=True``). "l2": added to the gradient (the authors' default). "constant":
+        ``- wd x``, times neither.
       convention: "reference", or "unclipped": as first published (``clip_lambda=None``).
 
     >>> import jax.numpy as jnp, optax
@@ -346,16 +335,18 @@ def adopt(
     0.999
     """
     clip = (clip_direction(fourth_root),) if convention == "reference" else ()
+    inner = inner_weight_decay(weight_decay, mask, times="moves")
     bracket = adaptive(
         previous_second_moment(b2),
         floored_rate(eps),
         apply_rate(),
         *clip,
         first_moment(b1),
+        *((inner,) if decay == "decoupled" else ()),
         state_dtype=state_dtype,
     )
-    if decay != "l2":
-        weight_decay = from_the_second_step(weight_decay)
+    if decay == "decoupled":
+        return bracket, scale_by_learning_rate(learning_rate)
     return decaying(bracket, learning_rate, weight_decay, mask, decay)
 
 

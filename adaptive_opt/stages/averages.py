@@ -115,7 +115,8 @@ def previous_second_moment(
 
     The gradient is divided by what does not depend on it, which is why ADOPT converges at any b2.
     The first gradient only fills ``v_1 = |g_1|^2``: its direction is 0. Reads ``gradient`` and
-    ``direction``, sets ``second_moment``, in which there is nothing to debias, and ``direction``.
+    ``direction``, sets ``second_moment``, in which there is nothing to debias, and ``direction``;
+    leaves as a note whether the step moves, for ``inner_weight_decay``.
     ADOPT (Taniguchi et al. 2024, arXiv:2411.02853, Algorithm 2).
 
     Args:
@@ -136,8 +137,9 @@ def previous_second_moment(
         square, d = absolute_square(step.gradient), step.direction
         before = step.recall(name, like=square, dtype=dtype)
         now = step.average(name, square, b2, initial=lambda first: first, dtype=dtype)
+        moves = jnp.where(step.count == 1, 0.0, 1.0)
         step = step.set(second_moment=now, direction=jnp.where(step.count == 1, 0.0, d))
-        return step.set(second_moment=before)
+        return step.set(second_moment=before).note(moves=moves)
 
     return line
 
