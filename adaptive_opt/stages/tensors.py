@@ -19,10 +19,10 @@ from adaptive_opt.core.checks import (
 )
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.core.tree import OpenStep, leaves_of_params
 from adaptive_opt.core.trees import is_none
 from adaptive_opt.stages.moments import absolute_square, over
-from adaptive_opt.stages.weight_decay import Mask
+from adaptive_opt.stages.weight_decay import Mask, refuse_one_bool
 
 AxisName = str | tuple[str, ...] | None
 
@@ -178,8 +178,17 @@ def flags(mask: Mask | None, steps: OpenStep) -> list[bool]:
     if mask is None or steps.now.looking or steps.params is None:
         return [True] * len(steps.steps)
     held = mask(steps.params) if callable(mask) else mask
-    whole = jax.tree.broadcast(held, steps.params, is_leaf=is_none)
-    return [bool(flag) for flag in jax.tree.leaves(whole, is_leaf=is_none)]
+    refuse_one_bool(held, steps.params)
+    try:
+        whole = jax.tree.broadcast(held, steps.params, is_leaf=is_none)
+    except ValueError:
+        raise ValueError(
+            f"the mask of {steps.now.stage} must be a tree of bools like the parameters, a prefix"
+            f" of it, or a function that makes one; got {jax.tree.structure(held)} for parameters"
+            f" of {jax.tree.structure(steps.params)}."
+        ) from None
+    of_leaves = leaves_of_params(whole, steps.structure, steps.steps)
+    return [bool(flag) for flag in of_leaves]
 
 
 @stage

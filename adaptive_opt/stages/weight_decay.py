@@ -171,6 +171,15 @@ def _decay(
     return decayed if mask is None else _masked(decayed, mask)
 
 
+def refuse_one_bool(mask: Any, params: Tree) -> None:
+    if isinstance(mask, (bool, np.bool_, jax.Array)) and not jax.tree_util.all_leaves([params]):
+        raise ValueError(
+            "mask arrived as one bool for a tree of parameters. optax.inject_hyperparams takes a"
+            ' callable mask for a schedule: give static_args=("mask",). For no decay at all leave'
+            " weight_decay at 0."
+        )
+
+
 def _masked(
     decayed: optax.GradientTransformationExtraArgs, mask: Mask
 ) -> optax.GradientTransformationExtraArgs:
@@ -180,12 +189,7 @@ def _masked(
         return masked
 
     def init(params: Tree) -> Any:
-        if not jax.tree_util.all_leaves([params]):
-            raise ValueError(
-                "mask arrived as one bool for a tree of parameters. optax.inject_hyperparams takes"
-                ' a callable mask for a schedule: give static_args=("mask",). For no decay at all'
-                " leave weight_decay at 0."
-            )
+        refuse_one_bool(mask, params)
         return masked.init(params)
 
     return optax.GradientTransformationExtraArgs(init, masked.update)
