@@ -311,7 +311,7 @@ def adamp(
     *,
     delta: Hyperparameter = 0.1,
     wd_ratio: Hyperparameter = 0.1,
-    channel_axis: int = -1,
+    channels: Literal["last", "first"] = "last",
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     decay: Literal["inner", "decoupled", "l2", "constant"] = "inner",
@@ -324,13 +324,13 @@ def adamp(
     Where gradient and weights are nearly at right angles, as in front of a normalisation, the part
     of the update along the weights is dropped, see ``radial_projection``. Heo et al. 2020,
     arXiv:2006.08217, Algorithm 2. Equals the authors' package (clovaai/AdamP) at
-    ``channel_axis=0``, PyTorch's; its ``nesterov`` is not copied.
+    ``channels="first"``, PyTorch's; its ``nesterov`` is not copied.
 
     Use it in networks with normalisation layers. Needs the parameters.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
-      delta, wd_ratio, channel_axis, axis_name: see ``radial_projection``.
+      delta, wd_ratio, channels, axis_name: see ``radial_projection``.
       weight_decay: at least 0.
       decay: "inner": times the learning rate and its schedule, and ``wd_ratio`` where the update
         was projected. "decoupled": times the learning rate and its schedule. "l2": added to the
@@ -345,9 +345,7 @@ def adamp(
     [[ 1.   -0.01]
      [-0.01  1.  ]]
     """
-    projection = radial_projection(
-        delta, wd_ratio, eps, channel_axis=channel_axis, axis_name=axis_name
-    )
+    projection = radial_projection(delta, wd_ratio, eps, channels=channels, axis_name=axis_name)
     inner = inner_weight_decay(weight_decay, mask, times="projected_decay")
     bracket = adaptive(
         first_moment(b1),

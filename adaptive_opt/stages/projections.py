@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from adaptive_opt.core.checks import Hyperparameter, check_fraction, check_nonnegative
+from adaptive_opt.core.checks import Hyperparameter, check_fraction, check_nonnegative, choose
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.stages.moments import absolute_square, over
@@ -19,7 +20,7 @@ def radial_projection(
     wd_ratio: Hyperparameter = 0.1,
     eps: Hyperparameter = 1e-8,
     *,
-    channel_axis: int = -1,
+    channels: Literal["last", "first"] = "last",
     axis_name: tuple[()] | None = None,
 ) -> OneArray:
     """A direction less its part along the weights, where the loss does not depend on their length.
@@ -35,7 +36,7 @@ def radial_projection(
       delta: at least 0, or a schedule.
       wd_ratio: what is left of weight decay where the direction was projected, in [0, 1].
       eps: at least 0: the smallest length that counts, and added to ``|x|``.
-      channel_axis: the axis of the channels: the last as kernels are in JAX, 0 as in PyTorch.
+      channels: their axis: "last", as of kernels in JAX, or "first", as in PyTorch.
       axis_name: under ``shard_map`` and ``pmap`` ``()``: every device must have whole tensors.
 
     >>> import jax.numpy as jnp
@@ -47,6 +48,7 @@ def radial_projection(
     """
     check_nonnegative(delta=delta, eps=eps)
     check_fraction(wd_ratio=wd_ratio)
+    choose("channels", channels, dict.fromkeys(("last", "first")))
     if axis_name not in (None, ()):
         raise ValueError(
             f"axis_name must be (), got {axis_name!r}: the channels of a tensor that is split among"
@@ -58,7 +60,7 @@ def radial_projection(
         if x.ndim < 2:
             return step.note(projected_decay=1.0)
         over(step, [absolute_square(x)], "sum", axis_name)  # refuses parts of a tensor
-        least, channel = step.at(eps), channel_axis % x.ndim
+        least, channel = step.at(eps), x.ndim - 1 if channels == "last" else 0
         views = tuple(i for i in range(x.ndim) if i != channel), tuple(range(x.ndim))
         projected, done = d, jnp.zeros((), bool)
         for axes in views:

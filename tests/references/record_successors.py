@@ -574,7 +574,7 @@ def adamp(checkouts: pathlib.Path) -> Iterator[Row]:
             sets=sets,
             decay=1.0,
             always_decays=True,
-            channel_axis=0,
+            channels="first",
         )
         yield from [dataclasses.replace(row, shape=shape) for row in rows]
 
