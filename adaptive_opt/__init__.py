@@ -5,15 +5,14 @@ too: ``describe`` shows it, ``adaptive`` puts stages together anew, ``stage`` ma
 """
 
 from adaptive_opt.checkpoints.config import config, make
-from adaptive_opt.checkpoints.from_torch import import_torch_state
+from adaptive_opt.checkpoints.from_torch import import_torch_params, import_torch_state
 from adaptive_opt.checkpoints.headers import (
     CheckpointMismatch,
     check_checkpoint,
     checkpoint_header,
-    from_bytes,
-    to_bytes,
 )
 from adaptive_opt.checkpoints.moving import convert_state
+from adaptive_opt.checkpoints.saving import from_bytes, read_checkpoint, to_bytes, write_checkpoint
 from adaptive_opt.core.bracket import AdaptiveState, OpenStepState, adaptive, close_step, open_step
 from adaptive_opt.core.describe import Description, describe
 from adaptive_opt.core.observe import Observation, observer
@@ -32,6 +31,7 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
+from adaptive_opt.recipes.matrices import hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.scaled import adam_atan2, adamp, lamb, lars, novograd, stableadamw
 from adaptive_opt.recipes.successors import (
@@ -63,6 +63,8 @@ from adaptive_opt.stages.directions import (
     lion_direction,
     sign_direction,
 )
+from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
+from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     belief_moment,
@@ -99,25 +101,26 @@ from adaptive_opt.stages.tensors import (
     trust_ratio,
 )
 from adaptive_opt.stages.weight_decay import (
+    cautious_weight_decay,
     decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
     scale_by_learning_rate,
 )
+from adaptive_opt.watching.reading import rate_histograms, read_telemetry
 from adaptive_opt.watching.sweep import Sweep, sweep
-from adaptive_opt.watching.telemetry import rate_histograms, read_telemetry, telemetry
-from adaptive_opt.wrappers.groups import (
-    Group,
-    ParameterGroups,
-    decay_mask,
-    gradual_unfreezing,
-    layerwise_learning_rates,
-)
+from adaptive_opt.watching.telemetry import telemetry
+from adaptive_opt.wrappers.averaging import ParameterEmaState, evaluation_params, parameter_ema
+from adaptive_opt.wrappers.behind import BehindState, behind
+from adaptive_opt.wrappers.decay import decay_mask, decay_report
+from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import SkipNonfiniteState, skip_nonfinite
+from adaptive_opt.wrappers.layers import gradual_unfreezing, layerwise_learning_rates
 from adaptive_opt.wrappers.lookahead import LookaheadState, lookahead
 from adaptive_opt.wrappers.schedules import (
     OneCycle,
+    corrected_weight_decay,
     normalized_weight_decay,
     one_cycle,
     warm_restarts,
@@ -154,6 +157,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "lars",
     "adam_atan2",
     "adamp",
+    "muon",
+    "hidden_matrices",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -164,10 +169,13 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     # Around an optimizer.
     "lookahead",
     "ranger",
+    "parameter_ema",
+    "evaluation_params",
     "skip_nonfinite",
     "ParameterGroups",
     "Group",
     "decay_mask",
+    "decay_report",
     "layerwise_learning_rates",
     "gradual_unfreezing",
     # On many devices.
@@ -185,6 +193,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "one_cycle",
     "warm_restarts",
     "normalized_weight_decay",
+    "corrected_weight_decay",
     # Putting one together.
     "adaptive",
     "open_step",
@@ -232,14 +241,23 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "clip_gradient_norm",
     "norm_moment",
     "rms_bound",
-    "trust_ratio",
     "radial_projection",
     "inner_weight_decay",
+    "ahead_of",
+    "orthogonalize",
+    "scale_by_shape",
+    # Stages that change a finished update, in a bracket or behind any optimizer.
+    "behind",
+    "cautious",
+    "trust_ratio",
+    "clip_update_rms",
+    "hyperball",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",
     "decoupled_l1_decay",
     "decay_after_step",
+    "cautious_weight_decay",
     "scale_by_learning_rate",
     # Seeing what it does.
     "telemetry",
@@ -253,7 +271,10 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "CheckpointMismatch",
     "to_bytes",
     "from_bytes",
+    "write_checkpoint",
+    "read_checkpoint",
     "convert_state",
+    "import_torch_params",
     "import_torch_state",
     # Writing a new stage, and the types one meets.
     "stage",
@@ -266,6 +287,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "AdaptiveState",
     "OpenStepState",
     "LookaheadState",
+    "ParameterEmaState",
+    "BehindState",
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",

@@ -1,10 +1,10 @@
 """What the state of an optimizer takes on each of 1, 2, 4 and 8 devices.
 
     python -m benchmarks.state_bytes
-    python -m benchmarks.state_bytes --readme README.md
+    python -m benchmarks.state_bytes --page docs/devices.md
 
 For a Transformer of the size of GPT-2 small. Nothing is allocated: shapes and shardings say it all.
-Prints a table; with ``--readme`` renews the one that is in there.
+Prints a table; with ``--page`` renews the one that is in there.
 """
 
 from __future__ import annotations
@@ -115,13 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--readme", type=pathlib.Path, help="a README whose table to renew")
+    parser.add_argument("--page", type=pathlib.Path, help="a page whose table to renew")
     options = parser.parse_args(arguments)
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     found = table()
     print(found)
-    if options.readme:
-        renew(options.readme, BEGIN, found, END)
+    if options.page:
+        renew(options.page, BEGIN, found, END)
 
 
 if __name__ == "__main__":

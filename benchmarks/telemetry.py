@@ -7,6 +7,11 @@ The CNN of examples/quickstart.py on batches of 64 images of 32 x 32 pixels in t
 round takes N steps without telemetry and N with it, in either order, so that both see the same
 machine; each round gives one ratio. Prints their median, and the quartiles, of the time on the
 clock and of the processors' time, which other programs on the machine disturb less.
+
+    python benchmarks/telemetry.py --leaves 25 200 3000 --rounds 3
+
+What it costs to make the program of an update of so many leaves, of twelve shapes: the processors'
+time of tracing and of compiling, in turns with the recipe alone, and the bytes of temporaries.
 """
 
 from __future__ import annotations
@@ -43,6 +48,44 @@ def training(model, optimizer, images, labels):
     return jax.jit(step, donate_argnums=(0, 1)), (optimizer.init(params), params)
 
 
+SHAPES = (
+    (64,), (128,), (256,), (64, 64), (32, 128), (128, 32), (16, 16), (8, 64), (512,), (1024,),
+    (4, 4, 16), (3, 3, 8, 8),
+)  # fmt: skip
+
+
+def made(optimizer, leaves, wider):
+    """The seconds of tracing and of compiling an update, and its bytes of temporaries a weight."""
+    shapes = [(*s[:-1], s[-1] * wider) for s in (SHAPES[i % len(SHAPES)] for i in range(leaves))]
+    params = {f"w{i}": jax.ShapeDtypeStruct(shape, np.float32) for i, shape in enumerate(shapes)}
+    state = jax.eval_shape(optimizer.init, params)
+    began = time.process_time()
+    traced = jax.jit(lambda g, s, p: optimizer.update(g, s, p)).trace(params, state, params)
+    between, lowered = time.process_time(), traced.lower()
+    begin = time.process_time()
+    compiled = lowered.compile()
+    size = sum(x.size for x in params.values())
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / size
+    return between - began, time.process_time() - begin, temporaries, size
+
+
+def programs(recipe, leaves, rounds, wider=10) -> None:
+    for number in leaves:
+        costs = []
+        for round_ in range(rounds + 1):
+            for which in (0, 1) if round_ % 2 else (1, 0):
+                optimizer = recipe(1e-3, observers=telemetry() if which else ())
+                costs.append((which, made(optimizer, number, wider)))
+        alone, seen = (np.array([c for w, c in costs[2:] if w == which]) for which in (0, 1))
+        trace, compiling = np.median(seen[:, :2] / alone[:, :2], axis=0)
+        more = seen[0, 2] - alone[0, 2]
+        print(
+            f"{number} leaves, {int(alone[0, 3])} weights: trace x{trace:.2f} of"
+            f" {np.median(alone[:, 0]):.2f} s, compile x{compiling:.2f} of"
+            f" {np.median(alone[:, 1]):.2f} s, {more:.2f} bytes of temporaries a weight more"
+        )
+
+
 def main(arguments=None) -> dict[str, float]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,9 +94,13 @@ def main(arguments=None) -> dict[str, float]:
     parser.add_argument("--every", type=int, default=50, help="N (50)")
     parser.add_argument("--rounds", type=int, default=10, help="of N steps each (10)")
     parser.add_argument("--pixels", type=int, default=32, help="width of an image (32)")
+    parser.add_argument("--leaves", type=int, nargs="+", help="measure programs of so many")
     options = parser.parse_args(arguments)
 
     recipe = getattr(adaptive_opt, options.recipe)
+    if options.leaves:
+        programs(recipe, options.leaves, options.rounds)
+        return {}
     rng = np.random.default_rng(0)
     images = rng.normal(size=(64, options.pixels, options.pixels, 3)).astype(np.float32)
     labels = jnp.asarray(rng.integers(10, size=64))

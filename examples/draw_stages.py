@@ -1,15 +1,21 @@
-"""Draw every recipe as the list of its stages, as `describe` gives it: the picture of the README.
+"""Draw recipes as lists of their stages, as `describe` gives them, and renew the tables of recipes.
 
 python examples/draw_stages.py --output examples/images/stages.png
+python examples/draw_stages.py --pages
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import matplotlib
+import numpy as np
 import optax
 
 import adaptive_opt
@@ -30,7 +36,7 @@ DRAWN = {
     "diffmod": adaptive_opt.diffmod(1e-3, weight_decay=1e-2),
 }
 
-BEGIN, END = "<!-- stages: begin -->\n", "<!-- stages: end -->\n"
+ROOT = pathlib.Path(__file__).parent.parent
 GROUPS = {
     "moments": ("#CFE3F2", ("first_moment", "second_moment", "debias", "amsgrad_max")),
     "rate of each weight": (
@@ -71,12 +77,16 @@ def listing(recipe: optax.GradientTransformation) -> str:
     return " → ".join(names)
 
 
-def table() -> str:
-    """Every recipe in every convention as a list of stages: the table of the README."""
+def ours() -> dict[str, Any]:
+    """The recipes of the library, without somebody's own."""
+    recipes = adaptive_opt.RECIPES.items()
+    return {n: made for n, made in recipes if str(made.__module__).startswith("adaptive_opt.")}
+
+
+def stages_table() -> str:
+    """Every recipe in every convention as a list of stages."""
     lines = ["| recipe | stages |", "|---|---|"]
-    for name, recipe in adaptive_opt.RECIPES.items():
-        if not str(recipe.__module__).startswith("adaptive_opt."):
-            continue  # somebody's own
+    for name, recipe in ours().items():
         conventions = recipe.choices.get("convention", ())
         momentum = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
         lists: dict[str, list[str]] = {}
@@ -86,14 +96,67 @@ def table() -> str:
         for stages, which in lists.items():
             said = f" ({', '.join(which)})" if which != [None] else ""
             lines.append(f"| `{name}`{said} | {stages} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def update(readme: pathlib.Path) -> None:
-    """Put the table where it belongs in the README."""
-    text = readme.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(before + BEGIN + table() + END + after)
+def buffers_of(recipe: Callable[..., optax.GradientTransformation]) -> int:
+    """How many numbers it keeps for a weight, as it comes."""
+    weights = jax.ShapeDtypeStruct((1000,), np.float32)
+    state = jax.eval_shape(recipe(1e-3).init, weights)
+    return sum(leaf.size for leaf in jax.tree.leaves(state)) // weights.size
+
+
+def recipes_table() -> str:
+    """A line for every recipe, from its docstring and its signature."""
+    lines = ["| recipe | what it does | conventions | buffers |", "|---|---|---|---:|"]
+    for name, recipe in ours().items():
+        what = inspect.getdoc(recipe).split("\n\n")[0].replace("\n", " ").replace("``", "`")
+        what = what.removesuffix(".").replace("|", "\\|")
+        conventions = ", ".join(recipe.choices.get("convention", ()))
+        lines.append(f"| `{name}` | {what} | {conventions} | {buffers_of(recipe)} |")
+    return "\n".join(lines)
+
+
+def chapters_table() -> str:
+    """The recipes by the file they are in, whose first line says what they have in common."""
+    chapters: dict[str, list[str]] = {}
+    for name, recipe in ours().items():
+        chapters.setdefault(recipe.__module__, []).append(f"`{name}`")
+    lines = ["| kind | recipes |", "|---|---|"]
+    for module, names in chapters.items():
+        (what, *_) = (inspect.getdoc(sys.modules[module]) or "").split(".\n")[0].split(":")
+        lines.append(f"| {what.removesuffix('.')} | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def decay_table() -> str:
+    """What ``decay`` may be in every recipe, the default first."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, recipe in ours().items():
+        takes = inspect.signature(recipe).parameters
+        if "decay" not in takes:
+            continue
+        words = ", ".join(f'"{word}"' for word in recipe.choices["decay"])
+        if takes["decay"].default is None:
+            words += " (the default is the convention's)"
+        strength = takes["weight_decay"].default or 0
+        alike.setdefault((words, f"{strength:g}"), []).append(f"`{name}`")
+    lines = ["| recipes | `decay=`, the default first | `weight_decay` |", "|---|---|---|"]
+    lines += [f"| {', '.join(names)} | {' | '.join(said)} |" for said, names in alike.items()]
+    return "\n".join(lines)
+
+
+def renew_pages(root: pathlib.Path = ROOT) -> None:
+    """Put the tables where they belong, each between its marks."""
+    for page, name, table in (
+        ("README.md", "recipes", chapters_table()),
+        ("docs/recipes.md", "recipes", recipes_table()),
+        ("docs/recipes.md", "stages", stages_table()),
+        ("docs/weight_decay.md", "decay", decay_table()),
+    ):
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        (before, rest) = (root / page).read_text().split(begin)
+        (root / page).write_text(f"{before}{begin}{table}\n{end}{rest.split(end)[1]}")
 
 
 def draw(path: str) -> None:
@@ -135,11 +198,12 @@ def draw(path: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="stages.png", help="the picture (stages.png)")
-    parser.add_argument("--readme", type=pathlib.Path, help="a README whose table to renew")
+    parser.add_argument("--pages", action="store_true", help="renew the tables instead")
     options = parser.parse_args(arguments)
-    draw(options.output)
-    if options.readme:
-        update(options.readme)
+    if options.pages:
+        renew_pages()
+    else:
+        draw(options.output)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def buffers_of(state):
         else:
             name = next((n for n in names if n in ("mu", "nu", "slow")), None)
         if name is not None and name not in found:
-            found[name] = optax.tree.get_all_with_path(state, name)[0][1]
+            all_of_it = [value for _, value in optax.tree.get_all_with_path(state, name)]
+            found[name] = next(filter(jax.tree.leaves, all_of_it))  # not a MaskedNode
             if isinstance(found[name], adaptive_opt.Observation):
                 del found[name]
     return found

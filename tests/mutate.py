@@ -22,12 +22,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 TESTS = (  # the quick ones first
     "stages", "exactness", "laws", "guard", "lookahead", "family", "policies", "contract",
     "misuse", "structure", "groups", "optax_parity", "checkpoint", "moving", "combinations",
-    "corrections", "tracing",
+    "corrections", "tracing", "weight_decay",
 )  # fmt: skip
 
 FIRST = {
     "now": "corrections", "step": "misuse", "memory": "policies", "update": "stages",
     "checks": "contract", "trees": "contract", "bracket": "contract", "headers": "checkpoint",
+    "renamed": "weight_decay",
 }  # fmt: skip
 
 # file, what is there (once), what is put in its place, what is wrong then
@@ -84,10 +85,10 @@ MUTANTS = [
      "no dampening"),
     ("stages/moments", "step.gradient - step.raw(\"direction\")", "step.gradient",
      "AdaBelief believes nothing"),
-    ("stages/rates", "jnp.sqrt(v + step.at(eps_root)) + step.at(eps)",
-     "jnp.sqrt(v + step.at(eps_root) + step.at(eps))", "eps under the root"),
-    ("stages/rates", "jnp.sqrt(v + step.at(eps_root)) + step.at(eps)",
-     "jnp.sqrt(v) + step.at(eps)", "eps_root is forgotten"),
+    ("stages/rates", "root(v + step.at(eps_root)) + step.at(eps)",
+     "root(v + step.at(eps_root) + step.at(eps))", "eps under the root"),
+    ("stages/rates", "root(v + step.at(eps_root)) + step.at(eps)",
+     "root(v) + step.at(eps)", "eps_root is forgotten"),
     ("stages/rates", "root = jnp.sqrt(step.correction(\"second_moment\", b2))",
      "root = step.correction(\"second_moment\", b2)",
      "no root of the correction in the eps-hat form"),
@@ -117,13 +118,18 @@ MUTANTS = [
     ("stages/weight_decay", "combine_leaves(u, x, s=lr * s)", "combine_leaves(u, x, s=s)",
      "decay without the learning rate"),
     ("stages/weight_decay", "sign * lr * u", "lr * u", "uphill"),
+    ("stages/weight_decay", '"independent": eta, "constant": None',
+     '"independent": learning_rate, "constant": None', "independent decay times the rate"),
+    ("stages/weight_decay", "return bracket, uphill, *decays, optax.scale(-1.0)",
+     "return bracket, *decays, last", "constant decay times the rate"),
+    ("core/renamed", "said |= today", "said |= {}", "the words of earlier versions are not read"),
     ("wrappers/lookahead", "s + a * (x + u - s)", "x + a * (x + u - s)",
      "Lookahead forgets its slow weights"),
     ("wrappers/lookahead", "syncs = count % sync_period == 0",
      "syncs = count % sync_period == 1", "Lookahead syncs a step late"),
     ("wrappers/guard", "finite = jnp.all(jnp.stack(leaves))",
      "finite = jnp.any(jnp.stack(leaves))", "one finite leaf is enough"),
-    ("checkpoints/headers", "elif list(saved[path]) != list(now[path]):", "elif False:",
+    ("checkpoints/headers", "if list(old) != list(new) or not alike:", "if False:",
      "shapes are not compared"),
     ("checkpoints/headers", "if differences and follows:", "if follows:",
      "what a recipe is made of is not compared"),
@@ -173,7 +179,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             copy = pathlib.Path(folder)
-            for name in ("adaptive_opt", "benchmarks", "examples", "tests"):
+            for name in ("adaptive_opt", "benchmarks", "docs", "examples", "tests"):
                 shutil.copytree(ROOT / name, copy / name)
             for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
                 shutil.copy(ROOT / name, copy / name)

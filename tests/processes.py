@@ -25,7 +25,7 @@ from devices import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adaptive_opt import check_checkpoint, checkpoint_header, init_sharded, zero1
+from adaptive_opt import check_checkpoint, checkpoint_header, init_sharded, to_bytes, zero1
 
 SAVED, STEPS = 2, 4
 SHARDED = ("adamw", "amsgrad", "adamod", "diffmod", "rmsprop of the tree")
@@ -109,12 +109,18 @@ def main(port: int, process: int, processes: int, directory: pathlib.Path) -> No
         "resumed": run.fetch(run.train(run.restore(directory / "several"), slice(SAVED, STEPS))),
         "moved in": run.fetch(run.train(run.restore(directory / "one"), slice(SAVED, STEPS))),
     }
+    try:
+        to_bytes(run.optimizers["adamw"], run.first[0]["adamw"])
+        said = "nothing"
+    except TypeError as error:
+        said = str(error)
     of_state = jax.tree.leaves(run.first[1])
     facts = {
         "processes": jax.process_count(),
         "devices": jax.device_count(),
         "own devices": jax.local_device_count(),
         "state bytes": sum(leaf.nbytes for leaf in of_state),
+        "to_bytes": said,
         "own state bytes": sum(s.data.nbytes for leaf in of_state for s in leaf.addressable_shards),
     }
     np.savez(

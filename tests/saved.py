@@ -1,7 +1,8 @@
-"""What the checkpoints in references/format_1.npz belong to."""
+"""What the checkpoints in references/format_1.npz and format_2.npz belong to."""
 
 from __future__ import annotations
 
+import collections
 import pathlib
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 import optax
 from common import EVERY_CONVENTION
 
-from adaptive_opt import Group, ParameterGroups, adamod, adamw, low_memory, skip_nonfinite
+from adaptive_opt import Group, ParameterGroups, adamod, adamw, low_memory, nadamw, skip_nonfinite
 
 FORMAT_1 = pathlib.Path(__file__).parent / "references" / "format_1.npz"
+FORMAT_2 = FORMAT_1.with_name("format_2.npz")
 
 GROUPS = ParameterGroups([Group("bias", weight_decay=0.0)], default=Group())
 WRAPPED = {
@@ -24,12 +26,37 @@ WRAPPED = {
     ),
     "low_memory": low_memory(adamod(1e-2), min_size=1),
 }
-MADE = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()} | WRAPPED
+RENAMED = {
+    "adamw (paper)": adamw(1e-2, decay="independent"),
+    "adamw (keras-adamw)": adamw(1e-2, decay="independent", convention="keras"),
+    "nadamw (keras-adamw)": nadamw(1e-2, decay="independent"),
+}
+"""What was a convention when the checkpoints were written."""
+MADE = {name: recipe(1e-2) for name, recipe in EVERY_CONVENTION.items()} | RENAMED | WRAPPED
 """What could be saved; of recipes that came later there is no checkpoint of format 1."""
 
 with np.load(FORMAT_1) as _recorded:
     SAVED_BY_FORMAT_1 = {
         name: MADE[name] for name in dict.fromkeys(key.split("/")[0] for key in _recorded)
+    }
+
+
+def trees_of_format_2():
+    """What is in format_2.npz: of each kind of leaf and container one; saved with sgd(1e-2)."""
+    few = np.arange(4)
+    return {
+        "containers": {
+            "list": [few.astype(np.float32), (few.astype(np.int16), ())],
+            "ordered": collections.OrderedDict(z=few > 1, a=few.reshape(2, 2)),
+            "pair": optax.EmaState(np.int32(3), {1: few.astype(np.float64), 10: np.zeros((0, 2))}),
+        },
+        "numbers": {"int": -5, "bool": True, "float": 0.1, "complex": 1 - 2j},
+        "keys": [jax.random.key(1), jax.random.split(jax.random.key(2, impl="rbg"), 2)],
+        "narrow": {
+            name: few.astype(name)
+            for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "uint8")
+        },
+        "a function": {"activation": jax.nn.relu, "weights": few.astype(np.complex64)},
     }
 
 

@@ -228,6 +228,9 @@ def test_a_setting_may_change_if_it_is_named():
             adamw(1e-3), twice, allow=allowed)  # fmt: skip
     inside = lookahead(adam(1e-3)), lookahead(adam(1e-3, b2=0.9), 5)
     refused("fit: b2 of adam in lookahead was 0.999, is 0.9$", *inside, allow={"sync_period"})
+    refused("momentum of sgd was 0.9, is 0.1; nesterov of sgd was True, is False$",
+            *(sgd(r, m, n) for r, m, n in ((1.0, 0.9, True), (0.1, 0.1, False))),
+            allow=allowed)  # fmt: skip
     # What the optimizer is made of must still be the same.
     refused("convention", diffmod(1e-3), diffmod(1e-3, convention="robust"), allow={"len_memory"})
 
@@ -247,8 +250,8 @@ def test_schedules_and_the_numbers_of_wrappers_are_compared_by_value():
         for frozen, times in ((5, 1.0), (6, 1.0), (5, 2.0))
     ]
     first, frozen, faster = (table.optimizer(adamw, learning_rate=1e-3) for table in tables)
-    refused("step of frozen_until in ParameterGroups was 5, is 6$", first, frozen)
-    refused("learning_rate of adamw in frozen_until was 0.001, is 0.002$", first, faster)
+    refused("fit: step of frozen_until in ParameterGroups was 5, is 6$", first, frozen)
+    refused("fit: learning_rate of adamw in frozen_until was 0.001, is 0.002$", first, faster)
     x = {"w": jnp.ones(3), "b": jnp.ones(())}
     again = adam(one_cycle(0.1, 10).learning_rate)
     from_bytes(again, again.init(x), to_bytes(again, again.init(x)))
@@ -281,7 +284,7 @@ def test_another_format_no_header_and_a_damaged_file_are_refused():
         with pytest.raises(CheckpointMismatch, match="cut short or damaged, or have no header"):
             from_bytes(optimizer, state, other)
     later = checkpoint_header(optimizer, state) | {"state_format": STATE_FORMAT + 1}
-    with pytest.raises(CheckpointMismatch, match=r"has state format 2, this version .* reads 1"):
+    with pytest.raises(CheckpointMismatch, match=r"has state format 3, .* reads 1 and 2"):
         check_checkpoint(later, optimizer, state)
     with pytest.raises(CheckpointMismatch, match="it has no leaves, optimizer, state_format"):
         check_checkpoint({}, optimizer, state)
@@ -304,4 +307,39 @@ def test_a_checkpoint_of_format_1_is_read_and_goes_on_as_it_did(name):
 
 def test_there_are_checkpoints_of_format_1_of_49_optimizers():
     assert len(SAVED_BY_FORMAT_1) == 49
-    assert STATE_FORMAT == 1
+
+
+def test_a_header_of_format_1_fits_what_jax_takes_for_its_dtypes():
+    """Orbax keeps headers apart; those said float32 of a Python number, and of NumPy's float64."""
+    optimizer = sgd(1e-2)
+    tree = {"a": np.zeros(3), "step": 3, "b": jnp.zeros((), jnp.bfloat16)}
+    header = checkpoint_header(optimizer, tree)
+    assert header["leaves"]["['step']"] == [[], "Python int"]
+    old = {"['a']": [[3], "float32"], "['step']": [[], "int32"], "['b']": [[], "bfloat16"]}
+    check_checkpoint(header | {"leaves": old, "state_format": 1}, optimizer, tree)
+    with pytest.raises(CheckpointMismatch, match=r"\['a'\] was float32\[3\], is float64\[3\]$"):
+        check_checkpoint(header | {"leaves": old}, optimizer, tree)
+    with pytest.raises(CheckpointMismatch, match=r"\['step'\] was int32\[\], is float32\[\]$"):
+        check_checkpoint(
+            header | {"leaves": old, "state_format": 1}, optimizer, tree | {"step": jnp.float32(3)}
+        )
+
+
+def test_what_is_no_header_is_refused():
+    optimizer, x = sgd(1e-2), jnp.ones(3)
+    header = checkpoint_header(optimizer, x)
+    changed = [
+        {"state_format": True}, {"state_format": "2"}, {"optimizer": 3}, {"leaves": {".": [[], 3]}},
+        {"leaves": {".": [[-3], "float32"]}}, {"leaves": [["."]]}, {"optimizer": {"name": "sgd"}},
+        {"optimizer": header["optimizer"] | {"settings": {"b1": float("nan")}}},
+        {"optimizer": header["optimizer"] | {"parts": [None]}},
+    ]  # fmt: skip
+    for wrong in (None, 3, [], "text", {"state_format": 2}, *(header | new for new in changed)):
+        with pytest.raises(CheckpointMismatch, match=r"this is not a header of a checkpoint: it"):
+            check_checkpoint(wrong, optimizer, x)
+
+
+def test_names_that_are_allowed_are_a_set():
+    optimizer, x = sgd(1e-2), jnp.ones(3)
+    with pytest.raises(TypeError, match=r"allow takes a set of names: \{'learning_rate'\}"):
+        check_checkpoint(checkpoint_header(optimizer, x), optimizer, x, allow="learning_rate")

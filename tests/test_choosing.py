@@ -80,6 +80,7 @@ def test_the_safe_defaults_take_a_step():
         updates, state = optimizer.update(params, state, params)
     seen = adaptive_opt.read_telemetry(state)
     assert {"learning_rate", "update_ratio/all", "rate/all/q50", "rate/all/q99"} <= set(seen)
+    assert {"gradient_norm/all", "skipped", "skipped_in_a_row"} <= set(seen)
     assert all(jnp.all(u < 0) for u in jax.tree.leaves(updates))
 
 
@@ -91,6 +92,7 @@ def test_every_name_and_link_exists():
     for anchor in re.findall(r"gallery/README\.md#([\w-]+)", PAGE):
         assert anchor in anchors
     for name in re.findall(r"`([a-z_]+[a-z0-9_]*)(?:\(|`)", PAGE):
-        of_telemetry = ("learning_rate", "update_ratio", "limited", "q99")
+        seen = ("loss", "gradient_norm", "skipped", "skipped_in_a_row")
+        of_telemetry = ("learning_rate", "update_ratio", "limited", "q99", *seen)
         assert hasattr(adaptive_opt, name) or name in ("weight_decay", *of_telemetry), name
     assert inspect.signature(adaptive_opt.adamod).parameters["b3"].default == 0.999

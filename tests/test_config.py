@@ -257,7 +257,7 @@ OURS = {
     "mask": adamw(1e-2, mask={"dense": {"kernel": True, "bias": False}, "scale": False}),
     "mask like data": adamw(1e-2, mask={"dict": {"dense": True, "scale": False}}["dict"]),
     "restarts": adamw(
-        1e-2, convention="paper", schedule=warm_restarts(10), weight_decay=jnp.float32(0.5)
+        1e-2, decay="independent", schedule=warm_restarts(10), weight_decay=jnp.float32(0.5)
     ),
 }  # fmt: skip
 

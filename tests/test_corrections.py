@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from common import gradient_trees, normal_tree, train
 
-from adaptive_opt import RECIPES, adaptive, debias, first_moment
+from adaptive_opt import RECIPES, adamax, adaptive, debias, first_moment, scale_by_adam, sgd
 from adaptive_opt.core.now import Correction, Now
 
 DECAYS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.99999999)
@@ -62,3 +62,57 @@ def test_the_optax_form_is_the_one_that_is_off():
     theirs = adaptive(first_moment(0.999), debias(0.999, as_in_optax=True))
     assert abs(first(ours) - 1) < 2e-7
     assert abs(first(theirs) - 1) > 5e-6
+
+
+def test_an_average_with_a_decay_next_to_one_decays():
+    """The decay is 1 in float32; over 2,000 steps the average is that of float64 all the same."""
+    rule = adaptive(first_moment(1 - 1e-8))
+    gradients = jnp.sin(jnp.arange(2000.0))[:, None] + 0.5
+
+    def last(x):
+        state = jax.lax.scan(lambda s, g: (rule.update(g, s)[1], None), rule.init(x[0]), x)[0]
+        return state.buffers["mu"]
+
+    found = jax.jit(last)(gradients)
+    exact = 1e-8 * np.sum(
+        np.asarray(gradients, np.float64) * (1 - 1e-8) ** np.arange(1999, -1, -1)[:, None]
+    )
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: scale_by_adam(b2=0.99999999), "b2 of debias"),
+        (lambda: adamax(1e-3, b2=0.99999999), "b2 of infinity_moment"),
+        (lambda: sgd(1e-3, momentum=0.99999999), "momentum of heavy_ball"),
+    ],
+)
+def test_a_decay_that_is_one_in_float32_is_refused_where_nothing_else_carries_it(make, what):
+    def one_step():
+        optimizer = make()
+        optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
+
+    with pytest.raises(ValueError, match=f"{what} is 0.99999999, which is 1 in float32"):
+        one_step()
+
+
+SCHEDULES = {
+    "learning_rate": lambda wrong: RECIPES["adam"](wrong),
+    "b2 of second_moment": lambda wrong: RECIPES["adam"](1e-3, b2=wrong),
+    "weight_decay": lambda wrong: RECIPES["adamw"](1e-3, weight_decay=wrong),
+    "slow_step_size": lambda wrong: RECIPES["ranger"](1e-3, slow_step_size=wrong),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_a_schedule_returns_is_checked_for_width_and_shape(name):
+    x = jnp.ones(2)
+    for wrong, message in (
+        (lambda step: jnp.bfloat16(0.999), f"schedule of {name} returned arrived as bfloat16"),
+        (lambda step: jnp.full(2, 0.5), f"schedule of {name} returned must be a scalar"),
+        (lambda step: None, f"schedule of {name} must return a number"),
+    ):
+        optimizer = SCHEDULES[name](wrong)
+        with pytest.raises((ValueError, TypeError), match=message):
+            jax.eval_shape(optimizer.update, x, optimizer.init(x), x)

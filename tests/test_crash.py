@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 PROGRAM = pathlib.Path(__file__).parent / "programs" / "train_and_save.py"
+WRITER = PROGRAM.parent / "write_files.py"
+FILES = PROGRAM.parent.parent.parent / "adaptive_opt" / "checkpoints" / "files.py"
 STEPS = 12  # after the kills
 
 
@@ -69,3 +71,33 @@ def test_killed_at_any_moment_a_run_goes_on_from_its_last_complete_save(kills, t
     assert finished(start(undisturbed, saved + STEPS))[0] == ("resumed", 0)
     expected = np.load(undisturbed / "final.npy")
     assert np.load(tmp_path / "final.npy").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("kills", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_killed_while_it_writes_a_file_the_old_or_the_new_one_is_there(kills, tmp_path):
+    pick = random.Random(kills)
+    path, last, cut_short = tmp_path / "checkpoint", 0, 0
+    for _ in range(kills):
+        command = [sys.executable, "-S", str(WRITER), str(FILES), str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        began = process.stdout.readline()
+        time.sleep(pick.uniform(0.0, 0.06))
+        process.kill()
+        rest, _ = process.communicate(timeout=60)
+        assert began == f"{last}\n"
+        said = [int(line) for line in rest.splitlines(keepends=True) if line.endswith("\n")]
+        reported = max([last, *said])
+        if reported or path.exists():
+            numbers = np.fromfile(path, "<u4")
+            assert numbers.size == 2**20
+            assert (numbers == numbers[0]).all()
+            # What was reported is there; at most one more, that was not reported yet.
+            last = int(numbers[0])
+            assert last in (reported, reported + 1)
+        beside = [file for file in tmp_path.iterdir() if file != path]
+        assert all(file.name.startswith(".checkpoint.") for file in beside)
+        cut_short += len(beside)
+        for file in beside:
+            file.unlink()
+    assert last > 0
+    assert cut_short > 0  # some were killed in the middle

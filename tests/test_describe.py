@@ -136,7 +136,7 @@ def test_a_description_is_a_copy():
 
 
 def test_other_things_are_refused():
-    with pytest.raises(TypeError, match="describe takes an optax transformation"):
+    with pytest.raises(TypeError, match="describe takes an optimizer"):
         describe(RECIPES["adam"])
 
 

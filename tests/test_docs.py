@@ -15,6 +15,7 @@ from mutate import MUTANTS
 import adaptive_opt
 
 ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))
 TYPES = (
     "RECIPES",
     "AdaptiveStep",
@@ -24,6 +25,8 @@ TYPES = (
     "AdaptiveState",
     "OpenStepState",
     "LookaheadState",
+    "ParameterEmaState",
+    "BehindState",
     "SkipNonfiniteState",
     "LowMemoryState",
     "OneCycle",
@@ -39,10 +42,21 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_readme_is_short_and_shows_code():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert len(blocks(page, "python")) >= 2
+
+
+WITH_TORCH = "docs/move_a_pytorch_run.md"  # which tests/test_from_torch.py runs, without PyTorch
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *sorted({*PAGES} - {WITH_TORCH})]
+)
 def test_python_blocks_run_in_order(document):
+
     code = blocks(document, "python")
-    assert len(code) >= 2
     namespace: dict = {}
     for block in code:
         exec(compile(block, document, "exec"), namespace)
@@ -89,19 +103,27 @@ def test_recipes_that_equal_something_public_name_it():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", *PAGES]
 )
 def test_links_and_pictures_exist(document):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
         assert target.startswith("https://") or ((ROOT / document).parent / target).exists()
 
 
-def test_the_table_of_recipes_in_the_readme_is_what_describe_says(example):
-    assert example("draw_stages").table() in (ROOT / "README.md").read_text()
+def test_the_tables_of_recipes_are_what_the_registry_and_describe_say(example, tmp_path):
+    pages = ("README.md", "docs/recipes.md", "docs/weight_decay.md")
+    (tmp_path / "docs").mkdir()
+    for page in pages:
+        (tmp_path / page).write_text((ROOT / page).read_text())
+    example("draw_stages").renew_pages(tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
 
 
 def test_the_table_has_every_recipe_in_every_convention(example):
-    rows = re.findall(r"^\| `(\w+)`(?: \(([\w, -]+)\))?", example("draw_stages").table(), re.M)
+    rows = re.findall(
+        r"^\| `(\w+)`(?: \(([\w, -]+)\))?", example("draw_stages").stages_table(), re.M
+    )
     listed = {(name, c) for name, which in rows for c in (which or "").split(", ")}
     assert {name for name, _ in listed} == set(REGISTERED)
     for name in REGISTERED:

@@ -451,9 +451,9 @@ def test_normalised_decay_grows_weaker_as_periods_grow():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda eta, wd: adamw(1e-2, weight_decay=wd, convention="paper", schedule=eta),
+        lambda eta, wd: adamw(1e-2, weight_decay=wd, decay="independent", schedule=eta),
         lambda eta, wd: adaptive_opt.nadamw(
-            1e-2, weight_decay=wd, convention="keras-adamw", schedule=eta
+            1e-2, weight_decay=wd, decay="independent", schedule=eta
         ),
         lambda eta, wd: adaptive_opt.sgdw(1e-2, weight_decay=wd, schedule=eta),
     ],
@@ -557,21 +557,18 @@ def test_nadam_in_the_form_of_optax_has_its_state():
 # --- l1 -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("convention", ["torch", "paper"])
+@pytest.mark.parametrize("decay", ["decoupled", "independent"])
 @pytest.mark.parametrize("recipe", [adamw, adaptive_opt.nadamw, adaptive_opt.sgdw])
-def test_l1_is_multiplied_by_what_the_weight_decay_is(recipe, convention, x64):
-    convention = (
-        "keras-adamw" if (recipe, convention) == (adaptive_opt.nadamw, "paper") else convention
-    )
+def test_l1_is_multiplied_by_what_the_weight_decay_is(recipe, decay, x64):
     x, gradient = jnp.array([2.0, -0.5, 0.0]), jnp.array([0.3, -1.0, 2.0])
     lr, eta = 0.1, optax.constant_schedule(0.5)
     course = (
-        {"learning_rate": lr} if convention == "torch" else {"learning_rate": lr, "schedule": eta}
+        {"learning_rate": lr} if decay == "decoupled" else {"learning_rate": lr, "schedule": eta}
     )
-    times = lr if convention == "torch" else 0.5
+    times = lr if decay == "decoupled" else 0.5
     moved = {}
     for l1 in (None, 0.25):
-        tx = recipe(**course, convention=convention, weight_decay=0.01, l1=l1)
+        tx = recipe(**course, decay=decay, weight_decay=0.01, l1=l1)
         moved[l1] = tx.update(gradient, tx.init(x), x)[0]
     np.testing.assert_allclose(
         moved[0.25] - moved[None], -times * 0.25 * np.sign(x), rtol=1e-12, atol=1e-15
@@ -666,7 +663,7 @@ def test_nadamw_in_the_form_of_keras_adamw_follows_its_formulas(x64):
         return x - eta * (adam_step + l2 * x + l1 * np.sign(x))
 
     settings = {"weight_decay": l2, "l1": l1, "schedule": warm_restarts(period)}
-    assert_follows(adaptive_opt.nadamw(lr, b1, b2, eps, convention="keras-adamw", **settings), step)
+    assert_follows(adaptive_opt.nadamw(lr, b1, b2, eps, decay="independent", **settings), step)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.8])

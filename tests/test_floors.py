@@ -71,16 +71,7 @@ import adaptive_opt, jax.numpy as jnp
 x = jnp.ones(3)
 optimizer = adaptive_opt.adamw(1e-3)
 state = optimizer.init(x)
-for use in (
-    lambda: adaptive_opt.to_bytes(optimizer, state),
-    lambda: adaptive_opt.from_bytes(optimizer, state, b""),
-):
-    try:
-        use()
-    except ImportError as error:
-        print(error)
-    except ValueError as error:
-        print("refused")
+print(adaptive_opt.from_bytes(optimizer, state, adaptive_opt.to_bytes(optimizer, state))[0].count)
 from adaptive_opt.watching import plots
 try:
     plots.loss_curves({{}})
@@ -90,10 +81,7 @@ except ImportError as error:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     said = run.stdout.splitlines()
-    assert said[0] == (
-        "to_bytes and from_bytes need flax, which is not installed: pip install"
-        " 'adaptive_opt[flax]'."
-    )
+    assert said[0] == "0"
     assert said[-1] == (
         "the pictures need matplotlib, which is not installed: pip install 'adaptive_opt[plots]'."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import equinox as eqx
 import flax.linen
 import jax
@@ -18,6 +20,8 @@ from adaptive_opt import (
     adam,
     adamw,
     decay_mask,
+    decay_report,
+    describe,
     gradual_unfreezing,
     layerwise_learning_rates,
     sgd,
@@ -276,7 +280,7 @@ def test_groups_work_in_an_nnx_optimizer():
         (lambda: ParameterGroups([Group("a"), Group("a")]), "a pattern of its own"),
         (lambda: ParameterGroups([Group("default")]), "other than 'default'"),
         (
-            lambda: ParameterGroups([Group("a", weight_decay=0.1)]).optimizer(adam, 1e-3),
+            lambda: ParameterGroups([Group("a", weight_decay=0.1)]).optimizer(optax.adam, 1e-3),
             "sets weight_decay, which adam does not take",
         ),
         (lambda: Group("a", freeze=2.7), "freeze must be True, False, or the step .* got 2.7"),
@@ -307,3 +311,169 @@ def test_tables_that_make_no_sense_are_refused(make, message):
 def test_tables_of_something_else_are_refused(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+# --- Which group, at what rate, and what clipping sees ------------------------------------------
+
+
+def test_the_report_says_which_groups_match_in_vain():
+    groups = ParameterGroups([Group("b/bias"), Group("b"), Group("kernel$", may_be_empty=True)])
+    report = groups.report({"b": PARAMS["b"]})
+    assert [(line.path, line.group, line.also) for line in report] == [
+        ("b/bias", "b/bias", ("b",)),
+        ("b/kernel", "b", ("kernel$",)),
+    ]
+    assert str(report).splitlines()[1].endswith("as given (not b)")
+
+
+def test_a_multiplier_may_be_traced_or_injected():
+    def make(head):
+        groups = ParameterGroups([Group("^a$", learning_rate=head)], default=Group())
+        return groups.optimizer(adamw, 1e-2, weight_decay=0.0)
+
+    @jax.jit
+    def updates_at(head):
+        optimizer = make(head)
+        return optimizer.update(ONES, optimizer.init(PARAMS), PARAMS)[0]
+
+    plain = make(1.0).update(ONES, make(1.0).init(PARAMS), PARAMS)[0]
+    for head in (0.1, 3.0):
+        updates = updates_at(head)
+        np.testing.assert_allclose(updates["a"], head * plain["a"], rtol=1e-6)
+        np.testing.assert_allclose(updates["b"]["bias"], plain["b"]["bias"], rtol=1e-6)
+    injected = optax.inject_hyperparams(make)(head=0.1)
+    state = injected.init(PARAMS)
+    state.hyperparams["head"] = jnp.float32(3.0)
+    updates, _ = jax.jit(injected.update)(ONES, state, PARAMS)
+    np.testing.assert_allclose(updates["a"], 3 * plain["a"], rtol=1e-6)
+    assert Group("a", learning_rate=jnp.float32(0.5)).settings() == "learning_rate x 0.5"
+    assert Group("a", learning_rate=jnp.float32(1.0)).has_rate  # it may be another one later
+
+
+def test_clipping_sees_the_gradients_that_are_trained():
+    groups = ParameterGroups([Group("^a$", freeze=True), Group("bias", freeze=2)], default=Group())
+    clip = groups.trained(optax.clip_by_global_norm(1.0))
+    gradients = {
+        "a": jnp.full(2, np.nan),
+        "b": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full(2, 3.0)},
+    }
+    state, update = clip.init(PARAMS), jax.jit(clip.update)
+    for norm in (4.0, 4.0, np.sqrt(16 + 18)):  # the bias takes part from the third step on
+        seen, state = update(gradients, state, PARAMS)
+        np.testing.assert_allclose(seen["b"]["kernel"], 2.0 / norm, rtol=1e-6)
+        assert np.isnan(seen["a"]).all()  # left as it was, for nobody
+    everything, _ = optax.clip_by_global_norm(1.0).update(gradients, optax.EmptyState())
+    assert np.isnan(everything["b"]["kernel"]).all()
+    optimizer = optax.chain(clip, groups.optimizer(sgd, 1.0))
+    assert describe(optimizer).parts[0].name == "ParameterGroups.trained"
+    updates, _ = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["b"]["kernel"], -0.5, rtol=1e-6)
+    assert np.all(updates["a"] == 0)
+
+
+def test_a_group_that_thaws_takes_the_same_steps_compiled_or_not():
+    optimizer = ParameterGroups([Group("bias", freeze=2)], default=Group()).optimizer(adam, 0.1)
+    state = compiled_state = optimizer.init(PARAMS)
+    for _ in range(3):
+        updates, state = optimizer.update(ONES, state, PARAMS)
+        expected, compiled_state = jax.jit(optimizer.update)(ONES, compiled_state, PARAMS)
+        for a, b in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert jax.tree.structure(state) == jax.tree.structure(compiled_state)
+
+
+# --- What decays --------------------------------------------------------------------------------
+
+
+def stacked_linen():
+    """Four blocks in one scan, whose boxes name the axis of the layers."""
+
+    class Block(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x, _):
+            box = flax.linen.with_partitioning
+            gate = self.param("gate", box(flax.linen.initializers.ones, (None,)), (3,))
+            kernel = self.param("mix", box(flax.linen.initializers.ones, (None, None)), (3, 3))
+            return gate * (x @ kernel), None
+
+    scan = flax.linen.scan(
+        Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=4,
+        metadata_params={flax.linen.PARTITION_NAME: "layers"},
+    )  # fmt: skip
+    return scan().init(jax.random.key(0), jnp.ones(3), None)["params"]
+
+
+def test_layers_that_are_stacked_by_linen_are_known_by_their_boxes():
+    params = stacked_linen()
+    shapes = {line.path: (line.shape, line.decayed) for line in decay_report(params)}
+    assert shapes == {"gate": ((4, 3), False), "mix": ((4, 3, 3), True)}
+    bare = flax.linen.meta.unbox(params)
+    assert decay_mask(bare) == {"gate": True, "mix": True}  # nothing says so any more
+    assert decay_mask(bare, stacked=".") == {"gate": False, "mix": True}
+    assert decay_mask(bare, stacked={"mix": 2}) == {"gate": True, "mix": False}
+
+
+def test_layers_that_are_stacked_by_equinox_keep_their_norms_from_decay():
+    stack = eqx.filter_vmap(Eqx)(jax.random.split(jax.random.key(0), 4))
+    decayed = [line.path for line in decay_report(stack) if line.decayed]
+    assert decayed == ["body/weight", "head/weight"]
+
+    class Named(eqx.Module):  # the type counts, the name of a module of equinox.nn does not
+        first: eqx.nn.RMSNorm
+        norm: eqx.nn.Linear
+
+    def named(key):
+        return Named(eqx.nn.RMSNorm(3), eqx.nn.Linear(3, 3, key=key))
+
+    stack = eqx.filter_vmap(named)(jax.random.split(jax.random.key(0), 4))
+    assert [line.path for line in decay_report(stack) if line.decayed] == ["norm/weight"]
+
+
+@pytest.mark.parametrize(
+    "name", ["norm", "LayerNorm_0", "ln_1", "bn2", "RMSNorm", "post_attention_layernorm", "ln_f"]
+)
+def test_normalisations_are_known_by_their_names(name):
+    of = decay_mask({name: {"weight": jnp.ones((4, 3)), "kernel": jnp.ones((4, 3))}})
+    assert of == {name: {"weight": False, "kernel": True}}
+
+
+@pytest.mark.parametrize("name", ["linear", "normal", "knormed", "lnx", "normalizing_flow"])
+def test_what_is_only_called_alike_decays(name):
+    assert decay_mask({name: {"weight": jnp.ones((4, 3))}}) == {name: {"weight": True}}
+
+
+def test_embeddings_decay_unless_they_are_left_out():
+    table = jnp.ones((5, 2))
+    params = {
+        "wte": {"embedding": table},
+        "embed": {"weight": table, "kernel": table},
+        "pos_embed": table,
+        "embedder_head": {"w": table},
+        "head": {"w": table},
+    }
+    assert all(jax.tree.leaves(decay_mask(params)))
+    without = functools.partial(decay_mask, embeddings=False)
+    decayed = [line.path for line in decay_report(params, without) if line.decayed]
+    assert decayed == ["embed/kernel", "head/w"]
+    equinox = [eqx.nn.Embedding(5, 2, key=jax.random.key(0))]
+    assert jax.tree.leaves(without(equinox)) == [False]
+    shown = str(describe(adamw(1e-3, weight_decay=0.1, mask=without)))
+    assert "mask=decay_mask(embeddings=False)" in shown
+
+
+def test_the_report_is_of_any_mask():
+    report = decay_report(PARAMS, {"a": False, "b": True})
+    assert str(report).splitlines() == [
+        "parameter  shape   decayed",
+        "a          (2,)    no",
+        "b/bias     (2,)    yes",
+        "b/kernel   (2, 2)  yes",
+    ]
+    assert [line.decayed for line in decay_report(PARAMS, lambda p: True)] == [True] * 3
+
+
+def test_a_stack_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match=r"stacked='blokcs' finds no parameter\. The paths are: a"):
+        decay_mask(PARAMS, stacked="blokcs")
+    with pytest.raises(ValueError, match=r"stacked\['a'\] must be whole and at least 0, got -1"):
+        decay_mask(PARAMS, stacked={"a": -1})

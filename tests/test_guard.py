@@ -10,7 +10,19 @@ import pytest
 from common import RECIPES, assert_bit_equal, gradient_trees, normal_tree, train
 from jax.sharding import Mesh, PartitionSpec
 
-from adaptive_opt import adam, adamod, amsgrad, describe, diffmod, skip_nonfinite
+from adaptive_opt import (
+    Packing,
+    adam,
+    adamod,
+    amsgrad,
+    describe,
+    diffmod,
+    lookahead,
+    low_memory,
+    skip_nonfinite,
+    sweep,
+    train_step,
+)
 
 
 def spoiled(tree, value):
@@ -65,6 +77,21 @@ def test_the_guard_takes_gradients_of_another_dtype_than_the_parameters():
         assert_bit_equal(history[1][1], plain)
         assert params.dtype == jnp.bfloat16
         assert int(state.total) == 2
+
+
+def test_a_step_that_would_spoil_the_state_is_skipped_and_counted():
+    """The square of a finite gradient overflows in optax's buffer; where it was finite before."""
+    ordinary, large = jnp.ones(2), jnp.array([1.0, 1e30])
+    params, state, history = train(
+        skip_nonfinite(optax.adam(1e-2)), jnp.ones(2), [ordinary, large, ordinary]
+    )
+    expected, plain, _ = train(optax.adam(1e-2), jnp.ones(2), [ordinary, ordinary])
+    assert_bit_equal((params, state.inner_state), (expected, plain))
+    assert [int(s.total) for s, _ in history] == [0, 1, 1]
+    best = optax.chain(adam(1e-2), optax.contrib.reduce_on_plateau())  # whose best loss is infinite
+    optimizer = skip_nonfinite(best)
+    _, state = optimizer.update(ordinary, optimizer.init(ordinary), ordinary, value=1.0)
+    assert int(state.total) == 0
 
 
 def test_clipping_inside_the_guard_is_guarded_too():
@@ -144,3 +171,54 @@ def test_the_cure_is_per_weight():
     assert ema[1] == expected[1]
     corrected = [np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * 1e-3 / 1e-8 for t in (1, 2, 3)]
     np.testing.assert_allclose(expected[0], 1e-3 * sum(corrected), rtol=2e-3)
+
+
+# --- The order of guards and accumulation --------------------------------------------------------
+
+
+def accumulated(inner, **settings):
+    return optax.MultiSteps(inner, 2, **settings).gradient_transformation()
+
+
+NEVER_AGAIN = {
+    "skip_nonfinite": skip_nonfinite(adam(1e-2)),
+    "apply_if_finite": optax.apply_if_finite(adam(1e-2), 3),
+    "zero_nans": optax.chain(optax.zero_nans(), adam(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_AGAIN)
+def test_a_guard_inside_of_accumulation_would_end_the_training_and_is_refused(name):
+    wrong = accumulated(NEVER_AGAIN[name])
+    good, nan = jnp.ones(2), jnp.array([1.0, np.nan])
+    params, _, _ = train(wrong, jnp.zeros(2), [nan, *[good] * 5])
+    assert params[1] == 0 or np.isnan(params[1])  # which is why
+    message = f"{name} stands inside of optax.MultiSteps.*would never train again. Turn them around"
+    for use in (
+        lambda: train_step(lambda x: x.sum(), wrong),
+        lambda: lookahead(wrong),
+        lambda: low_memory(optax.chain(optax.clip(1.0), wrong)),
+        lambda: Packing({"a": good, "b": good}).optimizer(wrong),
+        lambda: sweep(
+            lambda learning_rate: wrong, {"learning_rate": [1.0]}, loss=lambda x, y: x.sum(),
+            init=lambda key: good, data=good, steps=1,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_a_guard_around_accumulation_trains_on_as_does_its_own():
+    good, nan = jnp.ones(2), jnp.array([1.0, np.nan])
+    around = skip_nonfinite(accumulated(adam(1e-2)))
+    own = accumulated(adam(1e-2), should_skip_update_fn=optax.skip_not_finite)
+    for optimizer in (around, own):
+        params, _, _ = train(optimizer, jnp.zeros(2), [nan, good, good])
+        np.testing.assert_allclose(params, -0.01, rtol=1e-5)
+        train_step(lambda x: x.sum(), optimizer)
+    guarded_inside = accumulated(
+        NEVER_AGAIN["zero_nans"], should_skip_update_fn=optax.skip_not_finite
+    )
+    train_step(lambda x: x.sum(), guarded_inside)
+    assert "should_skip_update_fn=skip_not_finite" in str(describe(own))
+    assert "should_skip" not in str(describe(around))

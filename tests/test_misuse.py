@@ -439,7 +439,8 @@ WRONG_VALUES = [
     (lambda: adam(1e-3, eps=-1e-8), "eps must be finite and at least 0, got -1e-08"),
     (lambda: adam(1e-3, eps_root=-1.0), "eps_root must be finite and at least 0, got -1"),
     (lambda: adam(-1e-3), "learning_rate must be finite and at least 0, got -0.001"),
-    (lambda: adam(float("nan")), "learning_rate must be finite and at least 0, got nan"),
+    (lambda: adam(-1e-3), r"To go uphill, put optax\.scale\(-1\.0\) in front of the optimizer"),
+    (lambda: adam(float("nan")), "learning_rate must be finite and at least 0, got nan.$"),
     (lambda: adam(np.inf), "learning_rate must be finite and at least 0, got inf"),
     (lambda: adam(jnp.float32(-1)), "learning_rate must be finite and at least 0, got -1"),
     (lambda: adam(jnp.ones(2)), r"learning_rate must be a scalar, got an array of shape \(2,\)"),
@@ -468,16 +469,34 @@ WRONG_VALUES = [
     (lambda: adam(1e-3, nesterov=True, convention="keras"), "nesterov=True is not defined"),
     (
         lambda: adamw(1e-3, schedule=lambda t: 1.0),
-        "schedule= belongs to the convention 'paper' or 'keras-adamw'; under 'torch' give",
+        'schedule= belongs to decay="independent"; under decay="decoupled" give',
     ),
     (
-        lambda: adamw(lambda t: 1.0, convention="paper"),
-        "give a number, and its course as schedule=",
+        lambda: adamw(lambda t: 1.0, decay="independent"),
+        "give learning_rate as a number, and its course as schedule=",
     ),
     (
         lambda: adaptive_opt.nadamw(1e-3, schedule=lambda t: 1.0),
-        "schedule= belongs to the convention 'keras-adamw'; under 'torch' give",
+        'schedule= belongs to decay="independent"; under decay="decoupled" give',
     ),
+    (
+        lambda: adaptive_opt.sgdw(lambda t: 1.0),
+        "give learning_rate as a number, and its course as schedule=",
+    ),
+    (
+        lambda: adaptive_opt.sgd(0.1, decay="independent"),
+        "^decay must be one of 'l2', 'decoupled', got 'independent'",
+    ),
+    (lambda: diffmod(1e-3, decay="l2"), "^decay must be one of 'decoupled', got 'l2'"),
+    (
+        lambda: adamw(1e-3, convention="paper"),
+        r"is now adamw\(convention='torch', decay='independent'\)",
+    ),
+    (
+        lambda: adaptive_opt.nadamw(1e-3, convention="keras-adamw"),
+        r"is now nadamw\(convention='torch', decay='independent'\)",
+    ),
+    (lambda: adamod(1e-3, 0.9, 0.999, 0.999), "eps=0.999 looks like b3, .* Give b3=0.999 by its"),
     (lambda: adam(jnp.bfloat16(1e-3)), "learning_rate arrived as bfloat16.*hyperparam_dtype"),
     (lambda: adam(1e-3, b2=jnp.float16(0.999)), "b2 arrived as float16.*hyperparam_dtype"),
 ]
@@ -511,8 +530,7 @@ def test_traced_values_pass():
             optimizers = [recipe(h["lr"])]
             if name in ADAMS:
                 optimizers += [recipe(h["lr"], b1=h["b1"], b2=h["b2"], eps=h["eps"])]
-            if name not in ("adam", "amsgrad"):
-                optimizers += [recipe(h["lr"], weight_decay=h["wd"])]
+            optimizers += [recipe(h["lr"], weight_decay=h["wd"])]
             outputs += [tx.update(x, tx.init(x), x)[0] for tx in optimizers]
         bound = adaptive(scale_by_adam(), adamod_momental_bound(len_memory=h["n"]))
         return [*outputs, bound.update(x, bound.init(x))[0]]

@@ -196,17 +196,16 @@ def test_what_would_be_lost_or_guessed_is_refused():
     x = {"w": jnp.ones(3)}
     rms, torchs = optax.rmsprop(LR), rmsprop(LR, momentum=0.9)
     optaxs = optax.rmsprop(LR, momentum=0.9)
-    groups = optax.partition({"a": adam(LR), "b": adam(LR)}, {"w": "a"})
     for message, source, target, count in [
         ("no place for rate_ema, which would be lost", adamod(LR), adam(LR), None),
         ("has no place for mu", optax.adam(LR), rmsprop(LR), None),
         ("needs mu, which cannot be derived from nu", rms, adam(LR), 1),
         ("momentum_product, which cannot be", optax.nadam(LR), nadam(LR), None),
         ("does not say how many gradients it has seen: give count=", rms, rmsprop(LR), None),
-        ("'nu_max' is made of debiased values in .* of raw", optax.amsgrad(LR), amsgrad(LR), None),
-        ("'velocity' is made of negative steps values", optaxs, torchs, 1),
-        ("several buffers 'mu'. Move .* groups one by one", groups, groups, None),
-    ]:
+        ("'nu_max' means something else .* there by .* debias, ams", optax.amsgrad(LR), amsgrad(LR),
+         None),
+        ("'velocity' means something else in rmsprop than in chain", optaxs, torchs, 1),
+    ]:  # fmt: skip
         state = source.update(x, source.init(x), x)[1]
         with pytest.raises(ValueError, match=message):
             convert_state(state, source, target, x, count=count)

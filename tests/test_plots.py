@@ -25,7 +25,7 @@ from adaptive_opt.watching.plots import (
     schedules,
     sensitivity_curve,
 )
-from adaptive_opt.watching.telemetry import BIN_EDGES
+from adaptive_opt.watching.tally import BIN_EDGES
 
 
 @pytest.fixture(autouse=True)

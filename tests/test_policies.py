@@ -293,7 +293,7 @@ def _key(path):
     "make",
     [
         lambda mask: RECIPES["adamw"](1e-2, weight_decay=0.1, mask=mask),
-        lambda mask: RECIPES["adamw"](1e-2, weight_decay=0.1, mask=mask, convention="paper"),
+        lambda mask: RECIPES["adamw"](1e-2, weight_decay=0.1, mask=mask, decay="independent"),
         lambda mask: RECIPES["adamw"](1e-2, weight_decay=0.1, mask=mask, convention="keras"),
         lambda mask: RECIPES["adamod"](1e-2, weight_decay=0.1, mask=mask),
         lambda mask: RECIPES["diffmod"](1e-2, weight_decay=0.1, mask=mask),

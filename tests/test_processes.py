@@ -119,6 +119,13 @@ def test_every_process_holds_its_part_of_the_state(two_processes):
         assert half <= fact["own state bytes"] < 1.05 * half
 
 
+def test_to_bytes_sends_arrays_of_several_processes_to_orbax(two_processes):
+    for found in two_processes:
+        said = json.loads(str(found["facts"]))["to_bytes"]
+        assert "is split over devices of other processes" in said
+        assert "save with Orbax" in said
+
+
 def test_two_processes_resume_bit_for_bit_what_they_saved(two_processes):
     for found in two_processes:
         whole, resumed = of("uninterrupted", found), of("resumed", found)

@@ -193,23 +193,6 @@ def test_adamw_without_decay_is_adam():
     assert_bit_equal(updates_of(adamw(1e-2, weight_decay=0.0)), updates_of(adam(1e-2)))
 
 
-def test_the_paper_decay_without_schedule_and_rate_one_is_the_torch_decay(x64):
-    paper = adamw(1.0, weight_decay=0.1, convention="paper")
-    torch = adamw(1.0, weight_decay=0.1)
-    assert_close(updates_of(paper, np.float64), updates_of(torch, np.float64), 1e-14)
-
-
-def test_the_paper_decay_does_not_depend_on_the_learning_rate():
-    x, g = jnp.ones(1), jnp.zeros(1)  # without a gradient, only the decay moves the weight
-    for lr, conventions in ((1e-3, ("paper", "torch")), (1e-1, ("paper", "torch"))):
-        moved = {}
-        for convention in conventions:
-            optimizer = adamw(lr, weight_decay=0.5, convention=convention)
-            moved[convention] = float(optimizer.update(g, optimizer.init(x), x)[0][0])
-        assert moved["paper"] == -0.5
-        assert moved["torch"] == pytest.approx(-0.5 * lr)
-
-
 def test_friction_of_a_constant_gradient_is_one_half_from_the_second_step(x64):
     constant = [normal_tree(3, np.float64)] * 5
     for kind in ("absolute", "signed", "wide"):

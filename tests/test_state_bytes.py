@@ -1,4 +1,4 @@
-"""benchmarks/state_bytes.py, and the table of its in the README."""
+"""benchmarks/state_bytes.py, and the table of its in docs/devices.md."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks import state_bytes
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_the_table_in_the_readme_is_what_the_command_prints(tmp_path, capsys):
-    text = (ROOT / "README.md").read_text()
-    copy = tmp_path / "README.md"
+def test_the_table_in_the_docs_is_what_the_command_prints(tmp_path, capsys):
+    text = (ROOT / "docs" / "devices.md").read_text()
+    copy = tmp_path / "devices.md"
     copy.write_text(text)
-    state_bytes.main(["--readme", str(copy)])
+    state_bytes.main(["--page", str(copy)])
     assert capsys.readouterr().out.strip() in text
     assert copy.read_text() == text
 

@@ -284,7 +284,7 @@ def test_an_injected_momentum_of_zero_is_no_momentum():
 
 def test_the_schedule_of_the_papers_adamw_can_be_injected():
     settings = {"schedule": optax.cosine_decay_schedule(1.0, STEPS), "weight_decay": 0.1}
-    make = functools.partial(adamw, convention="paper")
+    make = functools.partial(adamw, decay="independent")
     history, _ = start(optax.inject_hyperparams(make)(RATE, **settings), trees(1, STEPS))
     assert_close(history, start(make(RATE, **settings), trees(1, STEPS))[0])
 

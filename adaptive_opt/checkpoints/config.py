@@ -50,7 +50,8 @@ from adaptive_opt.core.describe import (
     bound,
     describe,
 )
-from adaptive_opt.wrappers.groups import decay_mask
+from adaptive_opt.core.renamed import in_todays_words
+from adaptive_opt.wrappers.decay import decay_mask
 from adaptive_opt.wrappers.schedules import SCHEDULES, Scheduled
 
 
@@ -198,6 +199,8 @@ class Reader:
         else:
             function = _looked_up(data[mark], tables[mark], at)
         takes = inspect.signature(function).parameters
+        if mark == "name":
+            data = in_todays_words(data[mark], data)
         arguments = {}
         for key, value in data.items():
             name = mark if key == mark + "_" else key

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import zlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -20,35 +19,34 @@ import optax
 from jax.core import Tracer
 
 from adaptive_opt.checkpoints.config import config_or_reason
-from adaptive_opt.core.checks import needed
+from adaptive_opt.checkpoints.leaves import (
+    CheckpointMismatch,
+    are_alike,
+    entry_of,
+    leaves_by_path,
+    said,
+)
 from adaptive_opt.core.describe import Description, describe, shown
 from adaptive_opt.core.recipe import RECIPES
-from adaptive_opt.core.trees import Tree, dtype_of
+from adaptive_opt.core.renamed import in_todays_words
+from adaptive_opt.core.trees import Tree
 
-STATE_FORMAT = 1
-"""Raised whenever the state of some recipe changes its meaning."""
+STATE_FORMAT = 2
+"""Raised whenever the state of some recipe, or what a header says of leaves, changes its meaning.
+
+1: dtypes as JAX takes them. 2: as they are; Python numbers and functions are called what they are.
+"""
+
+READ_FORMATS = (1, 2)
 
 SAMPLED_STEPS = (0, 1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000)
 """Where a schedule is looked at."""
 
+DEEPEST = 100
+"""How many containers a header may have inside one another."""
+
 OBSERVERS = ("telemetry", "observer")
 """What a recipe is given and has among its parts, though no setting says so."""
-
-T = TypeVar("T")
-
-
-class CheckpointMismatch(ValueError):  # noqa: N818 (says what it is)
-    """A checkpoint belongs to another optimizer, model, or version; the message names what differs.
-
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import CheckpointMismatch, adam, from_bytes, to_bytes
-    >>> data = to_bytes(adam(1e-3), adam(1e-3).init(jnp.zeros(3)))
-    >>> try:
-    ...     from_bytes(adam(1e-3, b2=0.99), adam(1e-3).init(jnp.zeros(3)), data)
-    ... except CheckpointMismatch as error:
-    ...     print(error)
-    the checkpoint does not fit: b2 of adam was 0.999, is 0.99
-    """
 
 
 def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> dict[str, Any]:
@@ -56,14 +54,18 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
 
     Args:
       optimizer: any optax optimizer; what ``describe`` shows of it is in the header.
-      tree: what is saved: an optimizer state, ``(params, state)``, a ``TrainState``; arrays,
-        ``jax.ShapeDtypeStruct``, or numbers.
+      tree: what is saved: an optimizer state, ``(params, state)``, a ``TrainState``, an
+        ``nnx.Optimizer``; any tree of arrays, ``jax.ShapeDtypeStruct``, typed PRNG keys and
+        Python's numbers. Functions among the leaves (Equinox) are there by name.
 
     Returns:
       A dict of dicts, lists, strings and numbers, for ``json`` or Orbax's ``JsonSave``:
       ``state_format``, ``optimizer`` (names, settings, parts) and ``leaves`` (the path of each
       array, its shape and dtype); and ``config``, from which ``make(header)`` builds the optimizer
       again, or None and in ``config_reason`` why it cannot be data.
+
+    Raises:
+      TypeError: for a leaf that cannot be saved, by its path.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adam, checkpoint_header
@@ -73,15 +75,15 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
     >>> header["leaves"]["[0].mu"]
     [[2, 3], 'float32']
     """
-    leaves = {
-        jax.tree_util.keystr(path) or ".": [list(np.shape(leaf)), str(dtype_of(leaf))]
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    return wanted_header(optimizer, tree) | config_or_reason(optimizer)
+
+
+def wanted_header(optimizer: optax.GradientTransformation, tree: Tree) -> dict[str, Any]:
+    """What headers are compared by."""
     return {
         "state_format": STATE_FORMAT,
         "optimizer": _as_data(describe(optimizer)),
-        "leaves": leaves,
-        **config_or_reason(optimizer),
+        "leaves": {path: entry_of(path, leaf) for path, leaf in leaves_by_path(tree)[0].items()},
     }
 
 
@@ -116,17 +118,22 @@ def check_checkpoint(
     the checkpoint does not fit: the optimizer was adam, is nadam
     >>> check_checkpoint(header, adam(1e-4), adam(1e-4).init(x), allow={"learning_rate"})
     """
-    wanted = checkpoint_header(optimizer, tree)
-    unknown = {"state_format", "optimizer", "leaves"} - set(header)
-    if unknown:
+    compare(header, wanted_header(optimizer, tree), allow)
+
+
+def compare(
+    header: Mapping[str, Any], wanted: Mapping[str, Any], allow: Collection[str] = ()
+) -> None:
+    """Raises a CheckpointMismatch where a header is not the one that is wanted."""
+    if isinstance(allow, str):
+        raise TypeError(f"allow takes a set of names: {{{allow!r}}}.")
+    check_form(header)
+    saved_by = header["state_format"]
+    if saved_by not in READ_FORMATS:
+        read = " and ".join(map(str, READ_FORMATS))
         raise CheckpointMismatch(
-            f"this is not a header of a checkpoint: it has no {', '.join(sorted(unknown))}. Save"
-            " what checkpoint_header returns."
-        )
-    if header["state_format"] != STATE_FORMAT:
-        raise CheckpointMismatch(
-            f"the checkpoint has state format {header['state_format']}, this version of"
-            f" adaptive_opt reads {STATE_FORMAT}: read it with the version that wrote it."
+            f"the checkpoint has state format {saved_by}, this version of adaptive_opt reads"
+            f" {read}: read it with the version that wrote it."
         )
     differences = [
         *_optimizers_differ(
@@ -134,88 +141,79 @@ def check_checkpoint(
             wanted["optimizer"],
             frozenset(allow),
         )
-    ] or [*_leaves_differ(header["leaves"], wanted["leaves"])]
-    differences = list(dict.fromkeys(differences))
+    ] or [*_leaves_differ(header["leaves"], wanted["leaves"], saved_by)]
+    differences = [shortened(difference) for difference in dict.fromkeys(differences)]
     if differences:
         few = differences[:10]
         more = f"; and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise CheckpointMismatch(f"the checkpoint does not fit: {'; '.join(few)}{more}")
 
 
-def to_bytes(optimizer: optax.GradientTransformation, tree: Tree) -> bytes:
-    """``flax.serialization.to_bytes`` with a header, and a checksum of four bytes at the end.
-
-    Args:
-      optimizer: the optimizer that the state in ``tree`` belongs to.
-      tree: what is saved: an optimizer state, ``(params, state)``, a ``TrainState``.
-
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import adamod, from_bytes, to_bytes
-    >>> optimizer = adamod(1e-3)
-    >>> state = optimizer.init(jnp.zeros(3))
-    >>> restored = from_bytes(optimizer, state, to_bytes(optimizer, state))
-    >>> sorted(restored[0].buffers)
-    ['mu', 'nu', 'rate_ema']
-    """
-    serialization = _flax_serialization()
-    content = {
-        "header": checkpoint_header(optimizer, tree),
-        "tree": serialization.to_state_dict(jax.device_get(tree)),
-    }
-    data = serialization.msgpack_serialize(content)
-    return data + _checksum(data)
+def shortened(text: str, longest: int = 500) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
-def from_bytes(
-    optimizer: optax.GradientTransformation,
-    target: T,
-    data: bytes,
-    *,
-    allow: Collection[str] = (),
-) -> T:
-    """What ``to_bytes`` saved, in the structure of ``target``, if it fits.
-
-    Args:
-      optimizer: the optimizer that is to go on with the state.
-      target: a tree of the same structure, shapes and dtypes: a fresh state, or what
-        ``jax.eval_shape`` says of one.
-      data: what ``to_bytes`` returned.
-      allow: names of settings that may differ; see ``check_checkpoint``.
-
-    Returns:
-      ``target`` with the saved arrays, as NumPy arrays.
-
-    Raises:
-      CheckpointMismatch: the bytes are cut short, damaged, have no header, or do not fit.
-
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import adam, from_bytes, to_bytes
-    >>> optimizer, x = adam(1e-3), jnp.ones(2)
-    >>> _, state = optimizer.update(x, optimizer.init(x), x)
-    >>> print(from_bytes(optimizer, optimizer.init(x), to_bytes(optimizer, state))[0].mu)
-    [0.1 0.1]
-    """
-    content, checksum = data[:-4], data[-4:]
-    if not content or checksum != _checksum(content):
-        raise CheckpointMismatch(
-            "the bytes are not what to_bytes returned: they are cut short or damaged, or have no"
-            " header. Bytes of flax.serialization.to_bytes are read by"
-            " flax.serialization.from_bytes, which checks neither the optimizer nor shapes; a"
-            " state of optax then comes in through convert_state."
-        )
-    serialization = _flax_serialization()
-    saved: Any = serialization.msgpack_restore(content)
-    check_checkpoint(saved["header"], optimizer, target, allow=allow)
-    restored: Any = serialization.from_state_dict(target, saved["tree"])
-    return restored
+# --- the form of a header -------------------------------------------------------------------------
 
 
-def _flax_serialization() -> Any:
-    return needed("flax.serialization", "flax", "to_bytes and from_bytes")
+def check_form(header: Any) -> None:
+    """Raises a CheckpointMismatch for what no ``checkpoint_header`` has returned."""
+    if not isinstance(header, Mapping):
+        raise _no_header(f"it is a {type(header).__name__} and no dict")
+    missing = {"state_format", "optimizer", "leaves"} - set(header)
+    if missing:
+        raise _no_header(f"it has no {', '.join(sorted(missing))}")
+    if type(header["state_format"]) is not int:
+        raise _no_header("its state_format is no whole number")
+    if not _is_data(header["optimizer"]) or not _is_description(header["optimizer"]):
+        raise _no_header("its optimizer is no name, settings and parts, of plain data")
+    leaves = header["leaves"]
+    if not isinstance(leaves, Mapping) or not all(map(_is_entry, leaves, leaves.values())):
+        raise _no_header("its leaves are not a shape and a dtype for every path")
 
 
-def _checksum(data: bytes) -> bytes:
-    return zlib.crc32(data).to_bytes(4, "little")
+def _no_header(why: str) -> CheckpointMismatch:
+    return CheckpointMismatch(
+        f"this is not a header of a checkpoint: {why}. Save what checkpoint_header returns."
+    )
+
+
+def _is_data(value: Any, depth: int = 0) -> bool:
+    """Whether it is what JSON can hold, at most so deep."""
+    if depth > DEEPEST:
+        return False
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_data(x, depth + 1) for k, x in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_data(x, depth + 1) for x in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str))
+
+
+def _is_description(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() >= {"name", "settings", "parts"}
+        and isinstance(value["name"], str)
+        and isinstance(value["settings"], Mapping)
+        and isinstance(value["parts"], (list, tuple))
+        and all(map(_is_description, value["parts"]))
+    )
+
+
+def _is_entry(path: Any, entry: Any) -> bool:
+    if not isinstance(path, str) or not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        return False
+    shape, dtype = entry
+    return (
+        isinstance(dtype, str)
+        and isinstance(shape, (list, tuple))
+        and all(type(n) is int and n >= 0 for n in shape)
+    )
+
+
+# --- as data --------------------------------------------------------------------------------------
 
 
 def _as_data(description: Description) -> dict[str, Any]:
@@ -261,9 +259,13 @@ def _sampled(schedule: Any) -> list[float] | None:
     """The values of a schedule at some steps; None for a function that is no schedule."""
     try:
         values = [np.asarray(schedule(np.int32(step))) for step in SAMPLED_STEPS]
-        return None if values[0].dtype == np.bool_ else [float(value) for value in values]
+        sampled = [float(value) for value in values]
+        return sampled if values[0].dtype != np.bool_ and np.isfinite(sampled).all() else None
     except Exception:  # whatever a function raises that wants something else
         return None
+
+
+# --- what differs ---------------------------------------------------------------------------------
 
 
 def _optimizers_differ(
@@ -300,6 +302,7 @@ def _optimizers_differ(
 def _settings_differ(
     saved: Mapping[str, Any], now: Mapping[str, Any], allow: frozenset[str], where: str
 ) -> Iterator[str]:
+    saved = {**saved, "settings": in_todays_words(saved["name"], saved["settings"])}
     for name in sorted({*saved["settings"], *now["settings"]} - allow):
         if name not in saved["settings"] or name not in now["settings"]:
             given = saved["settings"].get(name, now["settings"].get(name))
@@ -317,16 +320,28 @@ def _default(recipe: str, argument: str) -> Any:
 
 
 def _are_alike(old: Any, new: Any) -> bool:
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and "schedule" in old.keys() & new:
+    if _is_schedule(old) and _is_schedule(new):
         return bool(np.allclose(old["values"], new["values"], rtol=1e-5, atol=0))
     if isinstance(new, Mapping) and "schedule" in new and isinstance(old, str):
         return old == new["schedule"]  # a header that says no more than a name
     return old == new
 
 
+def _is_schedule(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether it is a name, and a value at each of the sampled steps."""
+    if not isinstance(value, Mapping) or value.keys() != {"schedule", "values"}:
+        return False
+    values = value["values"]
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == len(SAMPLED_STEPS)
+        and all(isinstance(x, float) or (type(x) is int and abs(x) < 2**53) for x in values)
+    )
+
+
 def _told_apart(old: Any, new: Any) -> tuple[str, str]:
     """Two settings as they are printed; of two schedules the first value that differs."""
-    is_schedule = [isinstance(x, Mapping) and "schedule" in x for x in (old, new)]
+    is_schedule = [_is_schedule(x) for x in (old, new)]
     if all(is_schedule):
         for step, a, b in zip(SAMPLED_STEPS, old["values"], new["values"], strict=True):
             if not np.isclose(a, b, rtol=1e-5, atol=0):
@@ -337,13 +352,17 @@ def _told_apart(old: Any, new: Any) -> tuple[str, str]:
     return was, now
 
 
-def _leaves_differ(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _leaves_differ(
+    saved: Mapping[str, Any], now: Mapping[str, Any], saved_by: int
+) -> Iterator[str]:
     for path in saved:
         if path not in now:
             yield f"{path} was saved, but has no place"
-        elif list(saved[path]) != list(now[path]):
-            (old, old_dtype), (new, new_dtype) = saved[path], now[path]
-            yield f"{path} was {old_dtype}{list(old)}, is {new_dtype}{list(new)}"
+            continue
+        (old, old_dtype), (new, new_dtype) = saved[path], now[path]
+        alike = are_alike(old_dtype, new_dtype, as_jax_takes_it=saved_by == 1)
+        if list(old) != list(new) or not alike:
+            yield f"{path} was {said(saved[path])}, is {said(now[path])}"
     for path in now:
         if path not in saved:
             yield f"{path} was not saved"

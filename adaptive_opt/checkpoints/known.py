@@ -21,6 +21,7 @@ from adaptive_opt.memory.single_pass import single_pass
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.weight_decay import (
+    cautious_weight_decay,
     decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
@@ -28,6 +29,8 @@ from adaptive_opt.stages.weight_decay import (
     scale_by_learning_rate,
 )
 from adaptive_opt.watching.telemetry import telemetry
+from adaptive_opt.wrappers.averaging import parameter_ema
+from adaptive_opt.wrappers.behind import behind
 from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import skip_nonfinite
 from adaptive_opt.wrappers.lookahead import lookahead
@@ -63,6 +66,8 @@ OURS: dict[str, Callable[..., Any]] = {
         telemetry,
         observer,
         lookahead,
+        parameter_ema,
+        behind,
         skip_nonfinite,
         low_memory,
         single_pass,
@@ -71,6 +76,7 @@ OURS: dict[str, Callable[..., Any]] = {
         decoupled_weight_decay,
         decoupled_l1_decay,
         decay_after_step,
+        cautious_weight_decay,
         scale_by_learning_rate,
     )
 } | {"ParameterGroups": parameter_groups}
@@ -101,8 +107,9 @@ OPTAX: dict[str, Callable[..., Any]] = {
 
 TREES = ("mask", "param_labels")
 """Arguments that are trees like the parameters, in which a list is no tuple."""
-NO_NUMBERS = (*TREES, "inner", "opt", "transforms", "schedules", "boundaries", "cosine_kwargs",
-               "boundaries_and_scales", "interpolate_type", "axis", "form", "anneal")  # fmt: skip
+NO_NUMBERS = (*TREES, "inner", "opt", "transforms", "schedule", "schedules", "boundaries", "axis",
+              "cosine_kwargs", "boundaries_and_scales", "interpolate_type", "form",
+              "anneal")  # fmt: skip
 """Arguments of optax's functions, and of schedules, that are something else than a number."""
 BY_STEP = "boundaries_and_scales"
 MARKS = ("name", "optax", "schedule", "function")

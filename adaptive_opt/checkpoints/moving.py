@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import optax
 
-from adaptive_opt.checkpoints.buffers import meanings_of, put_together, take_apart
+from adaptive_opt.checkpoints.buffers import put_together
+from adaptive_opt.checkpoints.found import found_in
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.trees import Tree
-from adaptive_opt.memory import codecs
 
 
 def convert_state(
@@ -20,31 +22,50 @@ def convert_state(
     params: Tree,
     *,
     count: int | None = None,
+    drop: Collection[str] = (),
 ) -> Any:
     """The state with which ``target`` goes on where ``source`` stopped.
 
-    Both are optimizers of this library or of optax; every buffer is found by its name, and every
-    count in the new state is the count of the old. Between two optimizers that compute the same the
-    next steps are those of an uninterrupted run. Where ``target`` remembers more than ``source``:
+    Both are optimizers of this library or of optax, in any nest of wrappers: ``skip_nonfinite``,
+    ``lookahead``, ``low_memory``, ``ParameterGroups``, ``optax.MultiSteps``,
+    ``inject_hyperparams``, ``apply_if_finite``, ``masked``, ``partition``, chains. Between two that
+    compute the same the next steps are those of an uninterrupted run.
+
+    A buffer is found by its name, of every parameter, and asked what it means: the lines that make
+    it are run on made-up numbers. Where the meaning is another, it is converted if that is exact
+    (Keras's velocity is PyTorch's times a constant learning rate; optax's RMSprop keeps the
+    negative), and refused otherwise. Of the hyperparameters of ``source`` nothing is taken over.
+
+    Where ``target`` remembers more than ``source``:
 
     * the maximum of AMSGrad (``nu_max``) starts at the present second moment;
     * the average of rates of AdaMod and DiffMod (``rate_ema``) starts at the present rate of each
       weight, as if it had been that for ever, and at 0 where no gradient has been seen;
-    * the gradient before (``previous_gradient``) of diffGrad and DiffMod is the first moment.
+    * the gradient before (``previous_gradient``) of diffGrad and DiffMod is the first moment;
+    * slow weights start at the parameters, and a wrapper that ``source`` has not got at its
+      beginning. One that both have stays where it was.
 
-    A state of ``low_memory`` is decoded first. ``target`` cannot be one.
+    A count is that of the same thing in ``source``: what is inside of a guard or of ``MultiSteps``
+    counts other gradients than what is outside. Parameters that ``target`` freezes lose what was
+    remembered of them; a group of parameters that ``source`` had frozen starts anew. A state of
+    ``low_memory`` is decoded, and encoded as it would be after the last step.
 
     Args:
-      state: a state of ``source``.
-      source: the optimizer that made it. Of its hyperparameters nothing is taken over.
+      state: a state of ``source``; an ``nnx.Optimizer`` with its transformation as ``source``, or
+        its ``nnx.state``. What comes back is a plain state, as ``target.init`` makes it:
+        ``nnx.update(optimizer.opt_state, nnx.state(state))`` puts it into another one.
+      source: the optimizer that made it.
       target: the optimizer that is to go on.
-      params: the parameters at this point.
+      params: the parameters at this point; ``nnx.state(model, nnx.Param)`` with nnx.
       count: how many gradients ``state`` has seen; needed only where it does not say (sgd and
-        rmsprop of optax).
+        rmsprop of optax), or where its counts differ and ``target`` has one for them all.
+      drop: the names of buffers that may be lost: ``drop={"rate_ema"}`` from AdaMod back to Adam.
+        What ``target`` needs of them is derived, if it can be.
 
     Raises:
       ValueError: a buffer has no place in the new state (it would be lost), or cannot be derived,
-        or means something else there; the message says which.
+        or means something else there, or the source is in the middle of an accumulation; the
+        message says all of it, by the paths of ``params``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adamod, convert_state
@@ -55,21 +76,41 @@ def convert_state(
     >>> print(state[0].count, state[0].buffers["rate_ema"])
     1 [0.01  0.005]
     """
-    expected = jax.tree.structure(jax.eval_shape(source.init, params))
-    if jax.tree.structure(state) != expected:
+    params = _plain(params)
+    expected = jax.eval_shape(source.init, params)
+    state = _plain(state, expected)
+    if _paths(state) != _paths(expected):  # a named_chain makes an OrderedDict of a dict
         raise ValueError(
             f"the state is not one of the source, {describe(source).name}, for these parameters:"
-            f" its structure is {jax.tree.structure(state)}, that of the source is {expected}."
+            f" its structure is {jax.tree.structure(state)}, that of the source is"
+            f" {jax.tree.structure(expected)}."
         )
-    found, counts = take_apart(codecs.decoded(state))
-    if count is None:
-        if not counts:
-            raise ValueError(
-                f"the state of {describe(source).name} does not say how many gradients it has"
-                " seen: give count=."
-            )
-        numbers = {int(c) for c in counts}
-        if len(numbers) > 1:
-            raise ValueError(f"the counts in the state differ: {sorted(numbers)}; give count=.")
-        count = numbers.pop()
-    return put_together(target, params, found, count, meanings_of(source))
+    found = found_in(source, state, params)
+    return put_together(target, params, found, count, drop=drop)
+
+
+def _plain(tree: Any, expected: Any = None) -> Any:
+    """What nnx keeps in variables, as optax made it; anything else as it is."""
+    nnx: Any = sys.modules.get("flax.nnx")  # who has not imported it has none of its objects
+    if nnx is None:
+        return tree
+    if isinstance(tree, nnx.Optimizer):
+        tree = tree.opt_state
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    if any(isinstance(x, nnx.Variable) for x in leaves):
+        tree = nnx.as_pure(tree)
+    if expected is None or not isinstance(tree, nnx.State) or "opt_state" not in tree:
+        return tree
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(expected)
+    there = {_simple(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree["opt_state"])[0]}
+    if {_simple(path) for path, _ in with_paths} != set(there):
+        return tree
+    return structure.unflatten([there[_simple(path)] for path, _ in with_paths])
+
+
+def _paths(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _simple(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

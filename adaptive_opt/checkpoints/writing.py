@@ -32,7 +32,8 @@ from adaptive_opt.core.describe import (
 )
 from adaptive_opt.core.recipe import RECIPES
 from adaptive_opt.core.stage import package_of
-from adaptive_opt.wrappers.groups import Group, decay_mask
+from adaptive_opt.wrappers.decay import decay_mask
+from adaptive_opt.wrappers.groups import Group
 from adaptive_opt.wrappers.schedules import SCHEDULES, Scheduled
 
 
@@ -54,11 +55,12 @@ class Writer:
         if function is None or not _wrote(function, own):
             raise _refused(at, f"{own.name} is no recipe of RECIPES or stage of STAGES")
         arguments = dict(own.settings)
-        first = next(iter(inspect.signature(function).parameters.values()), None)
-        if first is not None and first.name not in arguments and own.parts:
-            several = first.kind is first.VAR_POSITIONAL
-            if several or first.name == "inner":
-                arguments[first.name] = own.parts if several else own.parts[0]
+        parts = list(own.parts or ())
+        for p in inspect.signature(function).parameters.values():  # which have parts, in order
+            if p.name == "inner" and p.name not in arguments and parts:
+                arguments[p.name] = parts.pop(0)
+            elif p.kind is p.VAR_POSITIONAL and p.name not in arguments:
+                arguments[p.name] = tuple(parts)
         return {"name": own.name} | self.arguments(function, arguments, at, "name")
 
     def groups(self, own: Transformation, at: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -120,18 +121,23 @@ def adaptive(
     >>> print(rule.update(jnp.array([2.0]), state)[0].round(4))
     [1.]
     """
+    plain = closing_over(Bracket(lines_among(stages, "adaptive(...)"), state_dtype))
+    return transformation("adaptive", {"state_dtype": state_dtype}, plain, parts=stages)
+
+
+def lines_among(stages: Iterable[Any], who: str) -> tuple[Any, ...]:
+    """The lines of all the stages, in order."""
     listed: list[Any] = []
     for given in stages:
         lines = lines_of(given)
         if lines is None:
             raise TypeError(
-                "adaptive(...) takes stages, such as first_moment(b1) or amsgrad_max(), got"
+                f"{who} takes stages, such as first_moment(b1) or amsgrad_max(), got"
                 f" {type(given).__name__}. An optax transformation goes before or after it in"
                 " optax.chain(...)."
             )
         listed += lines
-    plain = closing_over(Bracket(tuple(listed), state_dtype))
-    return transformation("adaptive", {"state_dtype": state_dtype}, plain, parts=stages)
+    return tuple(listed)
 
 
 @jax.tree_util.register_pytree_node_class

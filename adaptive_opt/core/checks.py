@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adaptive_opt.core.trees import dtype_of
+from adaptive_opt.core.trees import dtype_of, is_of_keys
 
 Hyperparameter: TypeAlias = float | jax.Array | optax.Schedule
 """A number, a scalar array (traced or not), or a schedule ``step -> scalar``."""
@@ -28,12 +28,19 @@ Scope: TypeAlias = Literal["weight", "tensor", "tree"]
 SCOPES: dict[str, Scope] = {name: name for name in get_args(Scope)}
 
 T = TypeVar("T")
+_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 
 
-def value_at(hyperparameter: Hyperparameter, count: jax.Array) -> Any:
-    """The value at the ``count``-th gradient (1-based); schedules are asked for ``count - 1``."""
+def value_at(
+    hyperparameter: Hyperparameter, count: jax.Array, name: str = "a hyperparameter"
+) -> Any:
+    """The value at the ``count``-th gradient (1-based); schedules are asked for ``count - 1``.
+
+    The name of the argument is for the message where a schedule's value is none.
+    """
     if callable(hyperparameter):
-        return hyperparameter(count - 1)
+        with jax.numpy_dtype_promotion("standard"):
+            return check_returned(name, hyperparameter(count - 1))
     if isinstance(hyperparameter, (np.generic, np.ndarray)):
         return hyperparameter.item()  # as precise as a Python number, as it was meant
     return hyperparameter
@@ -118,12 +125,28 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
     if callable(value):
         return
     if (
-        not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+        not isinstance(value, _NUMBERS)
         or dtype_of(value) == np.bool_
+        or is_of_keys(dtype_of(value))
     ):
         raise TypeError(
             f"{name} must be a number {allowed}, a scalar array or a schedule, got {value!r}."
         )
+    _check_type(name, value)
+    if is_number(value) and not holds(float(value)):
+        hint = _UPHILL if name == "learning_rate" and float(value) < 0 else ""
+        raise ValueError(f"{name} must be {allowed}, got {float(value):g}.{hint}")
+
+
+def check_returned(name: str, value: Any) -> Any:
+    """What a schedule returned: a scalar, wide enough for a hyperparameter."""
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"the schedule of {name} must return a number, got {value!r}.")
+    _check_type(f"what the schedule of {name} returned", value)
+    return value
+
+
+def _check_type(name: str, value: Any) -> None:
     if np.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar, got an array of shape {np.shape(value)}.")
     dtype = dtype_of(value)
@@ -136,15 +159,20 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
             " 1): pass it as float32. With optax.inject_hyperparams, give"
             " hyperparam_dtype=jnp.float32."
         )
-    if is_number(value) and not holds(float(value)):
-        raise ValueError(f"{name} must be {allowed}, got {float(value):g}.")
 
 
-def choose(name: str, value: str, allowed: Mapping[str, T]) -> T:
+_UPHILL = (
+    " To go uphill, put optax.scale(-1.0) in front of the optimizer, which is PyTorch's"
+    " maximize=True; or behind it, which is a negative learning rate: there weight decay is turned"
+    " around too. For instance optax.chain(rmsprop(1e-4), optax.scale(-1.0))."
+)
+
+
+def choose(name: str, value: str, allowed: Mapping[str, T], hint: str = "") -> T:
     """``allowed[value]``, or an error that lists what is allowed."""
     if value not in allowed:
         options = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {options}, got {value!r}.{hint}")
     return allowed[value]
 
 

@@ -159,7 +159,7 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     >>> print(describe(optax.chain(optax.clip_by_global_norm(1.0), amsgrad(1e-3, b2=0.9))))
     chain
       clip_by_global_norm(max_norm=1.0)
-      amsgrad(learning_rate=0.001, b1=0.9, b2=0.9, eps=1e-08, convention='torch')
+      amsgrad(learning_rate=0.001, b1=0.9, b2=0.9, eps=1e-08, decay='l2', convention='torch')
         adaptive
           first_moment(b1=0.9)
           second_moment(b2=0.9)
@@ -168,16 +168,7 @@ def describe(transformation: optax.GradientTransformation) -> Description:
           per_weight_rate(eps=1e-08, eps_root=0.0)
         scale_by_learning_rate(learning_rate=0.001, flip_sign=True)
     """
-    if not isinstance(transformation, optax.GradientTransformation):
-        if isinstance(transformation, optax.MultiSteps):
-            raise TypeError(
-                "an optax.MultiSteps is not a transformation itself: give its"
-                " .gradient_transformation()."
-            )
-        raise TypeError(
-            "describe takes an optax transformation, for instance adamod(1e-3) or adaptive(...),"
-            f" got {type(transformation).__name__}."
-        )
+    check_optimizer("describe", transformation)
     own = made_of(transformation)
     if own is not None:
         parts = _inner(own.plain) if own.parts is None else tuple(map(describe, own.parts))
@@ -194,6 +185,9 @@ def describe(transformation: optax.GradientTransformation) -> Description:
     if name.startswith("MultiSteps"):
         every = held["_every_k_schedule"]
         numbers = {"every_k_schedule": held_by(every).get("every_k_schedule", every)}
+        skips = held["_should_skip_update_fn"]
+        if not getattr(skips, "__qualname__", "").startswith("MultiSteps.__init__"):  # the default
+            numbers["should_skip_update_fn"] = skips
     labels = held.get("mask", held.get("param_labels"))
     return Description(name.removesuffix(".update"), numbers, _inner(transformation), labels)
 
@@ -218,10 +212,33 @@ def described_around(factory: Callable[P, Tx]) -> Callable[P, Optimizer]:
     def make(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
         (_, inner), *settings = bound(signature, factory.__name__, args, kwargs).items()
         check_optimizer(factory.__name__, inner)
+        check_order(inner)
         wrapper = factory(*args, **kwargs)
         return transformation(factory.__name__, dict(settings), wrapper, parts=(inner,))
 
     return make
+
+
+_GUARDS = ("skip_nonfinite", "apply_if_finite", "zero_nans")
+
+
+def check_order(transformation: optax.GradientTransformation) -> None:
+    """No guard against NaN stands inside of an ``optax.MultiSteps``, where it comes too late.
+
+    The mean of the gradients is NaN then, and stays so: ``MultiSteps`` empties it by a product with
+    zero. It has its own guard, ``should_skip_update_fn``.
+    """
+    for part in describe(transformation).walk():
+        if part.name != "MultiSteps" or "should_skip_update_fn" in part.settings:
+            continue
+        inside = [guard.name for guard in part.walk() if guard.name in _GUARDS]
+        if inside:
+            raise ValueError(
+                f"{inside[0]} stands inside of optax.MultiSteps, whose mean of gradients one NaN"
+                " spoils for ever: it would never train again. Turn them around,"
+                f" {inside[0]}(optax.MultiSteps(...).gradient_transformation()), or say"
+                " optax.MultiSteps(..., should_skip_update_fn=optax.skip_not_finite)."
+            )
 
 
 def bound(
@@ -239,30 +256,45 @@ def bound(
     try:
         given = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{name}: {error}; it takes {', '.join(takes)}.") from None
+        named = [key for key, p in takes.items() if p.kind is p.KEYWORD_ONLY]
+        by_name = f"; by name only {', '.join(named)}" if named else ""
+        takes = ", ".join(key for key in takes if key not in named)
+        raise TypeError(f"{name}: {error}; it takes {takes}{by_name}.") from None
     given.apply_defaults()
     return given.arguments
 
 
 def _inner(transformation: optax.GradientTransformation) -> tuple[Description, ...]:
     """What a transformation holds on to that is a transformation itself."""
-    held = {**held_by(transformation.init), **held_by(inspect.unwrap(transformation.update))}
+    return tuple(
+        describe(part) if key is None else describe(part)._replace(key=key)
+        for key, part in held_in(transformation)
+    )
+
+
+def held_in(
+    transformation: optax.GradientTransformation,
+) -> list[tuple[str | None, optax.GradientTransformation]]:
+    """The transformations that one closes over, in order, with the labels it has for them."""
+    update = inspect.unwrap(transformation.update)
+    held = {**held_by(transformation.init), **held_by(update)}
+    if getattr(update, "__qualname__", "").startswith("with_extra_args_support."):
+        return [(None, held["tx"])]  # beside whose init what it holds would be found twice
     if "update_fns" in held:  # optax.chain
         updates = held["update_fns"]  # with an init of its own, if somebody has replaced that
         inits = held.get("init_fns", (None,) * len(updates))
         pairs = zip(inits, updates, strict=True)
-        return tuple(describe(optax.GradientTransformation(*pair)) for pair in pairs)
+        return [(None, optax.GradientTransformation(*pair)) for pair in pairs]
     if "transforms" in held:  # optax.partition, optax.named_chain
-        named = dict(held["transforms"]).items()
-        return tuple(describe(part)._replace(key=str(key)) for key, part in named)
+        return [(str(key), part) for key, part in dict(held["transforms"]).items()]
     if "inner_factory" in held:  # optax.inject_hyperparams
         schedules = {k: getattr(v, "schedule_fn", v) for k, v in held["sched_hps"].items()}
         arguments = held["other_hps"] | held["numeric_hps"] | schedules
-        return (describe(held["inner_factory"](**arguments)),)
+        return [(None, held["inner_factory"](**arguments))]
     leaves = jax.tree.leaves(
         list(held.values()), is_leaf=lambda x: isinstance(x, optax.GradientTransformation)
     )
-    return tuple(describe(x) for x in leaves if isinstance(x, optax.GradientTransformation))
+    return [(None, x) for x in leaves if isinstance(x, optax.GradientTransformation)]
 
 
 def held_by(function: Callable[..., Any]) -> Mapping[str, Any]:
@@ -284,6 +316,12 @@ def shown(value: Any) -> str:
         return value.__name__
     if isinstance(value, np.dtype):
         return value.name
+    if isinstance(value, functools.partial):
+        settings = [
+            *map(shown, value.args),
+            *(f"{k}={shown(v)}" for k, v in value.keywords.items()),
+        ]
+        return f"{shown(value.func)}({', '.join(settings)})"
     if callable(value):
         value = inspect.unwrap(value)
         return getattr(value, "__qualname__", type(value).__name__).split(".<locals>")[0]

@@ -45,7 +45,7 @@ def look(
         take_through(lines, step, memories, common)
         if closing:
             step.close()
-        asked = tuple((key, h) for key, (h, _) in now.scalars.items())
+        asked = tuple((key, h, now.names.get(id(h))) for key, (h, _) in now.scalars.items())
         limits = tuple(now.limits.values())
         found.append(Look([m.specs for m in memories], common.specs, limits, asked))
         return ()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from adaptive_opt.core import trees
+from adaptive_opt.core import finite, trees
 
 PARAM = "param"
 """In place of an initial value that is the parameter, which a look has not got."""
@@ -161,7 +161,7 @@ class Memory:
                     f" {value.dtype}; the gradient of a real parameter is real. Take its real part,"
                     " or initialise with complex parameters."
                 )
-            buffers[name] = value.astype(dtype)
+            buffers[name] = finite.narrowed(value, dtype)
         return buffers
 
 

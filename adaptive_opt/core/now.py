@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.core import checks, trees
+from adaptive_opt.core import checks, finite, trees
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.memory import PARAM, Memory
 
@@ -50,6 +50,8 @@ class Now:
     ) -> None:
         self.count, self.extra = count, dict(extra or {})
         self.looking, self.lenient = looking, lenient
+        self.names: dict[int, str] = {}
+        """What messages call a schedule, by identity."""
         self.begin(None, "", {})
         self.keepers: dict[str, object] = {}
         """Whose turn it was when the buffer of a name was first recalled."""
@@ -86,12 +88,31 @@ class Now:
         key = id(hyperparameter), None
         if key not in self.scalars:
             # A user's function need not bear a look.
-            value = self.some_scalar if self.looking else hyperparameter(self.count - 1)
+            name = self.names.setdefault(id(hyperparameter), self.name_of(hyperparameter))
+            if self.looking:
+                value = self.some_scalar
+            else:
+                value = checks.value_at(hyperparameter, self.count, name)
             self.scalars[key] = hyperparameter, value
         return self.scalars[key][1]
 
+    def name_of(self, hyperparameter: Hyperparameter) -> str:
+        """The argument of the stage whose turn it is, for messages."""
+        names = (name for name, held in self.settings.items() if held is hyperparameter)
+        return f"{next(names, 'an argument')} of {self.stage}"
+
+    def refuse_one(self, decay: Hyperparameter, width: Any, why: str) -> None:
+        """An error for a decay that rounding makes 1."""
+        if is_one_in(decay, width):
+            raise ValueError(
+                f"{self.name_of(decay)} is {decay!r}, which is 1 in {np.dtype(width)}: {why}. Take"
+                f" at most {1 - float(jnp.finfo(width).epsneg)!r}, or float64."
+            )
+
     def correction(self, decay: Hyperparameter, which: Correction) -> Any:
         """``1 - decay^t``, which an average with this decay owes for its start at zero."""
+        if which.as_in_optax:
+            self.refuse_one(decay, trees.dtype_of(1.0), "in optax's arithmetic 1 - b^t is 0 then")
         key = id(decay), which
         if key not in self.scalars:
             value = self.some_scalar if self.looking else self._correction(decay, which)
@@ -102,14 +123,17 @@ class Now:
         count, b = self.count, self.at(decay)
         for _ in range(which.ahead):
             count = optax.safe_increment(count)
-        t = jnp.asarray(count, float)
-        return 1 - b**t if which.as_in_optax else one_minus_power(b, t)
+        with jax.numpy_dtype_promotion("standard"):
+            t = jnp.asarray(count, float)
+            return 1 - b**t if which.as_in_optax else one_minus_power(b, t)
 
     def calculate(
-        self, asked: Iterable[tuple[tuple[int, Correction | None], Hyperparameter]]
+        self, asked: Iterable[tuple[tuple[int, Correction | None], Hyperparameter, str | None]]
     ) -> None:
         """The scalars that somebody else has asked for."""
-        for (_, which), hyperparameter in asked:
+        for (_, which), hyperparameter, name in asked:
+            if name is not None:
+                self.names[id(hyperparameter)] = name
             if which is None:
                 self.at(hyperparameter)
             else:
@@ -136,6 +160,12 @@ def one_minus_power(b: Any, t: jax.Array) -> jax.Array:
     return jnp.where(x > -1, -(near + near * series), 1 - power) - power * (t * rest)
 
 
+def is_one_in(decay: Any, width: Any) -> bool:
+    """Whether a decay, as a Python number less than 1, is 1 in the width of the arrays."""
+    decay = decay.item() if isinstance(decay, (np.generic, np.ndarray)) else decay
+    return isinstance(decay, float) and np.asarray(decay, width) == 1
+
+
 class Remembering:
     """The verbs that a step of one array and the step of the whole tree share."""
 
@@ -155,6 +185,11 @@ class Remembering:
         as in optax.
         """
         return trees.scalar_at(self.now.at(value), self.width)
+
+    def decay_at(self, decay: Hyperparameter) -> Any:
+        """The value of a decay that something is multiplied by as it is; 1 would be no decay."""
+        self.now.refuse_one(decay, self.width, "nothing would ever decay")
+        return self.at(decay)
 
     def extra(self, name: str) -> Any:
         """What ``update`` was given under this name (``value=loss``); an error if it was not."""
@@ -229,15 +264,28 @@ class Remembering:
         *,
         initial: Any = 0.0,
         dtype: DTypeLike | None = None,
+        at_most: float | None = None,
+        of: Any = None,
     ) -> jax.Array:
         """The moving average ``(1 - decay) value + decay kept``, which is kept in turn.
 
         One that starts at zero owes the correction for it, until somebody makes it.
+
+        Args:
+          name, value, initial, dtype: see ``remember``.
+          decay: in [0, 1).
+          at_most: what the value counts as at most, so that nothing overflows.
+          of: what the value was made of, whose NaN and infinities are let through.
         """
         b = self.at(decay)
-        new = self.remember(
-            name, lambda old, x: (1 - b) * x + b * old, value, initial=initial, dtype=dtype
-        )
+        is_one = is_one_in(b, self.width)  # whose difference from 1 is not lost by itself
+
+        def averaged(old: jax.Array, x: Any) -> jax.Array:
+            kept = old if is_one else b * old
+            new = kept + (1 - b) * (x - old) if is_one else (1 - b) * x + kept
+            return new if at_most is None else finite.averaged(new, kept, (1 - b) * at_most, of)
+
+        new = self.remember(name, averaged, value, initial=initial, dtype=dtype)
         return self.owing(new, decay) if checks.is_zero(initial) else new
 
     def owing(self, value: jax.Array, decay: Hyperparameter) -> jax.Array:

@@ -21,7 +21,8 @@ from adaptive_opt.core.checks import Hyperparameter, check_whole, value_at
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
 from adaptive_opt.core.tree import OpenStep, run
-from adaptive_opt.core.trees import Tree
+from adaptive_opt.core.trees import Tree, branch
+from adaptive_opt.core.waves import Waves, waves_of
 
 Shapes: TypeAlias = Any
 """A tree of ``jax.ShapeDtypeStruct``: what an observer keeps."""
@@ -45,16 +46,22 @@ class Watch:
     name: str = dataclasses.field(metadata={"static": True})
     """Of what it keeps, in the state."""
     every: int = dataclasses.field(metadata={"static": True})
-    look: Callable[[OpenStep], Tree]
+    look: Callable[..., Tree]
+    """Of the step; where ``waves``, of the step, what is kept, and the waves or None."""
     shapes: Callable[[tuple[str, ...]], Shapes]
     """What it keeps, given the names of the stages that limit something."""
     hyperparameters: Mapping[str, Hyperparameter | None]
     """What the recipe says of itself, see ``told``."""
     remaining: tuple[Hyperparameter, ...]
     """The factors that the update meets after the bracket."""
+    waves: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether ``look`` is given the waves of the weights where there are any; the step is then as
+    it was opened."""
     is_of_the_tree: ClassVar[bool] = False
 
-    def values(self, step: OpenStep, like: Tree) -> Observation:
+    def values(
+        self, step: OpenStep, like: Tree, waves: Sequence[Waves] | None = None
+    ) -> Observation:
         """What is seen at this step, in the structure and the dtypes of ``like``."""
         known = {
             name: value_at(value, step.count)
@@ -62,7 +69,9 @@ class Watch:
             if value is not None
         }
         remaining = _product(self.remaining, step.count)
-        seen = self.look(step.noting(hyperparameters=known, remaining=remaining))
+        step = step.noting(hyperparameters=known, remaining=remaining)
+        with jax.numpy_dtype_promotion("standard"):
+            seen = self.look(step, like, waves) if self.waves else self.look(step)
         if jax.tree.structure(seen) != jax.tree.structure(like):
             raise ValueError(
                 f"{self.stage} returned {jax.tree.structure(seen)}, but said it keeps"
@@ -120,7 +129,7 @@ def observer(
 
 
 def watching(
-    look: Callable[[OpenStep], Tree],
+    look: Callable[..., Tree],
     shapes: Callable[[tuple[str, ...]], Shapes],
     every: int,
     name: str,
@@ -128,10 +137,11 @@ def watching(
     settings: Mapping[str, Any],
     hyperparameters: Mapping[str, Hyperparameter | None] | None = None,
     remaining: tuple[Hyperparameter, ...] = (),
+    waves: bool = False,
 ) -> Stage:
     """The stage of a :class:`Watch`."""
     check_whole(1, every=every)
-    watch = Watch(called, name, int(every), look, shapes, hyperparameters or {}, remaining)
+    watch = Watch(called, name, int(every), look, shapes, hyperparameters or {}, remaining, waves)
     return stage_of(called, settings, (watch,))
 
 
@@ -218,13 +228,25 @@ def observe(
     seen = {watch.name: state[watch.name] for watch in watches}
 
     def look(every: int, seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
-        new = dict(seen)
+        new, shown = dict(seen), set()
+        for place, watch in enumerate(lines):
+            if not isinstance(watch, Watch) or watch.every != every:
+                continue
+            before = [line for line in lines[:place] if not isinstance(line, Watch)]
+            waves = None
+            if watch.waves:
+                waves = waves_of(before, step, buffers, state_dtype)
+            if waves is None:
+                shown.add(watch.name)
+            else:
+                new[watch.name] = watch.values(step, seen[watch.name].values, waves)
 
         def show(watch: Watch, at: OpenStep) -> None:
-            if watch.every == every:
+            if watch.name in shown:
                 new[watch.name] = watch.values(at, seen[watch.name].values)
 
-        run(lines, step.copy(), buffers, state_dtype, show)
+        if shown:
+            run(lines, step.copy(), buffers, state_dtype, show)
         return new, jax.tree.map(jax.lax.optimization_barrier, buffers)
 
     def pass_by(seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
@@ -232,5 +254,5 @@ def observe(
 
     for every in sorted({watch.every for watch in watches}):
         now = (step.count - 1) % every == 0
-        seen, buffers = jax.lax.cond(now, functools.partial(look, every), pass_by, seen, buffers)
+        seen, buffers = branch(now, functools.partial(look, every), pass_by, seen, buffers)
     return seen, buffers

@@ -15,6 +15,7 @@ from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.describe import Optimizer, bound, made_of, transformation
 from adaptive_opt.core.observe import product_of, told
+from adaptive_opt.core.renamed import hint_of
 
 P = ParamSpec("P")
 Part = optax.GradientTransformation
@@ -58,7 +59,8 @@ def recipe(factory: Callable[P, Part | tuple[Part, ...]]) -> Callable[P, Optimiz
         given = bound(signature, name, args, kwargs)
         for argument, allowed in choices().items():
             if given[argument] is not None or None in allowed:
-                checks.choose(argument, given[argument], dict.fromkeys(allowed))
+                hint = hint_of(name, argument, given[argument])
+                checks.choose(argument, given[argument], dict.fromkeys(allowed), hint)
         parts = factory(*args, **kwargs)
         parts = (parts,) if isinstance(parts, optax.GradientTransformation) else tuple(parts)
         if given.get("observers", ()) != ():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adaptive_opt.core import checks, trees
+from adaptive_opt.core import checks, finite, trees
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.memory import Memory
 from adaptive_opt.core.now import Correction, Now, Remembering, WrongOrder
@@ -100,6 +100,10 @@ class AdaptiveStep(Remembering):
         self._read = set()
         self.memory.remembered = False
 
+    def start_from(self, direction: Any) -> None:
+        """Another direction than the gradient, which something outside has made."""
+        self.values["direction"] = trees.at_width(direction, self.width)
+
     def copy(self, now: Now) -> AdaptiveStep:
         """The same step for somebody else to change."""
         new = object.__new__(AdaptiveStep)
@@ -132,6 +136,15 @@ class AdaptiveStep(Remembering):
         if self._rate_values is None:
             self._rate_values = _divide(1.0, value.denominator(self.values["second_moment"]))
         return self._rate_values
+
+    @property
+    def update(self) -> jax.Array:
+        """Direction times rate: what the step would be, closed here."""
+        direction, rate = self.direction, self.values.get("rate")
+        self._read.add("rate")
+        if isinstance(rate, RateRule):
+            return _divide(direction, rate.denominator(self.values["second_moment"]))
+        return direction if rate is None else direction * rate
 
     @property
     def param(self) -> jax.Array:
@@ -240,7 +253,7 @@ class AdaptiveStep(Remembering):
     def without(self, *fields: Field) -> AdaptiveStep:
         """The step after some of its quantities have been used up."""
         for field in fields:
-            if field == "rate":
+            if field == "rate" and field in self.values:
                 self.note(rate=self.rate)
                 self._rate_values = None
             self.values.pop(field, None)
@@ -255,20 +268,18 @@ class AdaptiveStep(Remembering):
 
     def close(self) -> jax.Array:
         """The plain update: direction times rate, in the dtype it was promised."""
-        direction, rate = self.values["direction"], self.values.get("rate")
+        direction, rate = self._followed(), self.values.get("rate")
         if "second_moment" in self.values and rate is None:
             raise WrongOrder(
                 "close_step() was given a second moment that no rate uses. Put per_weight_rate(eps)"
                 " after the stages that change the second moment, or drop them."
             )
-        if isinstance(rate, RateRule):
-            update = _divide(direction, rate.denominator(self.values["second_moment"]))
-        else:  # a copy: perhaps it is the very array that a stage keeps
-            update = jnp.copy(direction) if rate is None else direction * rate
+        # A copy where it is the direction: perhaps the very array that a stage keeps.
+        update = jnp.copy(direction) if rate is None else self.update
         dtype = self.update_dtype
         if jnp.iscomplexobj(update):  # real gradients of complex parameters that were not given
             dtype = trees.with_both_parts(dtype)
-        return update.astype(dtype)
+        return finite.narrowed(update, dtype)
 
     def peek(self, field: str) -> Any:
         """What a field holds, for an observer; a rate as values."""
@@ -284,6 +295,8 @@ class AdaptiveStep(Remembering):
 
     def _get(self, field: str) -> Any:
         self._read.add(field)
+        if field == "direction":
+            return self._followed()
         if field in self.values:
             return self.values[field]
         if self.now.lenient:  # a stage of a flat chain, which is initialised by itself
@@ -294,6 +307,13 @@ class AdaptiveStep(Remembering):
             f"{self.now.stage} reads the {field} of the step, which is not set yet. Put"
             f" {self.now.stage} after {_WHERE_IT_COMES_FROM[field]}."
         )
+
+    def _followed(self) -> jax.Array:
+        """The direction; where it is the gradient itself, no more of it than what was squared."""
+        gradient = self.values["gradient"]
+        if "second_moment" in self.values and self.values["direction"] is gradient:
+            self.values["direction"] = finite.squarable(gradient)
+        return self.values["direction"]
 
     def _set(self, field: str, value: Any) -> None:
         if field not in ("gradient", "direction", "second_moment", "rate"):

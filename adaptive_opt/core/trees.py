@@ -8,13 +8,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
+
+from adaptive_opt.core import finite
 
 Tree: TypeAlias = Any
 """A pytree like the parameters."""
@@ -36,15 +39,32 @@ def axes_split(x: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
     (``check_vma=False``, ``pmap``, ``vmap``), even the index along an axis has a type that does not
     vary over it; there everything counts as split.
     """
-
-    def varying(x: Any) -> frozenset[str]:
-        kind = jax.typeof(x)
-        manual = getattr(kind, "manual_axis_type", None)  # "vma" before JAX 0.10
-        return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
-
     tracked = (axis for axis in axes if axis in varying(jax.lax.axis_index(axis)))
     same_everywhere = set(tracked) - varying(x)
     return tuple(axis for axis in axes if axis not in same_everywhere)
+
+
+def branch(condition: Any, then: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
+    """``lax.cond``; Python's ``if`` where the condition is known, outside of ``jit``.
+
+    There ``lax.cond`` would be compiled anew at every step, for its branches are new functions.
+    """
+    if isinstance(condition, Tracer):
+        return jax.lax.cond(condition, then, other, *args)
+    return then(*args) if condition else other(*args)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies, where JAX keeps track of it."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # "vma" before JAX 0.10
+    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+
+
+def varying_like(x: jax.Array, others: Iterable[Any]) -> jax.Array:
+    """``x`` with the type of what varies over the manual axes over which any of the others does."""
+    axes = frozenset().union(*map(varying, others)) - varying(x)
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def downhill(gradients: Tree) -> Tree:
@@ -56,20 +76,30 @@ def downhill(gradients: Tree) -> Tree:
 
 
 def dtype_of(x: Any) -> np.dtype:
-    """The dtype of an array, a ShapeDtypeStruct or a Python scalar."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    """The dtype of an array, a ShapeDtypeStruct or a Python scalar.
+
+    That of typed PRNG keys is JAX's own, ``key<fry>``, of which NumPy knows nothing.
+    """
+    dtype: Any = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    if is_of_keys(dtype):
+        return dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # float32 for a float64 NumPy array
+
+
+def is_of_keys(dtype: Any) -> bool:
+    """Whether a dtype is that of typed PRNG keys."""
+    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
     """The dtype in which we calculate with ``dtype``: itself, but float32 for anything narrower."""
-    dtype = np.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if is_of_keys(dtype) or not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"a leaf of dtype {dtype} cannot be optimized: gradients and parameters must be"
             " floating point or complex. Freeze it (None, optax.masked or optax.partition) or cast"
             " it."
         )
+    dtype = np.dtype(dtype)
     return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
@@ -84,7 +114,7 @@ def real_part(x: jax.Array) -> jax.Array:
 
 def with_both_parts(dtype: DTypeLike) -> np.dtype:
     """The complex dtype that holds real and imaginary parts of a real ``dtype``."""
-    return np.dtype(jnp.promote_types(dtype, np.complex64))
+    return np.dtype(np.complex128 if real(dtype) == np.float64 else np.complex64)
 
 
 def buffer_dtype(asked: DTypeLike, own: np.dtype) -> np.dtype:
@@ -177,7 +207,7 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
                 f" gradient makes it {dtype_of(new_leaf)}; the gradient of a real parameter"
                 " is real. Take its real part, or initialise with complex parameters."
             )
-        return new_leaf.astype(dtype_of(old_leaf))
+        return finite.narrowed(new_leaf, dtype_of(old_leaf))
 
     return jax.tree_util.tree_map_with_path(keep, new, old, is_leaf=is_none)
 
@@ -186,6 +216,8 @@ def update_dtype(update: Any, param: Any) -> np.dtype:
     """The dtype in which the update of one leaf leaves."""
     if param is None:
         return dtype_of(update)
+    for dtype in filter(is_of_keys, (dtype_of(update), dtype_of(param))):
+        wide(dtype)  # says why not
     with jax.numpy_dtype_promotion("standard"):
         return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
 

@@ -7,11 +7,15 @@ right in the mean. Its noise is a hash of position and step: reproducible, no ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from adaptive_opt.core.containers import is_box, unboxed
+from adaptive_opt.core.finite import narrowed
 
 BLOCK = 256
 """How many numbers share a scale in 8 bits."""
@@ -53,7 +57,7 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     To the nearest without ``bits``. NaN and infinity stay what they are; nothing finite becomes
     infinite.
     """
-    nearest = x.astype(jnp.bfloat16)
+    nearest = narrowed(x, jnp.bfloat16)
     if bits is None:
         return nearest
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -66,7 +70,7 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
 
 def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
     """Signed values in blocks: at most one step, 1/127 of the largest in the block, off."""
-    scales = jnp.max(jnp.abs(_in_blocks(x)), axis=-1)
+    scales = _decodable(jnp.max(jnp.abs(_in_blocks(x)), axis=-1))
     code = 127 * (x / _spread(jnp.where(scales == 0, 1, scales), x.shape))
     code = jnp.floor(code + (0.5 if bits is None else _uniform(bits)))
     return Blocks(jnp.clip(code, -127, 127).astype(jnp.int8), scales)
@@ -112,6 +116,12 @@ def from_blocks(blocks: Blocks) -> jax.Array:
     return jnp.square(codes * (scales / 255))
 
 
+def _decodable(scales: jax.Array) -> jax.Array:
+    """Scales such that no code times its step overflows, which rounding could make it."""
+    largest = jnp.finfo(scales.dtype).max * 0.999
+    return jnp.where(jnp.isfinite(scales), jnp.minimum(scales, largest), scales)
+
+
 def own_bits(x: jax.Array) -> jax.Array:
     """The bits of a bfloat16 array, uint16: what was no float32 array is not taken for one."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
@@ -130,7 +140,7 @@ def decoded(state: Any) -> Any:
 
     def decode(x: Any) -> Any:
         if isinstance(x, Blocks):
-            return from_blocks(x)
+            return in_its_box(lambda *blocks: from_blocks(Blocks(*blocks)), *x)
         dtype = getattr(x, "dtype", None)
         if dtype == jnp.uint16:
             return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
@@ -142,6 +152,21 @@ def decoded(state: Any) -> Any:
 def is_blocks(x: Any) -> bool:
     """For ``is_leaf``."""
     return isinstance(x, Blocks)
+
+
+def in_its_box(function: Callable[..., Any], *boxes: Any) -> Any:
+    """``function`` of what is in boxes, its results in boxes like the first; of arrays as they are.
+
+    Blocks of a variable of nnx are two variables, not one of two arrays, for nnx takes what is in a
+    variable for one array.
+    """
+    result = function(*map(unboxed, boxes))
+    if not is_box(boxes[0]):
+        return result
+    box = jax.tree.structure(boxes[0])
+    if isinstance(result, Blocks):
+        return Blocks(*(box.unflatten([array]) for array in result))
+    return box.unflatten([result])
 
 
 def _uniform(bits: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_opt.core.checks import check_optimizer, check_whole, choose
+from adaptive_opt.core.containers import is_box, unboxed
 from adaptive_opt.core.describe import described_around
 from adaptive_opt.core.reach import counts_as_per_weight
 from adaptive_opt.core.trees import Tree
@@ -102,6 +103,9 @@ def low_memory(
     where it is not between blocks XLA splits the scales as it likes: a second step may be compiled
     again.
 
+    No derivative goes through what is kept in fewer bits: a step of which somebody asks the
+    derivative by what it remembers is a TypeError. Differentiate through ``inner`` alone.
+
     TypeError for an ``inner`` that is no transformation. ValueError for an unknown storage, for a
     name in ``buffers`` that the state does not have (at ``init``), for a uint16 array in it.
     Centered RMSprop is a difference of two averages, which the rounding of ``nu`` alone can make 0:
@@ -142,26 +146,12 @@ def low_memory(
         # A constant that XLA sees it calculates itself, slowly.
         return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
 
-    @counts_as_per_weight
-    def encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
-        """The same array after a step, as it was stored: here it may be a part of what it was."""
-        dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
-        if dtype == jnp.bfloat16:
-            return codecs.own_bits(x)
-        if dtype != jnp.float32 or storage == _WIDE:
-            return x
-        if _name(path) in _NEAREST:
-            return _ENCODERS[storage](x, None)
-        salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-        return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
-
     def init(params: Tree) -> LowMemoryState:
         state = inner.init(params)
         _check_names(buffers or {}, state, params)
-        return LowMemoryState(
-            jnp.zeros([], jnp.int32),
-            jax.tree_util.tree_map_with_path(encoded, state, is_leaf=codecs.is_blocks),
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            kept = jax.tree_util.tree_map_with_path(_in_boxes(encoded), state, is_leaf=_is_one)
+        return LowMemoryState(jnp.zeros([], jnp.int32), kept)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if not isinstance(state, LowMemoryState):
@@ -171,14 +161,66 @@ def low_memory(
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         stored = state.inner_state
-        updates, new = inner.update(updates, _decoded(stored), params, **extra)
-        encode = functools.partial(encoded_again, count)
-        return updates, LowMemoryState(
-            count,
-            jax.tree_util.tree_map_with_path(encode, stored, new, is_leaf=codecs.is_blocks),
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            wide = _decoded(stored)
+        updates, new = inner.update(updates, wide, params, **extra)
+        return updates, LowMemoryState(count, encoded_again(count, stored, new))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def encoded_again(count: jax.Array, stored: Any, state: Any) -> Any:
+    """An inner state after the step ``count``, every array as it is in ``stored``."""
+    encode = _in_boxes(functools.partial(_encoded_again, count))
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.tree_util.tree_map_with_path(encode, stored, state, is_leaf=_is_one)
+
+
+@counts_as_per_weight
+def _encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
+    """An array after a step, as it was stored: here it may be a part of what it was."""
+    dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
+    if dtype == jnp.bfloat16:
+        return codecs.own_bits(_without_derivative(x))
+    if dtype != jnp.float32 or storage == _WIDE:
+        return x
+    x = _without_derivative(x)
+    if _name(path) in _NEAREST:
+        return _ENCODERS[storage](x, None)
+    salt = zlib.crc32(jax.tree_util.keystr(path).encode())
+    return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
+
+
+def _is_one(x: Any) -> bool:
+    return codecs.is_blocks(x) or is_box(x)
+
+
+def _in_boxes(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """``encode(path, *stored, x)`` where ``x`` may be in a box, a variable of nnx say."""
+
+    def encode_inside(path: Any, *leaves: Any) -> Any:
+        *stored, x = leaves
+        if is_box(x) and not jax.tree.leaves(x):  # of a parameter in another group
+            return x
+        stored = map(unboxed, stored)
+        return codecs.in_its_box(functools.partial(encode, path, *stored), x)
+
+    return encode_inside
+
+
+@jax.custom_jvp
+def _without_derivative(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_without_derivative.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise TypeError(
+        "low_memory keeps what an optimizer remembers in fewer bits, through which no derivative"
+        " goes: it would come out wrong in silence. Differentiate through the optimizer inside,"
+        " without low_memory."
+    )
 
 
 def _storage_of(stored: Any) -> str:

@@ -20,9 +20,17 @@ import optax
 from jax.core import Tracer
 
 from adaptive_opt.core.checks import check_whole
-from adaptive_opt.core.describe import Description, describe, shown
+from adaptive_opt.core.containers import (
+    is_boxed,
+    is_function,
+    is_nnx_optimizer,
+    named_leaves,
+    trained,
+    unboxed,
+)
+from adaptive_opt.core.describe import Description, check_order, describe, shown
 from adaptive_opt.core.reach import reach
-from adaptive_opt.core.trees import Tree, dtype_of, path_of
+from adaptive_opt.core.trees import Tree, dtype_of, is_of_keys
 from adaptive_opt.wrappers.groups import ParameterGroups
 
 PAD = 1024
@@ -35,16 +43,19 @@ class Packing:
     """Which leaves of a tree of parameters share a buffer, and the way there and back.
 
     Leaves share a buffer if they have the same dtype, at most ``max_size`` elements, and the same
-    value in every tree of ``split_by``; larger leaves, those split over devices, and those with no
-    fellow stay as they are. Leaves of the same values in ``split_by`` get two arrays at least, so
-    that an update is the same as without packing, bit for bit. A packed tree is a dict from paths
-    to arrays; a buffer has the path of its first leaf, so that tables of path patterns
+    value in every tree of ``split_by``; larger leaves, those split over devices, PRNG keys, and
+    those with no fellow stay as they are. Leaves of the same values in ``split_by`` get two arrays
+    at least, so that an update is the same as without packing, bit for bit. A packed tree is a dict
+    from paths to arrays; a buffer has the path of its first leaf, so that tables of path patterns
     (``ParameterGroups``) go on working, and is padded with zeros to a multiple of 1024.
     ``low_memory`` has no place in it: its blocks would cross leaves, and which arrays it finds
     small, and how it rounds, would be another.
 
     Args:
-      params: the parameters, arrays, numbers or ``jax.ShapeDtypeStruct``; no single array.
+      params: the parameters, arrays, numbers or ``jax.ShapeDtypeStruct``; no single array. A module
+        of nnx or Equinox stands for what of it is trained: ``nnx.state(model, nnx.Param)``,
+        ``eqx.filter(model, eqx.is_inexact_array)``. Unpacked, they are that, for ``nnx.merge`` or
+        ``eqx.combine`` in the loss.
       split_by: masks and labels, as functions of the parameters or trees like them, by which leaves
         must be kept apart: the ``mask=`` of weight decay, ``groups.labels``.
       max_size: of a leaf that is packed, in elements; default 65,536.
@@ -77,10 +88,12 @@ class Packing:
         max_size: int = 1 << 16,
     ) -> None:
         check_whole(1, max_size=max_size)
-        with_paths, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        params = trained(params)
+        given, self._structure = jax.tree.flatten(params)
         if self._structure == jax.tree.structure(0):
             raise ValueError("a single array needs no packing: give a tree of parameters.")
-        self._paths = [path_of(path) for path, _ in with_paths]
+        self._bare = jax.tree.structure(unboxed(params))
+        self._paths = [name for name, _ in named_leaves(params)]
         if len(set(self._paths)) < len(self._paths):
             raise ValueError("two parameters have the same path: rename one of them.")
         self._params = jax.tree.map(
@@ -88,10 +101,10 @@ class Packing:
         )
         leaves = jax.tree.leaves(self._params)
         self._shapes = [leaf.shape for leaf in leaves]
-        kinds = [self._leaves(tree(params) if callable(tree) else tree) for tree in split_by]
+        kinds = [self._leaves(tree(params) if is_function(tree) else tree) for tree in split_by]
         shared: dict[Any, list[int]] = {}
-        for i, (leaf, (_, given)) in enumerate(zip(leaves, with_paths, strict=True)):
-            packed = leaf.size <= max_size and not _is_split(given)
+        for i, (leaf, array) in enumerate(zip(leaves, given, strict=True)):
+            packed = leaf.size <= max_size and not _is_split(array) and not is_of_keys(leaf.dtype)
             key = leaf.dtype, tuple(kind[i] for kind in kinds), None if packed else i
             shared.setdefault(key, []).append(i)
         of_kind = collections.Counter(kind for _, kind, _ in shared)
@@ -111,9 +124,15 @@ class Packing:
         buffer is kept once. Leaves that are not packed are the same arrays: donate one tree or
         the other. What has nothing but ``None`` or ``optax.EmptyState`` is left as it is.
 
+        Modules stand for what of them is trained, an ``nnx.Optimizer`` for its state.
+
         ValueError for a buffer of which some leaves are there and some are not, or whose leaves
         differ in dtype.
         """
+        tree = jax.tree.map(
+            lambda x: x.opt_state if is_nnx_optimizer(x) else x, tree, is_leaf=is_nnx_optimizer
+        )
+        tree = unboxed(trained(tree))
 
         def pack(leaves: list[Any]) -> dict[str, Any]:
             return {path: self._joined(path, leaves) for path in self._members}
@@ -144,13 +163,13 @@ class Packing:
         Args:
           mask: a function of the parameters (it is given their shapes) or a tree like them.
         """
-        values = self._leaves(mask(self._params) if callable(mask) else mask)
+        values = self._leaves(mask(self._params) if is_function(mask) else mask)
         packed = {}
         for path, members in self._members.items():
             packed[path] = values[members[0]]
             for i in members:
                 if values[i] != packed[path]:
-                    name = shown(mask) if callable(mask) else "the mask"
+                    name = shown(mask) if is_function(mask) else "the mask"
                     raise ValueError(
                         f"{path} and {self._paths[i]} share a buffer, but {name} says"
                         f" {packed[path]!r} and {values[i]!r}: give it in"
@@ -159,12 +178,13 @@ class Packing:
 
         def of_packed(tree: Tree) -> Tree:
             try:
-                self._structure.flatten_up_to(tree)
+                self._bare.flatten_up_to(unboxed(tree))
             except (ValueError, TypeError, KeyError):
                 return dict(packed)
-            return jax.tree.unflatten(self._structure, values)  # of ordinary parameters
+            structure = self._structure if is_boxed(tree) else self._bare
+            return jax.tree.unflatten(structure, values)  # of ordinary parameters
 
-        if callable(mask):
+        if is_function(mask):
             of_packed = functools.wraps(mask)(of_packed)
         setattr(of_packed, _MADE_BY, self)
         return of_packed
@@ -187,6 +207,7 @@ class Packing:
         ``ParameterGroups``, if they are the same for all leaves of a buffer.
         """
         if not elementwise:
+            check_order(inner)
             for part in describe(inner).walk():
                 self._check_part(part)
             self._check_reach(inner)
@@ -194,8 +215,8 @@ class Packing:
 
     def _check_reach(self, inner: optax.GradientTransformation) -> None:
         packed = self.pack(self._params)
-        paths = [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(packed)[0]]
-        found = reach(inner, self._params, packed, [self._members[path] for path in paths])
+        members = [self._members[path] for path, _ in named_leaves(packed)]
+        found = reach(inner, self._params, packed, members)
         if found.has_exceptions:
             raise ValueError(
                 "low_memory goes by the size of arrays and cuts them into blocks, which in buffers"
@@ -221,7 +242,7 @@ class Packing:
         for labels in (part.settings.get("mask"), part.labels):
             if labels is None or getattr(labels, _MADE_BY, None) is self:
                 continue
-            if not callable(labels) and jax.tree.structure(labels) == jax.tree.structure(0):
+            if not is_function(labels) and jax.tree.structure(labels) == jax.tree.structure(0):
                 continue  # one for all
             groups = getattr(labels, "__self__", None)
             if not isinstance(groups, ParameterGroups):
@@ -235,7 +256,7 @@ class Packing:
 
     def _leaves(self, tree: Tree) -> list[Any]:
         try:
-            return self._structure.flatten_up_to(tree)
+            return self._bare.flatten_up_to(unboxed(tree))
         except ValueError as error:
             raise ValueError(f"this is not a tree like the parameters: {error}") from None
 
@@ -243,7 +264,7 @@ class Packing:
         if isinstance(tree, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             return None
         try:
-            leaves = self._structure.flatten_up_to(tree)
+            leaves = self._bare.flatten_up_to(tree)
         except (ValueError, TypeError, KeyError):
             return None
         like = zip(leaves, self._shapes, strict=True)

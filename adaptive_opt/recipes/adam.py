@@ -1,13 +1,17 @@
-"""One function per algorithm; its body is the algorithm's listing.
+"""Adam and its kin: one function an algorithm, its body the algorithm's listing.
 
 Every recipe is an ``optax.chain``. ``learning_rate`` is a number, a traced scalar or a schedule (a
 function of the 0-based step number); ``b1``, ``b2``, ``b3`` are decays in [0, 1); ``eps`` is at
-least 0, in the units of a gradient; ``weight_decay`` is at least 0, and ``mask`` says which
-parameters decay. ``state_dtype`` is the dtype of the buffers; by default the parameter's, float32
-for 16-bit parameters. ``observers`` are ``telemetry(...)`` or ``observer(...)``, one or several;
-they look at the steps and change none. Where public implementations differ under one name,
-``convention`` chooses among them, and the difference is the order of the stages. Bad values raise a
-ValueError that gives the value and the range.
+least 0, in the units of a gradient. ``weight_decay`` is at least 0 (None: none), a number or a
+schedule; ``mask`` says which parameters decay, and ``decay`` what the decay is multiplied by, in
+the four words of ``stages.weight_decay``. Up to ``eps`` the order of the arguments is the same
+everywhere; what may follow by position is where optax has it, the rest goes by keyword.
+
+``state_dtype`` is the dtype of the buffers; by default the parameter's, float32 for 16-bit
+parameters. ``observers`` are ``telemetry(...)`` or ``observer(...)``, one or several; they look at
+the steps and change none. Where public implementations differ under one name, ``convention``
+chooses among them, and the difference is the order of the stages. Bad values raise a ValueError
+that gives the value and the range.
 """
 
 from __future__ import annotations
@@ -42,10 +46,7 @@ from adaptive_opt.stages.rates import (
 )
 from adaptive_opt.stages.weight_decay import (
     Mask,
-    decays,
-    decoupled_weight_decay,
-    l2_regularization,
-    scale_by_learning_rate,
+    with_decay,
 )
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -62,6 +63,9 @@ def adam(
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
+    weight_decay: Hyperparameter | None = None,
+    mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     convention: Literal["torch", "paper", "keras", "optax"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -76,7 +80,11 @@ def adam(
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
         ``scale_by_adam``.
       nesterov: look one step ahead, as in ``optax.nadam``; not with "keras".
-      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam``, and ``optax.adam`` in
+      weight_decay, mask: see the module; default: none.
+      decay: "l2", as in ``torch.optim.Adam``; or "decoupled", its ``decoupled_weight_decay=True``
+        and the ``weight_decay`` of Keras: ``adamw``, which has further forms.
+      convention: "torch" (the same as "paper"): equals ``torch.optim.Adam`` for real parameters
+        (of complex ones it takes both parts as weights of their own), and ``optax.adam`` in
         float64. "optax": bias corrections in optax's arithmetic: equals ``optax.adam`` in float32
         too, where it is 7e-6 off the rule at b2 = 0.999.
         "keras": the eps-hat form, ``lr sqrt(1 - b2^t) / (1 - b1^t) m_t / (sqrt(v_t) + eps)``;
@@ -90,17 +98,23 @@ def adam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.99
     """
-    if convention == "keras":
-        _refuse_nesterov(nesterov, convention)
-        direction = adaptive(
-            first_moment(b1, dtype=mu_dtype),
-            second_moment(b2),
-            per_weight_rate(eps, eps_root),
-            debias_rate(b1, b2),
-            state_dtype=state_dtype,
-        )
-    else:
-        direction = scale_by_adam(
+    bracket = _adam(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
+
+
+def _adam(
+    b1: Hyperparameter,
+    b2: Hyperparameter,
+    eps: Hyperparameter,
+    eps_root: Hyperparameter,
+    mu_dtype: DTypeLike | None,
+    nesterov: bool,
+    convention: str,
+    state_dtype: DTypeLike | None,
+) -> Optimizer:
+    """What comes before the learning rate, in Adam and in AdamW."""
+    if convention != "keras":
+        return scale_by_adam(
             b1,
             b2,
             eps,
@@ -110,7 +124,18 @@ def adam(
             as_in_optax=convention == "optax",
             state_dtype=state_dtype,
         )
-    return direction, scale_by_learning_rate(learning_rate)
+    if nesterov:
+        raise ValueError(
+            'nesterov=True is not defined for convention="keras", whose Adam has no such option:'
+            ' use "torch", or nadam.'
+        )
+    return adaptive(
+        first_moment(b1, dtype=mu_dtype),
+        second_moment(b2),
+        per_weight_rate(eps, eps_root),
+        debias_rate(b1, b2),
+        state_dtype=state_dtype,
+    )
 
 
 @recipe
@@ -126,7 +151,8 @@ def adamw(
     *,
     nesterov: bool = False,
     l1: Hyperparameter | None = None,
-    convention: Literal["torch", "keras", "paper", "keras-adamw", "optax"] = "torch",
+    decay: Literal["decoupled", "independent", "constant"] = "decoupled",
+    convention: Literal["torch", "keras", "optax"] = "torch",
     schedule: optax.Schedule | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -140,20 +166,20 @@ def adamw(
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
         ``scale_by_adam``.
-      weight_decay: a number or a schedule; what it is multiplied by is the convention's matter.
-      mask: which parameters decay.
+      weight_decay, mask: see the module.
       nesterov: look one step ahead, as in ``optax.nadamw``; not with "keras".
       l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
         ``decoupled_l1_decay``.
-      convention: "torch": decay times the learning rate and its schedule; equals
-        ``torch.optim.AdamW``, and ``optax.adamw`` in float64. "optax": the same with optax's
-        arithmetic; equals ``optax.adamw`` in float32 too.
-        "keras": the same decay, Adam in the eps-hat form; equals ``keras.optimizers.AdamW``.
-        "paper": ``x - eta_t (lr m^_t / (sqrt(v^_t) + eps) + wd x)`` with the multiplier eta from
-        ``schedule``: the decay follows it but not the base learning rate, which is then a number.
-        With ``warm_restarts`` and ``normalized_weight_decay`` this is AdamWR.
-        "keras-adamw": the same decay, Adam in the eps-hat form; equals the package ``keras-adamw``.
-      schedule: the multiplier eta_t of the last two conventions, a schedule; default: 1.
+      decay: "decoupled": times the learning rate and its schedule, in PyTorch, optax and Keras.
+        "independent": the paper's, ``x - eta_t (lr m^_t / (sqrt(v^_t) + eps) + wd x)`` with the
+        multiplier eta from ``schedule``; ``learning_rate`` is then a number. With ``warm_restarts``
+        and ``normalized_weight_decay`` this is AdamWR; under "keras" it equals the package
+        ``keras-adamw``.
+        "constant": ``- wd x``, times neither.
+      convention: "torch": equals ``torch.optim.AdamW``, and ``optax.adamw`` in float64. "optax":
+        the same with optax's arithmetic; equals ``optax.adamw`` in float32 too.
+        "keras": Adam in the eps-hat form; equals ``keras.optimizers.AdamW``.
+      schedule: the multiplier eta_t of the "independent" decay; default: 1.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adamw
@@ -163,64 +189,8 @@ def adamw(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.989
     """
-    if convention in ("keras", "keras-adamw"):
-        _refuse_nesterov(nesterov, convention)
-        direction = adaptive(
-            first_moment(b1, dtype=mu_dtype),
-            second_moment(b2),
-            per_weight_rate(eps, eps_root),
-            debias_rate(b1, b2),
-            state_dtype=state_dtype,
-        )
-    else:
-        direction = scale_by_adam(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            nesterov=nesterov,
-            as_in_optax=convention == "optax",
-            state_dtype=state_dtype,
-        )
-    decay = decays(weight_decay, l1, mask)
-    by_schedule = ("paper", "keras-adamw")
-    return direction, *_decay_and_rate(learning_rate, decay, by_schedule, schedule, convention)
-
-
-def _refuse_nesterov(nesterov: bool, convention: str) -> None:
-    if nesterov:
-        raise ValueError(
-            f"nesterov=True is not defined for convention={convention!r}, whose Adam has no such"
-            ' option: use "torch", or nadam.'
-        )
-
-
-def _decay_and_rate(
-    learning_rate: Hyperparameter,
-    decay: tuple[Optimizer, ...],
-    by_schedule: tuple[str, ...],
-    schedule: optax.Schedule | None,
-    convention: str,
-) -> tuple[Optimizer, ...]:
-    """Decoupled decay times the learning rate or, by schedule, times the schedule alone."""
-    if convention not in by_schedule:
-        if schedule is not None:
-            raise ValueError(
-                f"schedule= belongs to the convention {' or '.join(map(repr, by_schedule))}; under"
-                f" {convention!r} give the schedule as learning_rate."
-            )
-        return *decay, scale_by_learning_rate(learning_rate)
-    if callable(learning_rate):
-        raise ValueError(
-            "this convention multiplies the base learning rate, but not the decay, by"
-            " learning_rate: give a number, and its course as schedule=."
-        )
-    return (
-        scale_by_learning_rate(learning_rate, flip_sign=False),
-        *decay,
-        scale_by_learning_rate(1.0 if schedule is None else schedule),
-    )
+    bracket = _adam(b1, b2, eps, eps_root, mu_dtype, nesterov, convention, state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, schedule=schedule, l1=l1)
 
 
 @recipe
@@ -230,6 +200,9 @@ def amsgrad(
     b2: Hyperparameter = 0.999,
     eps: Hyperparameter = 1e-8,
     *,
+    weight_decay: Hyperparameter | None = None,
+    mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     convention: Literal["torch", "optax", "keras", "paper"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -239,7 +212,10 @@ def amsgrad(
     Reddi, Kale & Kumar 2018, OpenReview ryQu7f-RZ, Algorithm 2.
 
     Args:
-      learning_rate, b1, b2, eps, state_dtype: see the module.
+      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      weight_decay: default: none.
+      decay: "l2", as in ``torch.optim.Adam``, or "decoupled", as in ``torch.optim.AdamW``, both
+        with ``amsgrad=True``.
       convention: where the maximum stands among the bias corrections.
         "torch": over the raw v, then both corrections, so that the rate of a weight can still grow;
         equals ``torch.optim.Adam(amsgrad=True)``.
@@ -259,16 +235,17 @@ def amsgrad(
     0.99
     """
     mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps)
-    listings = {
-        "torch": (mu, nu, amsgrad_max(), debias(b1, b2), rate),
-        "optax": (mu, nu, debias(b1, b2, as_in_optax=True), amsgrad_max(), rate),
-        "keras": (mu, nu, amsgrad_max(), rate, debias_rate(b1, b2)),
-        "paper": (mu, nu, amsgrad_max(), rate),
-    }
-    return (
-        adaptive(*listings[convention], state_dtype=state_dtype),
-        scale_by_learning_rate(learning_rate),
-    )
+    match convention:
+        case "torch":
+            listing = mu, nu, amsgrad_max(), debias(b1, b2), rate
+        case "optax":
+            listing = mu, nu, debias(b1, b2, as_in_optax=True), amsgrad_max(), rate
+        case "keras":
+            listing = mu, nu, amsgrad_max(), rate, debias_rate(b1, b2)
+        case "paper":
+            listing = mu, nu, amsgrad_max(), rate
+    bracket = adaptive(*listing, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -317,21 +294,21 @@ def radam(
     0.97
     """
     mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps, eps_root)
-    eps_hat = (mu, nu, debias(b1), rate, debias_rate(b2=b2))
-    rectified = radam_rectifier(b2, threshold=threshold)
-    or_still = radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)
-    listings = {
-        "torch": (*eps_hat, rectified),
-        "optax": (mu, nu, debias(b1, b2, as_in_optax=True), rate, rectified),
-        "reference": (*eps_hat, or_still),
-    }
-    bracket = adaptive(*listings[convention], state_dtype=state_dtype)
-    scale = scale_by_learning_rate(learning_rate)
-    if (decay or ("l2" if convention == "torch" else "decoupled")) == "l2":
-        return l2_regularization(weight_decay, mask), bracket, scale
-    if convention == "reference" and not is_zero(weight_decay):
+    match convention:
+        case "optax":
+            rectified = radam_rectifier(b2, threshold=threshold)
+            listing = mu, nu, debias(b1, b2, as_in_optax=True), rate, rectified
+        case "torch":
+            rectified = radam_rectifier(b2, threshold=threshold)
+            listing = mu, nu, debias(b1), rate, debias_rate(b2=b2), rectified
+        case "reference":
+            or_still = radam_rectifier(b2, threshold=threshold, unrectified_rate=0.0)
+            listing = mu, nu, debias(b1), rate, debias_rate(b2=b2), or_still
+    decay = decay or ("l2" if convention == "torch" else "decoupled")
+    if convention == "reference" and decay == "decoupled" and not is_zero(weight_decay):
         weight_decay = _once_rectified(weight_decay, b2, threshold)
-    return bracket, decoupled_weight_decay(weight_decay, mask), scale
+    bracket = adaptive(*listing, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 def _once_rectified(
@@ -361,6 +338,7 @@ def nadam(
     momentum_decay: Hyperparameter | None = None,
     weight_decay: Hyperparameter | None = None,
     mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
@@ -377,8 +355,9 @@ def nadam(
         eps.
         "optax": no schedule, see ``nesterov_moment``; equals ``optax.nadam``, in its state too.
       momentum_decay: how fast b1 warms up, at least 0, per step; default: the convention's.
-      weight_decay: L2, as in ``torch.optim.NAdam``; at least 0; default: none. For decoupled decay
-        see ``nadamw``.
+      weight_decay: default: none.
+      decay: "l2", as in ``torch.optim.NAdam``; or "decoupled", its ``decoupled_weight_decay=True``:
+        ``nadamw``, which has further forms.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import nadam
@@ -388,18 +367,33 @@ def nadam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 5)
     0.98944
     """
-    l2 = (l2_regularization(0.0 if weight_decay is None else weight_decay, mask),)
-    scale = scale_by_learning_rate(learning_rate)
+    if convention != "optax":
+        weight_decay = 0.0 if weight_decay is None else weight_decay
+    elif is_zero(weight_decay):
+        weight_decay = None  # the state of optax.nadam, whose checkpoints this takes
+    bracket = _nadam(b1, b2, eps, eps_root, mu_dtype, momentum_decay, convention, state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
+
+
+def _nadam(
+    b1: Hyperparameter,
+    b2: Hyperparameter,
+    eps: Hyperparameter,
+    eps_root: Hyperparameter,
+    mu_dtype: DTypeLike | None,
+    momentum_decay: Hyperparameter | None,
+    convention: str,
+    state_dtype: DTypeLike | None,
+) -> Optimizer:
+    """What comes before the learning rate, in NAdam and in NAdamW."""
     if convention == "optax":
-        _refuse_momentum_decay(momentum_decay)
-        if weight_decay is None or is_zero(weight_decay):
-            l2 = ()  # the state of optax.nadam, whose checkpoints this takes
-        direction = scale_by_adam(
+        if momentum_decay is not None:
+            raise ValueError('convention="optax" has no momentum_decay: use "torch" or "keras".')
+        return scale_by_adam(
             b1, b2, eps, eps_root, mu_dtype, nesterov=True, state_dtype=state_dtype
         )
-        return *l2, direction, scale
     usual = {"torch": 0.004, "keras": 1.0}[convention]
-    direction = adaptive(
+    return adaptive(
         first_moment(b1, dtype=mu_dtype),
         second_moment(b2),
         nadam_moment(b1, usual if momentum_decay is None else momentum_decay),
@@ -407,7 +401,6 @@ def nadam(
         per_weight_rate(eps, eps_root),
         state_dtype=state_dtype,
     )
-    return *l2, direction, scale
 
 
 @recipe
@@ -422,7 +415,8 @@ def nadamw(
     mask: Mask | None = None,
     *,
     l1: Hyperparameter | None = None,
-    convention: Literal["torch", "keras", "optax", "keras-adamw"] = "torch",
+    decay: Literal["decoupled", "independent"] = "decoupled",
+    convention: Literal["torch", "keras", "optax"] = "torch",
     momentum_decay: Hyperparameter | None = None,
     schedule: optax.Schedule | None = None,
     observers: Observers = (),
@@ -438,15 +432,17 @@ def nadamw(
       weight_decay: a number or a schedule; default 1e-4, as in optax.
       l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
         ``decoupled_l1_decay``.
+      decay: "decoupled": times the learning rate and its schedule. "independent": times
+        ``schedule`` but not times the learning rate, which is then a number; under "torch" these
+        are the formulas of ``NadamW`` of the package ``keras-adamw`` in its Keras form. (Its
+        tf.keras form weights m_t by mu_t where this has mu_{t+1}, and puts eps inside the root; not
+        copied.)
       convention: "torch", "keras" and "optax" as in ``nadam``; equal
         ``torch.optim.NAdam(decoupled_weight_decay=True)``, ``keras.optimizers.Nadam`` with its
         ``weight_decay``, and ``optax.nadamw``.
-        "keras-adamw": as "torch", with the decay times ``schedule`` but not times the learning
-        rate; the formulas of ``NadamW`` of the package ``keras-adamw`` in its Keras form. (Its
-        tf.keras form weights m_t by mu_t where this has mu_{t+1}, and puts eps inside the root; not
-        copied.)
       momentum_decay: see ``nadam``.
-      schedule: the multiplier of "keras-adamw", for instance ``warm_restarts``; default: 1.
+      schedule: the multiplier of the "independent" decay, for instance ``warm_restarts``; default:
+        1.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import nadamw
@@ -456,27 +452,5 @@ def nadamw(
     >>> round(float(optax.apply_updates(x, updates)[0]), 5)
     0.98844
     """
-    decay = _decay_and_rate(
-        learning_rate, decays(weight_decay, l1, mask), ("keras-adamw",), schedule, convention
-    )
-    if convention == "optax":
-        _refuse_momentum_decay(momentum_decay)
-        direction = scale_by_adam(
-            b1, b2, eps, eps_root, mu_dtype, nesterov=True, state_dtype=state_dtype
-        )
-        return direction, *decay
-    usual = {"torch": 0.004, "keras": 1.0, "keras-adamw": 0.004}[convention]
-    direction = adaptive(
-        first_moment(b1, dtype=mu_dtype),
-        second_moment(b2),
-        nadam_moment(b1, usual if momentum_decay is None else momentum_decay),
-        debias(b2=b2),
-        per_weight_rate(eps, eps_root),
-        state_dtype=state_dtype,
-    )
-    return direction, *decay
-
-
-def _refuse_momentum_decay(momentum_decay: Hyperparameter | None) -> None:
-    if momentum_decay is not None:
-        raise ValueError('convention="optax" has no momentum_decay: use "torch" or "keras".')
+    bracket = _nadam(b1, b2, eps, eps_root, mu_dtype, momentum_decay, convention, state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, schedule=schedule, l1=l1)

@@ -1,12 +1,13 @@
-"""AdaMod, diffGrad, DiffMod and AdaBound: bounds on the rate, and friction.
+"""Bounds on the rate, and friction: AdaMod, diffGrad, DiffMod and AdaBound.
 
 The arguments are those of ``recipes.adam``, which see.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
@@ -40,9 +41,7 @@ from adaptive_opt.stages.rates import (
 )
 from adaptive_opt.stages.weight_decay import (
     Mask,
-    decoupled_weight_decay,
-    l2_regularization,
-    scale_by_learning_rate,
+    with_decay,
 )
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -54,11 +53,12 @@ def adamod(
     learning_rate: Hyperparameter,
     b1: Hyperparameter = 0.9,
     b2: Hyperparameter = 0.999,
-    b3: Hyperparameter = 0.999,
     eps: Hyperparameter = 1e-8,
     *,
+    b3: Hyperparameter = 0.999,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
     convention: Literal["reference", "paper", "robust"] = "reference",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -74,8 +74,10 @@ def adamod(
     as here; the convention "robust" cures it.
 
     Args:
-      learning_rate, b1, b2, b3, eps, mask, state_dtype: see the module.
-      weight_decay: decoupled, times the learning rate and its schedule; at least 0.
+      learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see the module.
+      b3: decay of the average of rates, in [0, 1).
+      decay: "decoupled", as in the authors' code; "l2" and "constant" as in
+        ``pytorch_optimizer.AdaMod``.
       convention: "reference": the rate that is averaged includes the learning rate and both bias
         corrections, ``lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v_t) + eps)``, and multiplies the raw
         ``m_t``; equals the authors' released code (package ``adamod`` 0.0.3, lancopku/AdaMod) and
@@ -93,22 +95,28 @@ def adamod(
     0.999
     """
     check_nonnegative(learning_rate=learning_rate)
+    _check_is_not_b3(eps)
     mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps)
-    listings = {
-        "reference": (mu, nu, rate, debias_rate(b1, b2)),
-        "paper": (mu, nu, debias(b1, b2), rate),
-        "robust": (mu, nu, rate, mute_unseen(), debias_rate(b1, b2)),
-    }
-    return (
-        adaptive(
-            *listings[convention],
-            scale_rate(learning_rate),
-            adamod_momental_bound(b3),
-            state_dtype=state_dtype,
-        ),
-        decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
-        optax.scale(-1.0),
+    match convention:
+        case "reference":
+            listing = mu, nu, rate, debias_rate(b1, b2)
+        case "paper":
+            listing = mu, nu, debias(b1, b2), rate
+        case "robust":
+            listing = mu, nu, rate, mute_unseen(), debias_rate(b1, b2)
+    bracket = adaptive(
+        *listing, scale_rate(learning_rate), adamod_momental_bound(b3), state_dtype=state_dtype
     )
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, spent=True)
+
+
+def _check_is_not_b3(eps: Any) -> None:
+    """An earlier version took b3 where the others take eps: an old call must not pass for a new."""
+    if is_fixed(eps) and np.ndim(eps) == 0 and 0.5 <= float(eps) < 1:
+        raise ValueError(
+            f"eps={eps} looks like b3, which was the fourth argument once: that is eps now, as in"
+            f" the other recipes. Give b3={eps} by its name."
+        )
 
 
 @recipe
@@ -119,6 +127,8 @@ def diffgrad(
     eps: Hyperparameter = 1e-8,
     *,
     weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["l2", "decoupled", "constant"] = "l2",
     friction: Literal["absolute", "signed", "wide"] = "absolute",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -130,9 +140,10 @@ def diffgrad(
     version of their code had no friction where gradients are written in place.
 
     Args:
-      learning_rate, b1, b2, eps, state_dtype: see the module.
-      weight_decay: L2, as in the authors' code: added to the gradient first, and so part of the
-        change that the friction measures; at least 0.
+      learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see the module.
+      decay: "l2", as in the authors' code: added to the gradient first, and so part of the change
+        that the friction measures. "decoupled" and "constant" as in ``pytorch_optimizer.DiffGrad``
+        (which adds 1e-15 under the root besides).
       friction: "absolute", "signed" or "wide"; see ``diffgrad_friction``.
 
     >>> import jax.numpy as jnp, optax
@@ -143,18 +154,15 @@ def diffgrad(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.990474
     """
-    return (
-        l2_regularization(weight_decay),
-        adaptive(
-            first_moment(b1),
-            second_moment(b2),
-            per_weight_rate(eps),
-            debias_rate(b1, b2),
-            diffgrad_friction(friction),
-            state_dtype=state_dtype,
-        ),
-        scale_by_learning_rate(learning_rate),
+    bracket = adaptive(
+        first_moment(b1),
+        second_moment(b2),
+        per_weight_rate(eps),
+        debias_rate(b1, b2),
+        diffgrad_friction(friction),
+        state_dtype=state_dtype,
     )
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -167,6 +175,7 @@ def diffmod(
     len_memory: Hyperparameter = 1000,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["decoupled"] = "decoupled",
     friction: Literal["absolute", "signed", "wide"] = "absolute",
     average: bool = False,
     convention: Literal["reference", "robust"] = "reference",
@@ -181,9 +190,8 @@ def diffmod(
     previous gradient is a reference; here it is a copy).
 
     Args:
-      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      learning_rate, b1, b2, eps, weight_decay, mask, decay, state_dtype: see the module.
       len_memory: how many steps the average of rates remembers, at least 1; b3 is 1 - 1/len_memory.
-      weight_decay: decoupled, times the learning rate and its schedule; at least 0.
       friction: "absolute" (version 0 of that code), "signed" (1) or "wide" (2).
       average: follow the mean of the rate and its average, not the smaller (``average_step``).
       convention: "reference", or "robust" for a cure of zero gradients at the start; see
@@ -198,22 +206,19 @@ def diffmod(
     0.999047
     """
     check_nonnegative(learning_rate=learning_rate)
-    cures = {"reference": (), "robust": (mute_unseen(),)}
-    return (
-        adaptive(
-            first_moment(b1),
-            second_moment(b2),
-            per_weight_rate(eps),
-            *cures[convention],
-            debias_rate(b1, b2),
-            scale_rate(learning_rate),
-            adamod_momental_bound(len_memory=len_memory, average=average),
-            diffgrad_friction(friction),
-            state_dtype=state_dtype,
-        ),
-        decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate),
-        optax.scale(-1.0),
+    cure = (mute_unseen(),) if convention == "robust" else ()
+    bracket = adaptive(
+        first_moment(b1),
+        second_moment(b2),
+        per_weight_rate(eps),
+        *cure,
+        debias_rate(b1, b2),
+        scale_rate(learning_rate),
+        adamod_momental_bound(len_memory=len_memory, average=average),
+        diffgrad_friction(friction),
+        state_dtype=state_dtype,
     )
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, spent=True)
 
 
 @recipe
@@ -239,7 +244,7 @@ def adabound(
     (Luolc/AdaBound, package ``adabound`` 0.0.5); the paper has no bias corrections.
 
     Args:
-      learning_rate, b1, b2, eps, mask, state_dtype: see the module.
+      learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see the module.
       final_learning_rate: where the bounds close, at the base learning rate; a number greater than
         0. A schedule of the learning rate scales it too, by ``lr_t / base_learning_rate``.
       gamma: how fast they close, greater than 0, per step.
@@ -247,10 +252,8 @@ def adabound(
         than 0; by default ``learning_rate``, so with a schedule, an array (traced or not) or 0 it
         must be given. (The authors' code divides by the rate at construction, which a warm-up
         starts at 0.)
-      weight_decay: at least 0.
-      decay: "l2": added to the gradient, as in ``AdaBound``. "decoupled": times the learning rate
-        and its schedule, as in AdamW. "constant": ``- wd x``, times neither, as in the
-        authors' ``AdaBoundW``.
+      decay: "l2", as in the authors' ``AdaBound``; "constant", as in their ``AdaBoundW``;
+        "decoupled", as in ``pytorch_optimizer.AdaBound`` (which adds 1e-15 under the root besides).
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adabound
@@ -261,21 +264,16 @@ def adabound(
     0.99
     """
     final = _final_rate(learning_rate, final_learning_rate, base_learning_rate)
-    return _with_decay(
-        adaptive(
-            first_moment(b1),
-            second_moment(b2),
-            per_weight_rate(eps),
-            debias_rate(b1, b2),
-            scale_rate(learning_rate),
-            adabound_dynamic_bound(final, gamma),
-            state_dtype=state_dtype,
-        ),
-        decay,
-        weight_decay,
-        mask,
-        learning_rate,
+    bracket = adaptive(
+        first_moment(b1),
+        second_moment(b2),
+        per_weight_rate(eps),
+        debias_rate(b1, b2),
+        scale_rate(learning_rate),
+        adabound_dynamic_bound(final, gamma),
+        state_dtype=state_dtype,
     )
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, spent=True)
 
 
 def _final_rate(
@@ -295,21 +293,6 @@ def _final_rate(
     if base_learning_rate is None:
         return final_learning_rate
     return scaled(learning_rate, final_learning_rate / base_learning_rate)
-
-
-def _with_decay(
-    bracket: Optimizer,
-    decay: str,
-    weight_decay: Hyperparameter,
-    mask: Mask | None,
-    learning_rate: Hyperparameter,
-) -> Parts:
-    """The bracket with its decay where ``decay`` puts it."""
-    if decay == "l2":
-        return l2_regularization(weight_decay, mask), bracket, optax.scale(-1.0)
-    times = learning_rate if decay == "decoupled" else None
-    decoupled = decoupled_weight_decay(weight_decay, mask, learning_rate=times)
-    return bracket, decoupled, optax.scale(-1.0)
 
 
 @recipe
@@ -346,19 +329,14 @@ def amsbound(
     0.99
     """
     final = _final_rate(learning_rate, final_learning_rate, base_learning_rate)
-    return _with_decay(
-        adaptive(
-            first_moment(b1),
-            second_moment(b2),
-            amsgrad_max(),
-            per_weight_rate(eps),
-            debias_rate(b1, b2),
-            scale_rate(learning_rate),
-            adabound_dynamic_bound(final, gamma),
-            state_dtype=state_dtype,
-        ),
-        decay,
-        weight_decay,
-        mask,
-        learning_rate,
+    bracket = adaptive(
+        first_moment(b1),
+        second_moment(b2),
+        amsgrad_max(),
+        per_weight_rate(eps),
+        debias_rate(b1, b2),
+        scale_rate(learning_rate),
+        adabound_dynamic_bound(final, gamma),
+        state_dtype=state_dtype,
     )
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, spent=True)

@@ -19,7 +19,6 @@ from adaptive_opt.core.checks import (
     Scope,
     are_different_numbers,
     check_decay,
-    check_nonnegative,
     is_zero,
 )
 from adaptive_opt.core.observe import Observers
@@ -43,9 +42,7 @@ from adaptive_opt.stages.rates import (
 )
 from adaptive_opt.stages.weight_decay import (
     Mask,
-    decays,
-    l2_regularization,
-    scale_by_learning_rate,
+    with_decay,
 )
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -61,6 +58,7 @@ def sgd(
     dampening: Hyperparameter = 0.0,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     convention: Literal["torch", "keras"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -68,11 +66,11 @@ def sgd(
     """Gradient descent with momentum.
 
     Args:
-      learning_rate, mask, state_dtype: see the module.
+      learning_rate, weight_decay, mask, state_dtype: see the module.
       momentum: in [0, 1). None, and the number 0, mean none and no buffer.
       nesterov: look one step ahead.
       dampening: of what momentum adds up, except the first gradient; in [0, 1).
-      weight_decay: L2, added to the gradient; at least 0.
+      decay: "l2", as in PyTorch, or "decoupled", as in Keras; ``sgdw`` has further forms.
       convention: "torch": ``w_t = momentum w_{t-1} + (1 - dampening) g_t``, ``x - lr w_t``; equals
         ``torch.optim.SGD`` and ``optax.sgd``.
         "keras": the learning rate is inside, ``w_t = momentum w_{t-1} + lr_t g_t``, ``x - w_t``, so
@@ -86,16 +84,10 @@ def sgd(
     >>> float(optax.apply_updates(x, updates)[0])
     0.75
     """
-    ball = _momentum(momentum, nesterov, dampening)
-    listings = {
-        "torch": (*ball, uniform_rate(learning_rate)),
-        "keras": (uniform_rate(learning_rate), apply_rate(), *ball),
-    }
-    return (
-        l2_regularization(weight_decay, mask),
-        adaptive(*listings[convention], state_dtype=state_dtype),
-        optax.scale(-1.0),
-    )
+    ball, rate = _momentum(momentum, nesterov, dampening), uniform_rate(learning_rate)
+    listing = (*ball, rate) if convention == "torch" else (rate, apply_rate(), *ball)
+    bracket = adaptive(*listing, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, spent=True)
 
 
 def _momentum(
@@ -119,6 +111,7 @@ def sgdw(
     *,
     l1: Hyperparameter | None = None,
     dampening: Hyperparameter = 0.0,
+    decay: Literal["independent", "decoupled"] | None = None,
     convention: Literal["paper", "torch"] = "paper",
     schedule: optax.Schedule | None = None,
     observers: Observers = (),
@@ -130,17 +123,19 @@ def sgdw(
     constant ``lr wd`` from every weight, whatever it is; that is not copied.
 
     Args:
-      learning_rate, mask, state_dtype: see the module.
+      learning_rate, weight_decay, mask, state_dtype: see the module.
       momentum, nesterov, dampening: see ``sgd``.
-      weight_decay: at least 0; a number or a schedule.
       l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see
         ``decoupled_l1_decay``.
+      decay: "independent", times ``schedule`` but not times the learning rate, which is then a
+        number (default under "paper"); or "decoupled", times the learning rate and its schedule
+        (default under "torch").
       convention: "paper": ``w_t = momentum w_{t-1} + eta_t lr g_t``, ``x - w_t - eta_t wd x``: the
-        learning rate is inside the buffer, and the decay follows the multiplier only; equals
-        ``SGDW`` of the package ``keras-adamw``. ``learning_rate`` is then a number.
-        "torch": ``x - lr_t (w_t + wd x)`` with the buffer of ``torch.optim.SGD``: the decay follows
-        the learning rate; equals ``SGDW`` of the package ``pytorch_optimizer``.
-      schedule: the multiplier eta_t of the "paper" convention, for instance ``warm_restarts``;
+        learning rate is inside the buffer; equals ``SGDW`` of the package ``keras-adamw``, and
+        ``keras.optimizers.SGD`` with its ``weight_decay`` if that is "decoupled".
+        "torch": ``x - lr_t (w_t + wd x)`` with the buffer of ``torch.optim.SGD``; equals ``SGDW``
+        of the package ``pytorch_optimizer``.
+      schedule: the multiplier eta_t of the "independent" decay, for instance ``warm_restarts``;
         default: 1.
 
     >>> import jax.numpy as jnp, optax
@@ -151,28 +146,13 @@ def sgdw(
     >>> float(optax.apply_updates(x, updates)[0])
     0.5
     """
-    check_nonnegative(learning_rate=learning_rate)
-    ball = _momentum(momentum, nesterov, dampening)
-    if convention == "paper" and callable(learning_rate):
-        raise ValueError(
-            'convention="paper" multiplies the base learning rate, but not the decay, by'
-            " learning_rate: give a number, and its course as schedule=."
-        )
-    if convention != "paper" and schedule is not None:
-        raise ValueError(
-            'schedule= belongs to convention="paper"; under "torch" give the schedule as'
-            " learning_rate."
-        )
-    eta = 1.0 if schedule is None else schedule
-    listings = {
-        "paper": (uniform_rate(learning_rate), scale_rate(eta), apply_rate(), *ball),
-        "torch": (*ball, uniform_rate(learning_rate)),
-    }
-    times = eta if convention == "paper" else learning_rate
-    return (
-        adaptive(*listings[convention], state_dtype=state_dtype),
-        *decays(weight_decay, l1, mask, learning_rate=times),
-        optax.scale(-1.0),
+    decay = decay or ("independent" if convention == "paper" else "decoupled")
+    ball, rate = _momentum(momentum, nesterov, dampening), uniform_rate(learning_rate)
+    eta = (scale_rate(1.0 if schedule is None else schedule),) if decay == "independent" else ()
+    listing = (rate, *eta, apply_rate(), *ball) if convention == "paper" else (*ball, rate, *eta)
+    bracket = adaptive(*listing, state_dtype=state_dtype)
+    return with_decay(
+        decay, weight_decay, mask, bracket, learning_rate, spent=True, schedule=schedule, l1=l1
     )
 
 
@@ -190,6 +170,7 @@ def rmsprop(
     axis_name: str | tuple[str, ...] | None = None,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     convention: Literal["torch", "optax", "keras", "tf1"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -202,14 +183,14 @@ def rmsprop(
     descent for the tree. None of the forms corrects the bias of v.
 
     Args:
-      learning_rate, mask, state_dtype: see the module.
+      learning_rate, weight_decay, mask, state_dtype: see the module.
       b2: decay in [0, 1): 0.99 is PyTorch's default, 0.9 that of the others.
       eps: at least 0; defaults elsewhere: 1e-8 (PyTorch, optax), 1e-7 (Keras), 1e-10 (TF1).
       centered: divide by the standard deviation, see ``centered_moment``.
       momentum: in [0, 1). None, and the number 0, mean none and no buffer.
       nesterov: look one step ahead.
       scope, reduce, axis_name: see ``second_moment``.
-      weight_decay: L2, added to the gradient; at least 0.
+      decay: "l2", as in PyTorch, or "decoupled", as in Keras.
       convention: "torch": eps outside the root; the momentum adds up steps without the learning
         rate; equals ``torch.optim.RMSprop``.
         "optax", "keras": eps inside the root; the momentum adds up steps with the learning rate;
@@ -233,15 +214,12 @@ def rmsprop(
     )
     ball = _momentum(momentum, nesterov)
     used = (apply_rate(), *ball) if ball else ()
-    l2 = l2_regularization(weight_decay, mask)
     if convention == "torch":
-        return (
-            l2,
-            adaptive(*moments, per_weight_rate(eps), *used, state_dtype=state_dtype),
-            scale_by_learning_rate(learning_rate),
-        )
+        bracket = adaptive(*moments, per_weight_rate(eps), *used, state_dtype=state_dtype)
+        return with_decay(decay, weight_decay, mask, bracket, learning_rate)
     rate = (per_weight_rate(0.0, eps), scale_rate(learning_rate))
-    return l2, adaptive(*moments, *rate, *used, state_dtype=state_dtype), optax.scale(-1.0)
+    bracket = adaptive(*moments, *rate, *used, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, spent=True)
 
 
 @recipe
@@ -252,6 +230,7 @@ def adagrad(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     convention: Literal["torch", "optax", "keras"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -261,12 +240,12 @@ def adagrad(
     Duchi, Hazan & Singer 2011, JMLR 12.
 
     Args:
-      learning_rate, mask, state_dtype: see the module. ``torch.optim.Adagrad(lr_decay=d)`` is the
-        schedule ``lr / (1 + d t)``.
+      learning_rate, weight_decay, mask, state_dtype: see the module. Where PyTorch has
+        ``lr_decay=d``, give the schedule ``lr / (1 + d t)``.
       initial_accumulator_value: where the sum starts, at least 0: 0 in PyTorch, 0.1 in optax and
         Keras.
       eps: at least 0: 1e-10 in PyTorch, 1e-7 in optax and Keras.
-      weight_decay: L2, added to the gradient; at least 0.
+      decay: "l2", as in PyTorch, or "decoupled", as in Keras.
       convention: "torch": eps outside the root; equals ``torch.optim.Adagrad``.
         "optax", "keras": eps inside the root; equal ``optax.adagrad`` and
         ``keras.optimizers.Adagrad``.
@@ -280,11 +259,9 @@ def adagrad(
     0.75
     """
     rate = per_weight_rate(eps) if convention == "torch" else per_weight_rate(0.0, eps)
-    return (
-        l2_regularization(weight_decay, mask),
-        adaptive(sum_of_squares(initial=initial_accumulator_value), rate, state_dtype=state_dtype),
-        scale_by_learning_rate(learning_rate),
-    )
+    total = sum_of_squares(initial=initial_accumulator_value)
+    bracket = adaptive(total, rate, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -295,6 +272,7 @@ def adadelta(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
@@ -305,10 +283,10 @@ def adadelta(
     and lr 1e-3).
 
     Args:
-      learning_rate, mask, state_dtype: see the module; 1 is the paper's.
+      learning_rate, weight_decay, mask, state_dtype: see the module; a rate of 1 is the paper's.
       rho: decay of both averages, in [0, 1).
       eps: at least 0; the first steps are of size ``lr sqrt(eps)``.
-      weight_decay: L2, added to the gradient; at least 0.
+      decay: "l2", as in PyTorch, or "decoupled", as in Keras.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adadelta
@@ -317,16 +295,13 @@ def adadelta(
     >>> print(optimizer.update(jnp.array([1e6]), optimizer.init(x), x)[0].round(4))
     [-0.5]
     """
-    return (
-        l2_regularization(weight_decay, mask),
-        adaptive(
-            second_moment(rho),
-            per_weight_rate(0.0, eps),
-            adadelta_units(rho, eps),
-            state_dtype=state_dtype,
-        ),
-        scale_by_learning_rate(learning_rate),
+    bracket = adaptive(
+        second_moment(rho),
+        per_weight_rate(0.0, eps),
+        adadelta_units(rho, eps),
+        state_dtype=state_dtype,
     )
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -338,6 +313,7 @@ def adamax(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["l2", "decoupled"] = "l2",
     convention: Literal["torch", "optax", "keras"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -347,10 +323,10 @@ def adamax(
     Kingma & Ba 2015, arXiv:1412.6980, Algorithm 2.
 
     Args:
-      learning_rate, mask, state_dtype: see the module.
+      learning_rate, weight_decay, mask, state_dtype: see the module.
       b1, b2: decays of the moment and of the largest gradient, in [0, 1).
       eps: at least 0; 1e-7 in Keras.
-      weight_decay: L2, added to the gradient; at least 0.
+      decay: "l2", as in PyTorch, or "decoupled", as in ``optax.adamaxw`` and Keras.
       convention: "torch", "optax": ``u = max(b2 u, |g| + eps)``; equal ``torch.optim.Adamax`` and
         ``optax.adamax``.
         "keras": ``u = max(b2 u, |g|)`` and eps in the denominator; equals
@@ -364,11 +340,9 @@ def adamax(
     >>> round(float(optax.apply_updates(x, updates)[0]), 5)
     0.75
     """
-    in_the_maximum = (infinity_moment(b2, eps), inverse_rate())
-    in_the_denominator = (infinity_moment(b2), inverse_rate(eps))
-    largest = in_the_denominator if convention == "keras" else in_the_maximum
-    return (
-        l2_regularization(weight_decay, mask),
-        adaptive(first_moment(b1), debias(b1), *largest, state_dtype=state_dtype),
-        scale_by_learning_rate(learning_rate),
-    )
+    if convention == "keras":
+        largest = infinity_moment(b2), inverse_rate(eps)
+    else:
+        largest = infinity_moment(b2, eps), inverse_rate()
+    bracket = adaptive(first_moment(b1), debias(b1), *largest, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)

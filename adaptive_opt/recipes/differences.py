@@ -13,7 +13,7 @@ from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
-from adaptive_opt.recipes.successors import Parts, decaying
+from adaptive_opt.recipes.successors import Parts
 from adaptive_opt.stages.differences import (
     change_average,
     nesterov_gradient,
@@ -23,7 +23,7 @@ from adaptive_opt.stages.directions import sign_direction
 from adaptive_opt.stages.moments import debias, first_moment, second_moment
 from adaptive_opt.stages.rates import per_weight_rate
 from adaptive_opt.stages.tensors import AxisName, clip_gradient_norm
-from adaptive_opt.stages.weight_decay import Mask
+from adaptive_opt.stages.weight_decay import Mask, with_decay
 
 
 @recipe
@@ -36,7 +36,7 @@ def mars(
     gamma: Hyperparameter = 0.025,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    decay: Literal["decoupled"] = "decoupled",
     convention: Literal["adamw", "lion"] = "adamw",
     axis_name: AxisName = None,
     observers: Observers = (),
@@ -58,8 +58,7 @@ def mars(
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
       gamma: how much of the correction is made, at least 0; the authors' 0.025.
       weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient.
-        "constant": ``- wd x``, times neither.
+      decay: "decoupled": times the learning rate and its schedule.
       convention: "adamw": Adam's moments of c. "lion": the sign of ``m_t``, without b2 and eps; the
         authors' MARS-Lion, which has one average where Lion has two.
       axis_name: see ``second_moment``.
@@ -82,7 +81,7 @@ def mars(
         *listings[convention],
         state_dtype=state_dtype,
     )
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 def complement(hyperparameter: Hyperparameter) -> Hyperparameter:
@@ -97,12 +96,12 @@ def adan(
     learning_rate: Hyperparameter,
     b1: Hyperparameter = 0.98,
     b2: Hyperparameter = 0.92,
-    b3: Hyperparameter = 0.99,
     eps: Hyperparameter = 1e-8,
     *,
+    b3: Hyperparameter = 0.99,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["proximal", "decoupled", "l2", "constant"] = "proximal",
+    decay: Literal["proximal", "decoupled"] = "proximal",
     convention: Literal["reference", "optax"] = "reference",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -125,8 +124,7 @@ def adan(
       b3: decay of the average square, in [0, 1).
       weight_decay: at least 0.
       decay: "proximal": the new x is divided by ``1 + lr wd``. "decoupled": times the learning rate
-        and its schedule (``no_prox=True``). "l2": added to the gradient. "constant": ``- wd x``,
-        times neither.
+        and its schedule (``no_prox=True``).
       convention: "reference", or "optax": ``1 - b2`` in b2's place, wherever it is no decay, as
         ``optax.adan(eps_root=0)`` has it: the paper's letters with the code's numbers, so that it
         hardly looks ahead. Its decay is "decoupled".
@@ -150,4 +148,4 @@ def adan(
         per_weight_rate(eps),
         state_dtype=state_dtype,
     )
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)

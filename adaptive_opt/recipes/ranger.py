@@ -1,4 +1,4 @@
-"""Ranger: a recipe around a recipe."""
+"""A recipe around a recipe: Ranger."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter
+from adaptive_opt.core.describe import transformation
+from adaptive_opt.core.finite import narrowed, squarable
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
+from adaptive_opt.core.trees import at_width, dtype_of, map_none, real, wide
 from adaptive_opt.recipes.adam import radam
+from adaptive_opt.stages.weight_decay import Mask
 from adaptive_opt.wrappers.lookahead import lookahead
 
 
@@ -25,7 +29,8 @@ def ranger(
     slow_step_size: Hyperparameter = 0.5,
     centralize: bool = True,
     weight_decay: Hyperparameter = 0.0,
-    mask: Any = None,
+    mask: Mask | None = None,
+    decay: Literal["decoupled"] = "decoupled",
     convention: Literal["torch", "optax", "reference"] = "torch",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -38,8 +43,8 @@ def ranger(
     Flax last).
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay, mask, convention, observers, state_dtype: see
-        ``radam``; the weight decay is decoupled.
+      learning_rate, b1, b2, eps, weight_decay, mask, decay, convention, observers, state_dtype: see
+        ``radam``.
       sync_period, slow_step_size: see ``lookahead``.
       centralize: whether the gradients of arrays of rank 2 and more are centralised.
 
@@ -59,9 +64,22 @@ def ranger(
         convention=convention,
         weight_decay=weight_decay,
         mask=mask,
-        decay="decoupled",
+        decay=decay,
         observers=observers,
         state_dtype=state_dtype,
     )
-    centralized = (optax.centralize(),) if centralize else ()
+    centralized = (_centralize(),) if centralize else ()
     return *centralized, lookahead(rectified, sync_period, slow_step_size, state_dtype=state_dtype)
+
+
+def _centralize() -> optax.GradientTransformation:
+    """``optax.centralize``, in float32 at least, of what the moments would take of a gradient."""
+    theirs = optax.centralize()
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        wider = map_none(lambda g: squarable(at_width(g, real(wide(dtype_of(g))))), updates)
+        centralized, state = theirs.update(wider, state, params)
+        return map_none(lambda new, g: narrowed(new, dtype_of(g)), centralized, updates), state
+
+    plain = optax.GradientTransformation(theirs.init, update)
+    return transformation("centralize", {}, plain, parts=())

@@ -1,5 +1,4 @@
-"""Recipes in units of their own: StableAdamW, NovoGrad, LAMB, LARS and AdamP by
-tensors, Adam-atan2.
+"""Recipes in units of their own: StableAdamW, NovoGrad, LAMB, LARS, AdamP, Adam-atan2.
 
 The arguments are those of ``recipes.adam``, which see.
 """
@@ -8,14 +7,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.bracket import adaptive
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
-from adaptive_opt.recipes.successors import Parts, decaying
+from adaptive_opt.recipes.successors import Parts
 from adaptive_opt.stages.directions import atan2_direction
 from adaptive_opt.stages.moments import debias, first_moment, heavy_ball, second_moment
 from adaptive_opt.stages.projections import radial_projection
@@ -27,7 +25,7 @@ from adaptive_opt.stages.tensors import (
     rms_bound,
     trust_ratio,
 )
-from adaptive_opt.stages.weight_decay import Mask, l2_regularization, scale_by_learning_rate
+from adaptive_opt.stages.weight_decay import Mask, with_decay
 
 
 @recipe
@@ -40,7 +38,7 @@ def stableadamw(
     threshold: Hyperparameter = 1.0,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["clipped", "decoupled", "l2", "constant"] = "clipped",
+    decay: Literal["clipped"] = "clipped",
     axis_name: AxisName = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -59,9 +57,7 @@ def stableadamw(
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
       threshold: of the root mean square above which a tensor is slowed; greater than 0.
       weight_decay: at least 0; the author's default is 0.2, optimi's 0.01.
-      decay: "clipped": times the learning rate, its schedule and the tensor's factor. "decoupled":
-        times the learning rate and its schedule. "l2": added to the gradient. "constant": ``- wd
-        x``, times neither.
+      decay: "clipped": times the learning rate, its schedule and the tensor's factor.
       axis_name: see ``second_moment``.
 
     >>> import jax.numpy as jnp, optax
@@ -75,12 +71,9 @@ def stableadamw(
     """
     adam = first_moment(b1), second_moment(b2), debias(b1, b2), per_weight_rate(eps)
     bound = rms_bound(eps, threshold, axis_name=axis_name)
-    if decay != "clipped":
-        bracket = adaptive(*adam, bound, state_dtype=state_dtype)
-        return decaying(bracket, learning_rate, weight_decay, mask, decay)
     inner = inner_weight_decay(weight_decay, mask, times="rms_factor")
     bracket = adaptive(*adam, bound, apply_rate(), inner, state_dtype=state_dtype)
-    return bracket, scale_by_learning_rate(learning_rate)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -93,7 +86,7 @@ def novograd(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["inner", "decoupled", "l2", "constant"] = "inner",
+    decay: Literal["inner"] = "inner",
     convention: Literal["reference", "averaging"] = "reference",
     axis_name: AxisName = None,
     observers: Observers = (),
@@ -113,8 +106,7 @@ def novograd(
       learning_rate, b1, b2, eps, eps_root, mask, state_dtype: see ``adam``.
       weight_decay: at least 0.
       decay: "inner": ``m = b1 m + g / (sqrt(v) + eps) + wd x``, inside the momentum and behind the
-        normalisation. "decoupled": times the learning rate and its schedule. "l2": added to the
-        gradient. "constant": ``- wd x``, times neither.
+        normalisation.
       convention: "reference", or "averaging": what enters the momentum times ``1 - b1``
         (``grad_averaging=True``).
       axis_name: see ``second_moment``.
@@ -128,18 +120,15 @@ def novograd(
     0.99
     """
     momentum = heavy_ball(b1) if convention == "reference" else first_moment(b1)
-    inner = (inner_weight_decay(weight_decay, mask),) if decay == "inner" else ()
     bracket = adaptive(
         norm_moment(b2, axis_name=axis_name),
         per_weight_rate(eps, eps_root),
         apply_rate(),
-        *inner,
+        inner_weight_decay(weight_decay, mask),
         momentum,
         state_dtype=state_dtype,
     )
-    if inner:
-        return bracket, scale_by_learning_rate(learning_rate)
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -152,7 +141,7 @@ def lamb(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     trust_mask: Mask | None = None,
-    decay: Literal["inner", "decoupled", "l2", "constant"] = "inner",
+    decay: Literal["inner"] = "inner",
     convention: Literal["reference", "optax", "cybertronai"] = "reference",
     axis_name: AxisName = None,
     observers: Observers = (),
@@ -171,8 +160,7 @@ def lamb(
       weight_decay: at least 0.
       trust_mask: which tensors take the length of their step from their own; the others take
         Adam's step. The authors leave out biases and normalisation: ``decay_mask``.
-      decay: "inner": part of u, as above. "decoupled": times the learning rate and its schedule.
-        "l2": added to the gradient. "constant": ``- wd x``, times neither.
+      decay: "inner": part of u, as above.
       convention: "reference": m and v as they are, as in the authors' code. "optax": corrected for
         their start at zero, as in the listing of the paper's later versions. "cybertronai": as they
         are, and no ``|x|`` counts as more than 10.
@@ -187,14 +175,13 @@ def lamb(
     1.5
     """
     corrected = (debias(b1, b2),) if convention == "optax" else ()
-    inner = (inner_weight_decay(weight_decay, mask),) if decay == "inner" else ()
     bracket = adaptive(
         first_moment(b1),
         second_moment(b2),
         *corrected,
         per_weight_rate(eps),
         apply_rate(),
-        *inner,
+        inner_weight_decay(weight_decay, mask),
         trust_ratio(
             largest=10.0 if convention == "cybertronai" else None,
             mask=trust_mask,
@@ -202,9 +189,7 @@ def lamb(
         ),
         state_dtype=state_dtype,
     )
-    if inner:
-        return bracket, scale_by_learning_rate(learning_rate)
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -218,6 +203,7 @@ def lars(
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
     trust_mask: Mask | None = None,
+    decay: Literal["l2"] = "l2",
     convention: Literal["optax", "mae"] = "optax",
     axis_name: AxisName = None,
     observers: Observers = (),
@@ -237,7 +223,8 @@ def lars(
       trust_coefficient: c, at least 0, or a schedule.
       eps: added to ``|d|``; at least 0.
       nesterov: look one step ahead.
-      weight_decay: added to the gradient, at least 0.
+      weight_decay: at least 0.
+      decay: "l2": added to the gradient, and so part of d.
       trust_mask: which tensors are scaled, the others follow d; see ``lamb``.
       convention: "optax", and the paper: the momentum is one of steps, each with the learning rate
         of its time. "mae": the learning rate of now times the momentum.
@@ -253,12 +240,12 @@ def lars(
     """
     trust = trust_ratio(trust_coefficient, eps, mask=trust_mask, axis_name=axis_name)
     ball = heavy_ball(momentum, nesterov=nesterov)
-    l2 = l2_regularization(weight_decay, mask)
     if convention == "mae":
         bracket = adaptive(trust, ball, state_dtype=state_dtype)
-        return l2, bracket, scale_by_learning_rate(learning_rate)
+        return with_decay(decay, weight_decay, mask, bracket, learning_rate)
     steps = uniform_rate(learning_rate), apply_rate()
-    return l2, adaptive(trust, *steps, ball, state_dtype=state_dtype), optax.scale(-1.0)
+    bracket = adaptive(trust, *steps, ball, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate, spent=True)
 
 
 @recipe
@@ -271,7 +258,7 @@ def adam_atan2(
     b: Hyperparameter = 1.0,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    decay: Literal["decoupled"] = "decoupled",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
@@ -286,8 +273,7 @@ def adam_atan2(
       learning_rate, b1, b2, mask, state_dtype: see ``adam``.
       scale, b: at least 0; see ``atan2_direction``.
       weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient.
-        "constant": ``- wd x``, times neither.
+      decay: "decoupled": times the learning rate and its schedule.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adam_atan2
@@ -299,7 +285,7 @@ def adam_atan2(
     """
     moments = first_moment(b1), second_moment(b2), debias(b1, b2)
     bracket = adaptive(*moments, atan2_direction(scale, b), state_dtype=state_dtype)
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -314,7 +300,7 @@ def adamp(
     channels: Literal["last", "first"] = "last",
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["inner", "decoupled", "l2", "constant"] = "inner",
+    decay: Literal["inner"] = "inner",
     axis_name: tuple[()] | None = None,
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -333,8 +319,7 @@ def adamp(
       delta, wd_ratio, channels, axis_name: see ``radial_projection``.
       weight_decay: at least 0.
       decay: "inner": times the learning rate and its schedule, and ``wd_ratio`` where the update
-        was projected. "decoupled": times the learning rate and its schedule. "l2": added to the
-        gradient. "constant": ``- wd x``, times neither.
+        was projected.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adamp
@@ -354,9 +339,7 @@ def adamp(
         per_weight_rate(eps),
         apply_rate(),
         projection,
-        *((inner,) if decay == "inner" else ()),
+        inner,
         state_dtype=state_dtype,
     )
-    if decay == "inner":
-        return bracket, scale_by_learning_rate(learning_rate)
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)

@@ -49,10 +49,7 @@ from adaptive_opt.stages.rates import (
 from adaptive_opt.stages.tensors import inner_weight_decay
 from adaptive_opt.stages.weight_decay import (
     Mask,
-    decay_after_step,
-    decoupled_weight_decay,
-    l2_regularization,
-    scale_by_learning_rate,
+    with_decay,
 )
 
 Parts = tuple[optax.GradientTransformation, ...]
@@ -82,11 +79,10 @@ def adabelief(
     Use it where Adam's steps are too small along directions of large but steady gradients.
 
     Args:
-      learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
+      learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see ``adam``.
       eps_root: added to ``s`` in every step, and kept there; default: ``eps``, as in the package.
-      weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient
-        (``weight_decouple=False``). "constant": ``- wd x``, times neither (``fixed_decay=True``).
+      decay: "decoupled"; "l2", the package's ``weight_decouple=False``; "constant", its
+        ``fixed_decay=True``.
       convention: "reference": the package with ``rectify=False``. "rectified": its default, with
         RAdam's factor and eps in the eps-hat form; below the threshold ``lr m^``. "amsgrad": with
         the largest ``s`` so far (``amsgrad=True, rectify=False``; with ``rectify=True`` the package
@@ -102,20 +98,15 @@ def adabelief(
     """
     mu, rate = first_moment(b1), per_weight_rate(eps)
     belief = belief_moment(b2, eps if eps_root is None else eps_root)
-    listings = {
-        "reference": (mu, belief, debias(b1, b2), rate),
-        "rectified": (mu, belief, debias(b1), rate, debias_rate(b2=b2), radam_rectifier(b2)),
-        "amsgrad": (mu, belief, amsgrad_max(), debias(b1, b2), rate),
-    }
-    bracket = adaptive(*listings[convention], state_dtype=state_dtype)
-    scale = scale_by_learning_rate(learning_rate)
-    if decay == "l2":
-        return l2_regularization(weight_decay, mask), bracket, scale
-    decoupled = decoupled_weight_decay(weight_decay, mask)
-    if decay == "decoupled":
-        return bracket, decoupled, scale
-    uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
-    return bracket, uphill, decoupled, optax.scale(-1.0)
+    match convention:
+        case "reference":
+            listing = mu, belief, debias(b1, b2), rate
+        case "rectified":
+            listing = mu, belief, debias(b1), rate, debias_rate(b2=b2), radam_rectifier(b2)
+        case "amsgrad":
+            listing = mu, belief, amsgrad_max(), debias(b1, b2), rate
+    bracket = adaptive(*listing, state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -126,6 +117,7 @@ def lion(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
+    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
@@ -139,9 +131,10 @@ def lion(
     Use it where memory is short: it keeps one array per parameter.
 
     Args:
-      learning_rate, mask, state_dtype: see ``adam``.
+      learning_rate, weight_decay, mask, state_dtype: see ``adam``.
       b1, b2: see ``lion_direction``; in [0, 1).
-      weight_decay: decoupled, times the learning rate and its schedule; at least 0.
+      decay: "decoupled", as in the authors' code; "l2" and "constant" as in
+        ``pytorch_optimizer.Lion``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import lion
@@ -151,34 +144,8 @@ def lion(
     >>> float(optax.apply_updates(x, updates)[0])
     0.8125
     """
-    return (
-        adaptive(lion_direction(b1, b2), state_dtype=state_dtype),
-        decoupled_weight_decay(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
-    )
-
-
-def decaying(
-    bracket: optax.GradientTransformationExtraArgs,
-    learning_rate: Hyperparameter,
-    weight_decay: Hyperparameter,
-    mask: Mask | None,
-    decay: str,
-) -> Parts:
-    """The parts of a recipe whose learning rate comes last, with the decay in its place."""
-    scale = scale_by_learning_rate(learning_rate)
-    if decay == "l2":
-        return l2_regularization(weight_decay, mask), bracket, scale
-    if decay == "after":
-        return bracket, scale, decay_after_step(weight_decay, mask)
-    if decay == "proximal":
-        proximal = decay_after_step(weight_decay, mask, learning_rate=learning_rate, proximal=True)
-        return bracket, scale, proximal
-    decoupled = decoupled_weight_decay(weight_decay, mask)
-    if decay == "decoupled":
-        return bracket, decoupled, scale
-    uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
-    return bracket, uphill, decoupled, optax.scale(-1.0)
+    bracket = adaptive(lion_direction(b1, b2), state_dtype=state_dtype)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -191,7 +158,7 @@ def yogi(
     initial: float = 1e-6,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    decay: Literal["l2"] = "l2",
     convention: Literal["optax", "tensorflow"] = "optax",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -212,8 +179,7 @@ def yogi(
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
       initial: ``v_0``, greater than 0.
       weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient
-        (torch_optimizer). "constant": ``- wd x``, times neither.
+      decay: "l2": added to the gradient (torch_optimizer).
       convention: "optax" (and torch_optimizer), or "tensorflow": eps in the eps-hat form.
 
     >>> import jax.numpy as jnp, optax
@@ -230,7 +196,7 @@ def yogi(
         "tensorflow": (*moments, per_weight_rate(eps), debias_rate(b1, b2)),
     }
     bracket = adaptive(*listings[convention], state_dtype=state_dtype)
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 @recipe
@@ -242,7 +208,7 @@ def laprop(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["decoupled", "l2", "constant", "after"] = "decoupled",
+    decay: Literal["after"] = "after",
     convention: Literal["reference", "amsgrad"] = "reference",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -262,8 +228,7 @@ def laprop(
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
       weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient.
-        "constant": ``- wd x``, times neither. "after": the same of the new x, as the authors do.
+      decay: "after": ``- wd`` times the new x, times neither the learning rate nor its schedule.
       convention: "reference", or "amsgrad": with the largest second moment so far.
 
     >>> import jax.numpy as jnp, optax
@@ -284,7 +249,7 @@ def laprop(
         weighted_moment(b1, learning_rate),
         state_dtype=state_dtype,
     )
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 def fourth_root(step: Any) -> jax.Array:
@@ -301,7 +266,7 @@ def adopt(
     *,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    decay: Literal["inner", "l2"] = "inner",
     convention: Literal["reference", "unclipped"] = "reference",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
@@ -320,9 +285,8 @@ def adopt(
       learning_rate, b1, b2, mask, state_dtype: see ``adam``.
       eps: the smallest ``sqrt(v)`` that is divided by; at least 0.
       weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule, from the second step on
-        (``decouple=True``). "l2": added to the gradient (the authors' default). "constant":
-        ``- wd x``, times neither.
+      decay: "inner": times the learning rate and its schedule, but not at the first gradient
+        (``decouple=True``). "l2": added to the gradient (the authors' default).
       convention: "reference", or "unclipped": as first published (``clip_lambda=None``).
 
     >>> import jax.numpy as jnp, optax
@@ -342,12 +306,10 @@ def adopt(
         apply_rate(),
         *clip,
         first_moment(b1),
-        *((inner,) if decay == "decoupled" else ()),
+        *((inner,) if decay == "inner" else ()),
         state_dtype=state_dtype,
     )
-    if decay == "decoupled":
-        return bracket, scale_by_learning_rate(learning_rate)
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
 
 def done_at(step: Any, steps: float) -> jax.Array:
@@ -380,15 +342,15 @@ def ademamix(
     learning_rate: Hyperparameter,
     b1: Hyperparameter = 0.9,
     b2: Hyperparameter = 0.999,
-    b3: Hyperparameter = 0.9999,
-    alpha: Hyperparameter = 2.0,
     eps: Hyperparameter = 1e-8,
     *,
+    b3: Hyperparameter = 0.9999,
+    alpha: Hyperparameter = 2.0,
     b3_warmup: int | None = None,
     alpha_warmup: int | None = None,
     weight_decay: Hyperparameter = 0.0,
     mask: Mask | None = None,
-    decay: Literal["decoupled", "l2", "constant"] = "decoupled",
+    decay: Literal["decoupled"] = "decoupled",
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
@@ -409,8 +371,7 @@ def ademamix(
         b3 must be numbers then.
       alpha_warmup: over how many steps alpha grows from 0, linearly; at least 1.
       weight_decay: at least 0.
-      decay: "decoupled": times the learning rate and its schedule. "l2": added to the gradient.
-        "constant": ``- wd x``, times neither.
+      decay: "decoupled": times the learning rate and its schedule.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import ademamix
@@ -439,4 +400,4 @@ def ademamix(
         per_weight_rate(eps),
         state_dtype=state_dtype,
     )
-    return decaying(bracket, learning_rate, weight_decay, mask, decay)
+    return with_decay(decay, weight_decay, mask, bracket, learning_rate)

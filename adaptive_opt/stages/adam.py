@@ -41,6 +41,11 @@ def scale_by_adam(
     in the last place. Where parameters are 16-bit, optax keeps 16-bit moments; these are float32.
     Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
+    A complex weight has one second moment, of its absolute value, as in optax; ``torch.optim.Adam``
+    takes real and imaginary parts as two weights. A gradient counts as at most 1.3e19 in float32
+    (9.5e153 in float64), the root of half the largest number, so that its square is finite. After
+    one that is k times larger than usual, a weight is slow for ``2 log(k) / (1 - b2)`` steps.
+
     Args:
       b1, b2: decays of the two moments, in [0, 1).
       eps: added to the root, in the units of a gradient; at least 0.

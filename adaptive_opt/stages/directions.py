@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter, check_decay, check_nonnegative, choose
+from adaptive_opt.core.finite import largest_squared
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 
@@ -93,7 +94,7 @@ def lion_direction(
     def line(step: AdaptiveStep) -> AdaptiveStep:
         d, b = step.direction, step.at(b1)
         before = step.recall(name, like=d, dtype=dtype)
-        step.average(name, d, b2, dtype=dtype)
+        step.average(name, d, b2, dtype=dtype, at_most=largest_squared(d.dtype), of=d)
         return step.set(direction=jnp.sign(b * before + (1 - b) * d))
 
     return line

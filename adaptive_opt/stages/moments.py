@@ -18,6 +18,7 @@ from adaptive_opt.core.checks import (
     given,
     value_at,
 )
+from adaptive_opt.core.finite import largest_square, largest_squared, squarable, summable
 from adaptive_opt.core.now import Remembering
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
@@ -35,8 +36,10 @@ def first_moment(
 ) -> OneArray:
     """The moving average of the direction: ``m_t = b1 m_{t-1} + (1 - b1) d_t``, with ``m_0 = 0``.
 
-    Reads and replaces ``direction``, which is the gradient unless a stage before has changed it.
-    Adam's biased first moment estimate (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
+    A direction counts as at most the root of half the largest number (1.3e19 in float32), because
+    its square is averaged beside it; NaN and infinities pass. Reads and replaces ``direction``,
+    which is the gradient unless a stage before has changed it. Adam's biased first moment estimate
+    (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     Args:
       b1: decay in [0, 1), or a schedule of it.
@@ -53,7 +56,10 @@ def first_moment(
     check_decay(b1=b1)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        return step.set(direction=step.average(name, step.direction, b1, dtype=dtype))
+        d = step.direction
+        most = largest_squared(d.dtype)
+        mean = step.average(name, d, b1, dtype=dtype, at_most=most, of=d)
+        return step.set(direction=mean)
 
     return line
 
@@ -71,7 +77,10 @@ def second_moment(
 ) -> OneArray | WholeTree:
     """The moving average of the squared gradient: ``v_t = b2 v_{t-1} + (1 - b2) |g_t|^2``.
 
-    Reads ``gradient``, sets ``second_moment``; real for complex gradients.
+    Reads ``gradient``, sets ``second_moment``; real for complex gradients. A square counts as at
+    most half the largest number, and the direction as no more than its root, so that nothing
+    overflows: after such a gradient (above 1.3e19 in float32) the rate of its weight is low for
+    about ``88 / (1 - b2)`` steps, and with ``amsgrad_max`` for good.
     Adam's biased second raw moment estimate (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
 
     With a wider ``scope`` the square is summed, or averaged, over each tensor or over the whole
@@ -110,17 +119,20 @@ def second_moment(
     choose("scope", scope, SCOPES)
     choose("reduce", reduce, REDUCTIONS)
 
+    def averaged(step: Remembering, squares: jax.Array, of: jax.Array | None) -> jax.Array:
+        most = largest_square(squares.dtype)
+        return step.average(name, squares, b2, initial=initial, dtype=dtype, at_most=most, of=of)
+
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        squares = absolute_square(step.gradient)
+        squares, of = absolute_square(step.gradient), step.gradient
         if scope == "tensor":
-            squares = over(step, [squares], reduce, axis_name)
-        nu = step.average(name, squares, b2, initial=initial, dtype=dtype)
-        return step.set(second_moment=nu)
+            squares, of = over(step, [squares], reduce, axis_name), None
+        return step.set(second_moment=averaged(step, squares, of))
 
     def line_of_the_tree(steps: OpenStep) -> OpenStep:
         squares = steps.leaves(lambda step: absolute_square(step.gradient))
         total = over(steps, squares, reduce, axis_name)
-        nu = steps.average(name, total, b2, initial=initial, dtype=dtype)
+        nu = averaged(steps, total, None)
         return steps.each(lambda step: step.set(second_moment=nu))
 
     return WholeTree(line_of_the_tree) if scope == "tree" else line
@@ -166,7 +178,8 @@ def sum_of_squares(
 ) -> OneArray:
     """All squared gradients so far, summed: ``v_t = v_{t-1} + |g_t|^2``.
 
-    Reads ``gradient``, sets ``second_moment``. AdaGrad (Duchi, Hazan & Singer 2011, JMLR 12).
+    Reads ``gradient``, sets ``second_moment``. The sum stops at half the largest number; a large
+    gradient lowers the rate of its weight for good. AdaGrad (Duchi, Hazan & Singer 2011, JMLR 12).
 
     Args:
       initial: the first value, in the units of a squared gradient; at least 0.
@@ -182,8 +195,14 @@ def sum_of_squares(
     check_nonnegative(initial=initial)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        squares = absolute_square(step.gradient)
-        total = step.remember(name, lambda v, g: g + v, squares, initial=initial, dtype=dtype)
+        g = step.gradient
+        total = step.remember(
+            name,
+            lambda v, square: summable(square + v, v, g),
+            absolute_square(g),
+            initial=initial,
+            dtype=dtype,
+        )
         return step.set(second_moment=total)
 
     return line
@@ -220,8 +239,8 @@ def infinity_moment(
     check_nonnegative(eps=eps)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        size = jnp.abs(step.gradient) + step.at(eps)
-        norm = step.remember(name, lambda u, g: jnp.maximum(step.at(b2) * u, g), size, dtype=dtype)
+        b, size = step.decay_at(b2), jnp.abs(squarable(step.gradient)) + step.at(eps)
+        norm = step.remember(name, lambda u, g: jnp.maximum(b * u, g), size, dtype=dtype)
         return step.set(second_moment=norm)
 
     return line
@@ -251,7 +270,9 @@ def centered_moment(
     check_decay(b2=b2)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        mean = step.average(name, step.gradient, b2, dtype=dtype)
+        g = step.gradient
+        most = largest_squared(g.dtype)
+        mean = step.average(name, g, b2, dtype=dtype, at_most=most, of=g)
         return step.set(second_moment=jnp.maximum(step.second_moment - absolute_square(mean), 0))
 
     return line
@@ -289,7 +310,12 @@ def belief_moment(
     def line(step: AdaptiveStep) -> AdaptiveStep:
         surprise = absolute_square(step.gradient - step.raw("direction"))
         kept = step.at(eps) / (1 - step.at(b2))
-        return step.set(second_moment=step.average(name, surprise + kept, b2, dtype=dtype))
+        most = largest_square(surprise.dtype)
+        return step.set(
+            second_moment=step.average(
+                name, surprise + kept, b2, dtype=dtype, at_most=most, of=step.gradient
+            )
+        )
 
     return line
 
@@ -360,7 +386,7 @@ def nesterov_moment(b1: Hyperparameter, *, as_in_optax: bool = False) -> OneArra
     check_decay(b1=b1)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        m, g, b = step.raw("direction"), step.gradient, step.at(b1)
+        m, g, b = step.raw("direction"), squarable(step.gradient), step.at(b1)
         now = step.correction("direction", b1, as_in_optax=as_in_optax)
         ahead = step.correction_ahead(b1, as_in_optax=as_in_optax)
         return step.set(direction=b * (m / ahead) + (1 - b) * (g / now))
@@ -400,13 +426,16 @@ def nadam_moment(
     check_decay(b1=b1)
     check_nonnegative(momentum_decay=momentum_decay)
 
+    def decay_of_momentum(step: Any) -> Any:
+        return value_at(momentum_decay, step + 1, "momentum_decay")
+
     def now(step: Any) -> Any:
-        t, d = jnp.asarray(step + 1, float), value_at(momentum_decay, step + 1)
-        return value_at(b1, step + 1) * (1 - 0.5 * 0.96 ** (t * d))
+        t, d = jnp.asarray(step + 1, float), decay_of_momentum(step)
+        return value_at(b1, step + 1, "b1") * (1 - 0.5 * 0.96 ** (t * d))
 
     def ahead(step: Any) -> Any:
-        t, d = jnp.asarray(step + 1, float) + 1, value_at(momentum_decay, step + 1)
-        return value_at(b1, step + 1) * (1 - 0.5 * 0.96 ** (t * d))
+        t, d = jnp.asarray(step + 1, float) + 1, decay_of_momentum(step)
+        return value_at(b1, step + 1, "b1") * (1 - 0.5 * 0.96 ** (t * d))
 
     def line(steps: OpenStep) -> OpenStep:
         product = steps.remember(
@@ -414,7 +443,7 @@ def nadam_moment(
         )
 
         def look_ahead(step: AdaptiveStep) -> AdaptiveStep:
-            m, g = step.raw("direction"), step.gradient
+            m, g = step.raw("direction"), squarable(step.gradient)
             step.pay("direction", b1)
             mu, mu_next, p = step.at(now), step.at(ahead), step.at(product)
             # Quotients of scalars: XLA may turn a division of arrays into a product, or not.
@@ -457,11 +486,13 @@ def heavy_ball(
     check_decay(momentum=momentum, dampening=dampening)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        d, mu = step.direction, step.at(momentum)
+        d, mu = step.direction, step.decay_at(momentum)
         undamped = step.at(jnp.where(step.count == 1, 1.0, 1 - step.now.at(dampening)))
-        velocity = step.remember(name, lambda w, d: mu * w + undamped * d, d, dtype=dtype)
+        velocity = step.remember(
+            name, lambda w, d: summable(mu * w + undamped * d, d), d, dtype=dtype
+        )
         step = step.set(direction=velocity)
-        return step.set(direction=d + mu * velocity) if nesterov else step
+        return step.set(direction=summable(d + mu * velocity, d)) if nesterov else step
 
     return line
 

@@ -19,6 +19,7 @@ from adaptive_opt.core.checks import (
     given,
     value_at,
 )
+from adaptive_opt.core.finite import root
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.stages.moments import absolute_square
@@ -35,8 +36,8 @@ def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> OneA
 
     Args:
       eps: added outside the root, in the units of a gradient; at least 0.
-      eps_root: added inside the root, in those of a squared gradient; at least 0. Differentiating
-        through an update needs it to be positive: the root has no slope at 0.
+      eps_root: added inside the root, in those of a squared gradient; at least 0. Derivatives
+        through an update do not need it: the slope of the root at 0 counts as 0.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, per_weight_rate, second_moment
@@ -47,7 +48,7 @@ def per_weight_rate(eps: Hyperparameter, eps_root: Hyperparameter = 0.0) -> OneA
     check_nonnegative(eps=eps, eps_root=eps_root)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        return step.set(rate=RateRule(lambda v: jnp.sqrt(v + step.at(eps_root)) + step.at(eps)))
+        return step.set(rate=RateRule(lambda v: root(v + step.at(eps_root)) + step.at(eps)))
 
     return line
 
@@ -176,8 +177,8 @@ def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = No
             inverse = 1 / step.correction("direction", b1)
             step = step.set(rate=step.raw("rate") * inverse)
         if b2 is not None:
-            root = jnp.sqrt(step.correction("second_moment", b2))
-            step = step.set(rate=step.raw("rate") * root)
+            scale = jnp.sqrt(step.correction("second_moment", b2))
+            step = step.set(rate=step.raw("rate") * scale)
         return step
 
     return line
@@ -291,12 +292,12 @@ def adabound_dynamic_bound(
     check_positive(gamma=gamma)
 
     def low(step: Any) -> Any:
-        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1)
-        return value_at(final_learning_rate, step + 1) * (1 - 1 / (t + 1))
+        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1, "gamma")
+        return value_at(final_learning_rate, step + 1, "final_learning_rate") * (1 - 1 / (t + 1))
 
     def high(step: Any) -> Any:
-        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1)
-        return value_at(final_learning_rate, step + 1) * (1 + 1 / t)
+        t = jnp.asarray(step + 1, float) * value_at(gamma, step + 1, "gamma")
+        return value_at(final_learning_rate, step + 1, "final_learning_rate") * (1 + 1 / t)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         return step.limit(rate=jnp.clip(step.rate, step.at(low), step.at(high)))
@@ -363,11 +364,11 @@ def radam_rectifier(
 
     def is_reliable(step: Any) -> Any:
         count = step + 1
-        length = simple_average_length(value_at(b2, count), count)
-        return length >= value_at(threshold, count)
+        length = simple_average_length(value_at(b2, count, "b2"), count)
+        return length >= value_at(threshold, count, "threshold")
 
     def factor(step: Any) -> Any:
-        count, b = step + 1, value_at(b2, step + 1)
+        count, b = step + 1, value_at(b2, step + 1, "b2")
         rho = jnp.where(is_reliable(step), simple_average_length(b, count), 5.0)
         limit = jnp.where(is_reliable(step), 2 / (1 - b) - 1, 5.0)
         return jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
@@ -411,7 +412,7 @@ def adadelta_units(
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         before = step.recall(name, like=step.direction.real, dtype=dtype)
-        step = step.set(rate=step.rate * jnp.sqrt(before + step.at(eps)))
+        step = step.set(rate=step.rate * root(before + step.at(eps)))
         step.average(name, absolute_square(step.direction * step.rate), b2, dtype=dtype)
         return step
 

@@ -28,6 +28,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 def norm(step: AdaptiveStep, x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The root of the sum of the squares of a whole tensor."""
     return jnp.sqrt(over(step, [absolute_square(x)], "sum", axis_name))
 
 
@@ -200,17 +201,17 @@ def trust_ratio(
     mask: Mask | None = None,
     axis_name: AxisName = None,
 ) -> WholeTree:
-    """A direction in the units of its tensor: times ``coefficient |x_t| / (|d_t| + eps)``.
+    """The update of a tensor in proportion to its size: ``u_t coefficient |x_t| / (|u_t| + eps)``.
 
-    Norms are those of the tensor. Where one of them is 0 the direction stays as it is, so that a
-    tensor of zeros can leave zero. Reads and replaces ``direction``; put ``apply_rate`` before it.
-    Remembers nothing. In a bracket of its own, ``adaptive(trust_ratio())``, it comes behind any
-    optimizer. LARS (You, Gitman & Ginsburg 2017, arXiv:1708.03888); LAMB (You et al. 2019,
-    arXiv:1904.00962).
+    Norms are those of the tensor. Where one of them is 0 the update stays as it is, so that a
+    tensor of zeros can leave zero. Reads ``direction``, ``rate`` and ``param``, replaces
+    ``direction``. Remembers nothing. The length of an update that comes in is lost: the learning
+    rate belongs behind. LARS (You, Gitman & Ginsburg 2017, arXiv:1708.03888), LAMB (You et al.
+    2019, arXiv:1904.00962); ``optax.scale_by_trust_ratio``.
 
     Args:
       coefficient: at least 0, or a schedule: the length of a step as a part of ``|x|``.
-      eps: at least 0, in the units of a direction.
+      eps: at least 0, in the units of an update.
       largest: the largest ``|x|`` that counts; default: any.
       mask: which tensors are scaled, the others keep their direction; see :func:`optax.masked`.
       axis_name: see ``second_moment``.
@@ -228,13 +229,12 @@ def trust_ratio(
         check_positive(largest=largest)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        d = step.direction
-        of_x, of_d = norm(step, step.param, axis_name), norm(step, d, axis_name)
+        of_x, of_u = (norm(step, x, axis_name) for x in (step.param, step.update))
         if largest is not None:
             of_x = jnp.minimum(of_x, largest)
-        both = (of_x > 0) & (of_d > 0)
-        ratio = step.at(coefficient) * of_x / jnp.where(both, of_d + step.at(eps), 1.0)
-        return step.set(direction=d * jnp.where(both, ratio, 1.0))
+        both = (of_x > 0) & (of_u > 0)
+        ratio = step.at(coefficient) * of_x / jnp.where(both, of_u + step.at(eps), 1.0)
+        return step.set(direction=step.direction * jnp.where(both, ratio, 1.0))
 
     def line_of_the_tree(steps: OpenStep) -> OpenStep:
         for step, is_scaled in zip(steps.steps, flags(mask, steps), strict=True):

@@ -1,9 +1,39 @@
-"""Weight decay and the learning rate: plain updates in, plain updates out."""
+"""Weight decay and the learning rate: plain updates in, plain updates out.
+
+What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes of the gradient,
+``lr_t`` the learning rate with its schedule, ``eta_t`` the multiplier ``schedule=`` without it:
+
+=============  =========================  =======================================================
+"l2"           ``x - lr_t u(g + wd x)``   part of the gradient, and of its moments; in
+                                          ``torch.optim.Adam``
+"decoupled"    ``x - lr_t (u + wd x)``    times the learning rate and its schedule; AdamW in
+                                          PyTorch, optax and Keras
+"independent"  ``x - eta_t (lr u + wd     times the schedule, not the base rate; AdamW in its paper
+               x)``                       (Loshchilov & Hutter 2019, arXiv:1711.05101), and in the
+                                          package keras-adamw
+"constant"     ``x - lr_t u - wd x``      times neither; AdaBoundW of AdaBound's authors,
+                                          ``fixed_decay=True`` in adabelief-pytorch and
+                                          pytorch_optimizer
+"after"        ``(x - lr_t u) (1 - wd)``  off the new x, times neither; LaProp's authors
+"proximal"     ``(x - lr_t u) / (1 +      the proximal step of ``wd/2 |x|^2``: never overshoots;
+               lr_t wd)``                 Adan
+"clipped"      ``x - f_t lr_t (u + wd     "decoupled" with the learning rate of the tensor, which the
+               x)``                       recipe has lowered by the factor f; StableAdamW
+"inner"        ``x - lr_t u(g, wd x)``    part of the direction where the recipe's listing says so:
+                                          what comes behind, a momentum, a trust ratio, a projection
+                                          or a first step that does not move, acts on it too;
+                                          NovoGrad, LAMB, AdamP, ADOPT
+=============  =========================  =======================================================
+
+All but "l2", "after" and "proximal" take the decay off the old x. ``recipe.choices["decay"]`` says which forms a recipe
+has; every form that it has is recorded from public code, or, where no package has it, from parts of
+optax.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +42,16 @@ import optax
 
 from adaptive_opt.core.checks import Hyperparameter, check_nonnegative, is_number, value_at
 from adaptive_opt.core.describe import described
+from adaptive_opt.core.finite import narrowed
 from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 
 Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
+
+Decay: TypeAlias = Literal[
+    "l2", "decoupled", "independent", "constant", "after", "proximal", "clipped", "inner"
+]
+"""Where weight decay enters, and what it is multiplied by: see the module."""
 
 
 @described
@@ -31,11 +67,9 @@ def decoupled_weight_decay(
     and Keras, all of which take it off the old x. A recipe that has spent the learning rate already
     says ``learning_rate=``, and the decay is ``u_t + lr_t wd_t x_t``.
 
-    Three conventions go by the name of AdamW's decay: times the learning rate and its schedule
-    (this, in its ordinary place), times the schedule only (the paper: the base rate before, the
-    schedule after; ``adamw(convention="paper")``), and neither (``x - lr u - wd x``: after
-    ``scale_by_learning_rate(lr, flip_sign=False)``, and ``optax.scale(-1.0)`` last). Decoupled
-    weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2).
+    Where it stands among the factors of the update decides what it is multiplied by: the recipes'
+    ``decay="decoupled"``, ``"independent"`` and ``"constant"``. Decoupled weight decay (Loshchilov
+    & Hutter 2019, arXiv:1711.05101, Algorithm 2).
 
     Args:
       weight_decay: at least 0, per step and unit of learning rate; a number or a schedule.
@@ -52,7 +86,45 @@ def decoupled_weight_decay(
     [3.]
     """
     check_nonnegative(weight_decay=weight_decay)
-    return _decay(lambda u, x, *, s: u + s * x, weight_decay, mask, learning_rate)
+    return _decay(lambda u, x, *, s: u + s * x, "weight_decay", weight_decay, mask, learning_rate)
+
+
+@described
+def cautious_weight_decay(
+    weight_decay: Hyperparameter,
+    mask: Mask | None = None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Decays a weight only where the update moves it towards zero too: ``u_t + wd_t [u_t x_t >= 0]
+    x_t``.
+
+    In the place and with the arguments of ``decoupled_weight_decay``: before the sign is turned
+    around. It adds no second aim to the loss, so that at a minimum nothing pulls. Cautious weight
+    decay (Chen et al. 2025, arXiv:2510.12402). Of complex numbers the real part of ``u conj(x)``
+    counts.
+
+    Behind a whole optimizer turn the sign back and forth, as for ``decoupled_l1_decay``.
+
+    Args:
+      weight_decay, mask, learning_rate: see ``decoupled_weight_decay``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import cautious_weight_decay
+    >>> decay, x = cautious_weight_decay(0.5), jnp.array([4.0, -4.0])
+    >>> print(decay.update(jnp.array([1.0, 1.0]), decay.init(x), x)[0])
+    [3. 1.]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def combine(u: jax.Array, x: jax.Array, *, s: Any) -> jax.Array:
+        if jnp.iscomplexobj(u) or jnp.iscomplexobj(x):
+            together = jnp.real(u * jnp.conj(x)) >= 0
+        else:
+            together = jnp.sign(u) * jnp.sign(x) >= 0
+        return u + s * jnp.where(together, x, 0)
+
+    return _decay(combine, "weight_decay", weight_decay, mask, learning_rate)
 
 
 @described
@@ -86,7 +158,7 @@ def decoupled_l1_decay(
     [1.5, 0.5, 1.0]
     """
     check_nonnegative(l1=l1)
-    return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
+    return _decay(lambda u, x, *, s: u + s * jnp.sign(x), "l1", l1, mask, learning_rate)
 
 
 @described
@@ -124,23 +196,85 @@ def decay_after_step(
     def combine(u: jax.Array, x: jax.Array, *, s: Any) -> jax.Array:
         return (u - s * x) / (1 + s) if proximal else u - s * (x + u)
 
-    return _decay(combine, weight_decay, mask, learning_rate)
+    return _decay(combine, "weight_decay", weight_decay, mask, learning_rate)
 
 
-def decays(
-    weight_decay: Hyperparameter,
+def with_decay(
+    decay: Decay,
+    weight_decay: Hyperparameter | None,
+    mask: Mask | None,
+    bracket: optax.GradientTransformation,
+    learning_rate: Hyperparameter,
+    *,
+    spent: bool = False,
+    schedule: optax.Schedule | None = None,
+    l1: Hyperparameter | None = None,
+) -> tuple[optax.GradientTransformation, ...]:
+    """The parts of a recipe: its bracket, the learning rate, and the decay where its word puts it.
+
+    ``spent`` says that the bracket has multiplied by the learning rate, and the schedule, already.
+    What is "clipped" or "inner" is in the bracket.
+    A weight decay of None has no part, and so no place in the state.
+    """
+    if decay != "independent" and schedule is not None:
+        raise ValueError(
+            f'schedule= belongs to decay="independent"; under decay="{decay}" give the schedule as'
+            " learning_rate."
+        )
+    if decay == "independent" and callable(learning_rate):
+        raise ValueError(
+            'decay="independent" is multiplied by the schedule, but not by the base learning rate:'
+            " give learning_rate as a number, and its course as schedule=."
+        )
+    eta = 1.0 if schedule is None else schedule
+    last = optax.scale(-1.0) if spent else scale_by_learning_rate(learning_rate)
+    if decay == "l2":
+        l2 = () if weight_decay is None else (l2_regularization(weight_decay, mask),)
+        return *l2, bracket, last
+    if decay in ("clipped", "inner"):
+        return bracket, last
+    if decay in ("after", "proximal"):
+        times = learning_rate if decay == "proximal" else None
+        after = (
+            ()
+            if weight_decay is None
+            else (
+                decay_after_step(
+                    weight_decay, mask, learning_rate=times, proximal=decay == "proximal"
+                ),
+            )
+        )
+        return bracket, last, *after
+    if spent:
+        times = {"decoupled": learning_rate, "independent": eta, "constant": None}[decay]
+        return bracket, *_decays(weight_decay, l1, mask, times), last
+    decays = _decays(weight_decay, l1, mask)
+    if decay == "decoupled":
+        return bracket, *decays, last
+    uphill = scale_by_learning_rate(learning_rate, flip_sign=False)
+    if decay == "independent":
+        return bracket, uphill, *decays, scale_by_learning_rate(eta)
+    return bracket, uphill, *decays, optax.scale(-1.0)
+
+
+def _decays(
+    weight_decay: Hyperparameter | None,
     l1: Hyperparameter | None,
     mask: Mask | None,
-    *,
     learning_rate: Hyperparameter | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
-    """The decoupled decays of a recipe, side by side."""
-    l2 = decoupled_weight_decay(weight_decay, mask, learning_rate=learning_rate)
-    return (l2,) if l1 is None else (l2, decoupled_l1_decay(l1, mask, learning_rate=learning_rate))
+    """Those that are given, side by side."""
+    kinds = (decoupled_weight_decay, weight_decay), (decoupled_l1_decay, l1)
+    return tuple(
+        kind(strength, mask, learning_rate=learning_rate)
+        for kind, strength in kinds
+        if strength is not None
+    )
 
 
 def _decay(
     combine_leaves: Callable[..., Any],
+    name: str,
     strength: Hyperparameter,
     mask: Mask | None,
     learning_rate: Hyperparameter | None,
@@ -156,13 +290,13 @@ def _decay(
             raise ValueError(
                 "weight decay needs the parameters: call update(gradients, state, params)."
             )
-        lr = 1.0 if learning_rate is None else value_at(learning_rate, count)
+        lr = 1.0 if learning_rate is None else value_at(learning_rate, count, "learning_rate")
         return map_leaves(
             lambda u, x, *, s, lr: combine_leaves(u, x, s=lr * s),  # multiplied in the leaf's width
             updates,
             updates,
             params,
-            s=value_at(strength, count),
+            s=value_at(strength, count, name),
             lr=lr,
         )
 
@@ -245,7 +379,7 @@ def scale_by_learning_rate(
 
     def combine(updates: Tree, params: Tree, count: Any) -> Tree:
         del params
-        lr = value_at(learning_rate, count)
+        lr = value_at(learning_rate, count, "learning_rate")
         return map_leaves(lambda u, *, lr: sign * lr * u, updates, updates, lr=lr)
 
     sign = -1 if flip_sign else 1
@@ -267,7 +401,8 @@ def _plain(
         if not isinstance(state, optax.EmptyState):
             count = optax.safe_increment(state.count)
             state = state._replace(count=count)
-        new = combine(updates, params, count)
-        return map_none(lambda u, dtype: jnp.asarray(u, dtype), new, dtypes), state
+        with jax.numpy_dtype_promotion("standard"):  # widths are our matter
+            new = combine(updates, params, count)
+        return map_none(narrowed, new, dtypes), state
 
     return optax.GradientTransformationExtraArgs(template.init, update)

@@ -9,13 +9,17 @@ white printers tell apart, gives every axis its unit, and returns the figure; sa
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from adaptive_opt.core.checks import needed
-from adaptive_opt.watching.telemetry import BIN_EDGES, rate_histograms, read_telemetry, seen_at
+from adaptive_opt.watching.reading import Reading
+from adaptive_opt.watching.tally import BIN_EDGES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LEAST_PERCENT = 0.01
@@ -29,6 +33,8 @@ class Recorder:
     """Collects telemetry while training, for the pictures below.
 
     Call ``record(state)`` as often as you like: what has been seen already is not recorded again.
+    It takes what ``read_telemetry`` takes. ``save(path)`` writes all of it to a JSON file, next to
+    the checkpoint say; a run that is started again goes on with ``Recorder.load(path)``.
 
     Attributes:
       steps: the steps at which telemetry looked.
@@ -55,17 +61,39 @@ class Recorder:
     def record(self, state: Any) -> None:
         """Keep what the telemetry in a state saw last, if that is new.
 
+        Steps are those of the bracket that has taken most: a group that is unfrozen later starts
+        its own count, and what was recorded before stays.
+
         Where a run goes on from an earlier step, or another one starts, what came later is
         forgotten.
         """
-        step = seen_at(state)
+        read = Reading.of(state)
+        step = read.step
         while step is not None and self.steps and self.steps[-1] > step:
             for kept in (self.steps, self.rows, self.histograms):
                 kept.pop()
         if step is not None and step not in self.steps[-1:]:
             self.steps.append(step)
-            self.rows.append(read_telemetry(state))
-            self.histograms.append(rate_histograms(state))
+            self.rows.append(read.numbers())
+            self.histograms.append(read.histograms())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was recorded to a JSON file; one that is there is replaced as a whole."""
+        histograms = [{k: h.tolist() for k, h in kept.items()} for kept in self.histograms]
+        kept = {"steps": self.steps, "rows": self.rows, "histograms": histograms}
+        new = pathlib.Path(f"{os.fspath(path)}.new")
+        new.write_text(json.dumps(kept))
+        new.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recorder:
+        """A recorder with what ``save`` wrote."""
+        kept, recorder = json.loads(pathlib.Path(path).read_text()), cls()
+        recorder.steps, recorder.rows = kept["steps"], kept["rows"]
+        recorder.histograms = [
+            {k: np.array(h) for k, h in each.items()} for each in kept["histograms"]
+        ]
+        return recorder
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps, and the number with this key at each of them; NaN where there was none."""

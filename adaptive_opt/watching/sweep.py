@@ -15,7 +15,10 @@ import numpy as np
 import optax
 
 from adaptive_opt.core.checks import check_whole
+from adaptive_opt.core.containers import Parts, put_together, taken_apart, unboxed
+from adaptive_opt.core.describe import check_order
 from adaptive_opt.core.trees import Tree, downhill
+from adaptive_opt.wrappers.train_step import loss_of_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Sweep:
       losses: the loss of every member at every step, (members, steps), before the step.
       diverged_at: for every member the first step (1, 2, ...) at which its loss or its parameters
         were not finite, or 0 if there is none.
-      params: the parameters at the end, with an axis for the members in front.
+      params: the parameters at the end, with an axis for the members in front; of a module, the
+        module with such arrays.
       results: what ``evaluate`` said of them, or the mean loss of the last tenth of the steps; NaN
         for members that diverged.
     """
@@ -110,8 +114,9 @@ def sweep(
         others with ``functools.partial``; a schedule is made of them in a function of your own:
         ``lambda learning_rate: adam(optax.cosine_decay_schedule(learning_rate, 1000))``.
       grid: the values of each hyperparameter; the members are their product with the seeds.
-      loss: ``loss(params, batch)``, a scalar.
-      init: from a ``jax.random.key(seed)`` to parameters.
+      loss: ``loss(params, batch)``, a scalar; it is given what ``init`` returns.
+      init: from a ``jax.random.key(seed)`` to parameters: a tree, a module of nnx or Equinox. What
+        else a module of nnx holds goes along, batch statistics and the counts of random keys.
       data: arrays with the examples along their first axis; every member holds the same.
       steps: how many, at least 1.
       batch_size: how many examples a step sees, drawn anew at each step (with replacement) with the
@@ -166,24 +171,34 @@ def sweep(
     keys = jax.vmap(jax.random.key)(jnp.asarray([m[-1] for m in members]))
     data = jax.tree.map(jnp.asarray, data)
 
+    known: list[Any] = []  # of the model, that is no array: the same for every member
+
     def start(values: dict[str, jax.Array], key: jax.Array) -> Any:
-        params = init(key)
-        return params, recipe(**values).init(params), jnp.zeros([], jnp.int32)
+        optimizer = recipe(**values)
+        check_order(optimizer)
+        parts = taken_apart(init(key))
+        if parts.is_nnx:
+            parts = Parts(unboxed(parts.trained), unboxed(parts.carried), parts.known)
+        known[:] = [parts.known]
+        state = optimizer.init(parts.trained)
+        return parts.trained, parts.carried, state, jnp.zeros([], jnp.int32)
 
     def step(values: dict[str, jax.Array], key: jax.Array, data: Tree, carry: Any, t: Any) -> Any:
-        params, state, diverged_at = carry
+        params, carried, state, diverged_at = carry
         batch = data
         if batch_size is not None:
             chosen = jax.random.randint(jax.random.fold_in(key, t), (batch_size,), 0, size)
             batch = jax.tree.map(lambda x: x[chosen], data)
-        value, gradient = jax.value_and_grad(loss)(params, batch)
+        loss_of = loss_of_parts(loss, Parts(params, carried, *known))
+        differentiated = jax.value_and_grad(loss_of, has_aux=True)
+        (value, (carried,)), gradient = differentiated(params, batch)
         updates, state = recipe(**values).update(downhill(gradient), state, params)
         params = optax.apply_updates(params, updates)
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(params):
             finite &= jnp.isfinite(leaf).all()
         diverged_at = jnp.where((diverged_at == 0) & ~finite, t, diverged_at)
-        return (params, state, diverged_at), value
+        return (params, unboxed(carried), state, diverged_at), value
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(carry: Any, data: Tree, ts: jax.Array) -> Any:
@@ -201,14 +216,19 @@ def sweep(
         done += len(ts)
         if progress is not None:
             progress(done, steps)
-    params, _, diverged_at = carry
+    params, carried, _, diverged_at = carry
     losses = np.concatenate(losses, axis=1)
     if evaluate is None:
         results = losses[:, -max(1, steps // 10) :].mean(axis=1)
     else:
-        results = np.asarray(jax.jit(jax.vmap(evaluate))(params), losses.dtype)
+
+        def of_member(params: Tree, carried: Tree) -> jax.Array:
+            return evaluate(put_together(Parts(params, carried, *known)))
+
+        results = np.asarray(jax.jit(jax.vmap(of_member))(params, carried), losses.dtype)
         if results.shape != (len(members),):
             raise ValueError(f"evaluate must return a scalar, got shape {results.shape[1:]}.")
     diverged_at = np.asarray(diverged_at)
     results = np.where((diverged_at > 0) | ~np.isfinite(results), np.nan, results)
+    params = put_together(Parts(params, carried, *known))
     return Sweep((*names, "seed"), members, losses, diverged_at, params, results)

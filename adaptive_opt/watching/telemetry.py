@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from adaptive_opt.core.checks import Hyperparameter, given
-from adaptive_opt.core.observe import HYPERPARAMETERS, Observation, watching
+from adaptive_opt.core.observe import HYPERPARAMETERS, watching
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
-from adaptive_opt.core.trees import axes_of, axes_split, is_none, path_of
-
-QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-LOW, HIGH, PER_DECADE = -12, 6, 8
-"""The bins of the histogram: from 10^-12 to 10^6, eight to a decade, and one more at each end."""
-
-BIN_EDGES = np.linspace(LOW, HIGH, (HIGH - LOW) * PER_DECADE + 1)
-"""Their edges, as log10 of a rate. What lies below the first or above the last has a bin too."""
-
-UNKNOWN = -1.0
-"""In the state, in place of a number there is none for; all numbers are at least 0."""
+from adaptive_opt.core.trees import axes_of, axes_split, is_none, path_of, varying_like
+from adaptive_opt.core.waves import SEGMENT, Wave, Waves
+from adaptive_opt.watching.tally import (
+    BIN_EDGES,
+    NO_COUNT,
+    NORMS,
+    QUANTILES,
+    UNKNOWN,
+    Tally,
+    Weights,
+)
 
 
 def telemetry(
@@ -44,21 +44,32 @@ def telemetry(
     ``read_telemetry(state)``. At steps 1, 1 + every, ... it keeps:
 
     * the learning rate, b1 (or the momentum) and the weight decay of the step;
+    * the loss, if ``update`` was given it as ``value=``;
     * for every group of parameters the quantiles and the histogram of the *per-weight rate*: what
       multiplies the direction of a weight in all, the learning rate included, wherever the recipe
       multiplies by it, so that recipes compare;
-    * the fraction of weights on which a bound (AdaMod, AdaBound), a maximum (AMSGrad) or a
-      rectifier (RAdam) acts: where it changed the value it was given;
+    * the number of weights on which a bound (AdaMod, AdaBound), a maximum (AMSGrad) or a rectifier
+      (RAdam) acts: where it changed the value it was given;
     * the mean friction of diffGrad;
-    * the update-to-weight ratio: the norm of the step, without decoupled decay, over that of the
-      parameters; needs ``params`` in ``update``.
+    * three norms: of the gradient as the recipe is given it (what clips before it in a chain has
+      clipped), of the parameters, and of the update, the learning rate included and decoupled
+      decay left out. The update-to-weight ratio is that of the last two; both need ``params`` in
+      ``update``.
 
     It changes no update: not by a bit where the update is compiled by itself; compiled together
     with a model, XLA may round either program differently in the last place. Only counts and sums
     leave a group, so parameters may be sharded in any way. (``zero1`` and ``Packing``, which pad
-    the parameters, refuse it.) A quantile is the smallest rate that at least that part of the
-    weights does not exceed, to the last bit of a float32. Weights that share
-    a rate count one by one.
+    the parameters, refuse it.)
+
+    Rates are counted in bins that are 2^-7 of the rate wide, exactly, up to 2^47 weights. A
+    quantile is the smallest rate that at least that part of the weights does not exceed, to 2^-8
+    of itself, and exactly where all rates of a group are equal; the edges of the histogram are
+    rounded down to those of bins. Norms are right to float32's rounding at any size of gradients.
+
+    A look goes through all weights in waves: temporaries are less than a byte for each weight,
+    besides a megabyte, and one program serves all leaves. It goes leaf by leaf, in a program for
+    each shape and with up to 8 bytes for each weight of the largest leaf, where a line of the
+    optimizer sees more than one weight, and on a mesh of several devices under ``jit``.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -71,8 +82,8 @@ def telemetry(
         as for ``second_moment``; default: every device has them all. Not needed under ``jit``.
       name: of what it keeps.
 
-    State: an ``Observation(step, values)``, float32, in the buffers of the bracket: 151 numbers for
-    every group.
+    State: an ``Observation(step, values)`` in the buffers of the bracket: 301 numbers of 32 bits
+    for every group, two more for each stage that limits something, and 5 besides.
 
     ValueError for a group called "other", "all" or with a slash, or a bad pattern.
 
@@ -89,28 +100,30 @@ def telemetry(
     patterns = _checked_groups(groups)
 
     def shapes(limits: tuple[str, ...]) -> Any:
-        scalar = jax.ShapeDtypeStruct((), np.float32)
-        bins = jax.ShapeDtypeStruct((len(BIN_EDGES) + 1,), np.float32)
-        quantiles = jax.ShapeDtypeStruct((len(QUANTILES),), np.float32)
+        def numbers(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
         one = {
-            "histogram": bins,
-            "quantiles": quantiles,
-            "limited": dict.fromkeys(_numbered(limits), scalar),
-            "friction": scalar,
-            "update_ratio": scalar,
+            "histogram": numbers(len(BIN_EDGES) + 1, 2, dtype=np.uint32),
+            "quantiles": numbers(len(QUANTILES)),
+            "limited": dict.fromkeys(_numbered(limits), numbers(2, dtype=np.uint32)),
+            "friction": numbers(),
+            "norms": numbers(len(NORMS)),
         }
-        hyperparameters = jax.ShapeDtypeStruct((len(HYPERPARAMETERS),), np.float32)
         return {
-            "hyperparameters": hyperparameters,
+            "hyperparameters": numbers(len(HYPERPARAMETERS)),
+            "loss": numbers(2),
             "groups": {label: one for label in _by_group(patterns, ())},
         }
 
-    def look(step: OpenStep) -> Any:
+    def look(step: OpenStep, like: Any, waves: Sequence[Waves] | None = None) -> Any:
         known = step.notes["hyperparameters"]
         values = [known.get(name, UNKNOWN) for name in HYPERPARAMETERS]
+        looked = _Look(step, _by_group(patterns, step.gradient), like["groups"], axes_of(axis_name))
         return {
             "hyperparameters": jnp.stack([jnp.asarray(v, jnp.float32) for v in values]),
-            "groups": _groups_at(step, patterns, axis_name),
+            "loss": _loss(step.now.extra.get("value")),
+            "groups": looked.leaf_by_leaf() if waves is None else looked.in_waves(waves),
         }
 
     own = {"learning_rate": learning_rate, "b1": b1, "weight_decay": weight_decay}
@@ -118,198 +131,117 @@ def telemetry(
     chosen = {"name": name} if name != "telemetry" else {}
     chosen |= {"axis_name": axis_name} if axis_name else {}
     settings = {"every": every, "groups": groups, **given(**own), **chosen}
-    return watching(look, shapes, every, name, "telemetry", settings, own, remaining)
+    return watching(look, shapes, every, name, "telemetry", settings, own, remaining, waves=True)
 
 
-def read_telemetry(state: Any, *, histograms: bool = False) -> dict[str, float]:
-    """What the observers in a state saw last, as a flat dict of floats.
+class _Look:
+    """Telemetry's look at a step, wave by wave or leaf by leaf."""
 
-    TensorBoard, wandb and a CSV file take it as it is. The keys are ``step``, ``learning_rate``,
-    ``b1``, ``weight_decay``, and for every group ``rate/<group>/q01`` to ``q99``,
-    ``limited/<stage>/<group>``, ``friction/<group>``, ``update_ratio/<group>``. What a recipe does
-    not have is not there. An observer that was given a name puts it in front; so does a group of
-    ``optax.partition`` (``ParameterGroups``) that has a bracket of its own.
+    def __init__(
+        self, step: OpenStep, places: Mapping[str, list[int]], like: Any, axes: tuple[str, ...]
+    ) -> None:
+        self.step, self.axes, self.like = step, axes, like
+        self.labels = tuple(places)
+        self.group_of = {place: i for i, own in enumerate(places.values()) for place in own}
+        self.remaining = jax.lax.stop_gradient(jnp.asarray(step.notes["remaining"], jnp.float32))
+        self.limits = len(like[self.labels[0]]["limited"])
+        self.reached = 0  # of the limits, by the stages before this observer
+        self.sizes = [0] * len(self.labels)
+        self.tally: Tally | None = None
 
-    Args:
-      state: the state of an optimizer, or anything that has one inside (a ``TrainState``).
-      histograms: also ``histogram/<group>/<log10 of the bin's lower edge>``, as fractions of the
-        weights; ``rate_histograms`` returns them as arrays.
+    def in_waves(self, waves: Sequence[Waves]) -> Any:
+        def add(tally: Tally, wave: Wave) -> Tally:
+            return tally.adding(self._weights(wave.step), wave.number, wave.is_weight)
 
-    ValueError if there is no observer in the state, or if the state is one of several optimizers
-    (``vmap``). Empty before the first step.
+        for kind in waves:
+            groups = [self.group_of[place] for place in kind.places]
+            made = kind.fold(groups, add, self._nothing(), Tally.in_digits, Tally.merged)
+            arrays = [x for leaf in kind.leaves for x in jax.tree.leaves(leaf)]
+            self._count(
+                made, [(x.gradient, g) for x, g in zip(kind.leaves, groups, strict=True)], arrays
+            )
+        return self._numbers()
 
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import read_telemetry, sgd, telemetry
-    >>> optimizer, x = sgd(0.5, observers=telemetry()), jnp.ones(2)
-    >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
-    >>> sorted(read_telemetry(state))[:3]
-    ['learning_rate', 'rate/all/q01', 'rate/all/q10']
-    >>> read_telemetry(state, histograms=True)["histogram/all/-0.375"]
-    1.0
-    """
-    flat: dict[str, float] = {}
-    for prefix, seen in _observations(state):
-        if not seen.step:
-            continue
-        flat[f"{prefix}step"] = float(seen.step)
-        entries = _entries(seen.values, histograms) if _is_telemetry(seen) else _flat(seen.values)
-        flat |= {f"{prefix}{key}": value for key, value in entries.items()}
-    return flat
+    def leaf_by_leaf(self) -> Any:
+        @jax.jit
+        def one(weights: Weights, group: jax.Array) -> Tally:
+            return self._of_leaf(weights, group)
 
+        for place, each in enumerate(self.step.steps):
+            if each is None or not each.gradient.size:
+                continue
+            weights, group = self._weights(each), self.group_of[place]
+            parts = -(-weights.rate.size // (SEGMENT - 1))
+            rows = -(-weights.rate.shape[0] // parts) if parts > 1 else 0
+            for part in range(parts):
+                cut = weights
+                if parts > 1:
+                    own = slice(part * rows, (part + 1) * rows)
+                    cut = jax.tree.map(lambda x, own=own: x[own], weights)
+                if cut.rate.size:
+                    tally = one(cut, jnp.asarray(group, jnp.int32))
+                    self._count(tally, [(cut.rate, group)], jax.tree.leaves(cut))
+        return self._numbers()
 
-def rate_histograms(state: Any) -> dict[str, np.ndarray]:
-    """The histogram of the per-weight rate of every group, by the group's name.
+    def _weights(self, step: Any) -> Weights:
+        weights = jax.lax.stop_gradient(Weights.of(step, self.remaining, self.limits))
+        self.reached = len(weights.limited)
+        return weights
 
-    Each is an array of fractions of the weights, which add up to 1: in the bin below the first of
-    ``BIN_EDGES`` (rates of 0 among them), in those between them, and above the last.
+    def _nothing(self) -> Tally:
+        return Tally.nothing(len(self.labels), self.limits)
 
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import rate_histograms, sgd, telemetry
-    >>> optimizer, x = sgd(0.5, observers=telemetry()), jnp.ones(2)
-    >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
-    >>> histogram = rate_histograms(state)["all"]
-    >>> len(histogram), float(histogram.sum())
-    (146, 1.0)
-    """
-    return {
-        f"{prefix}{group}": np.asarray(values["histogram"])
-        for prefix, seen in _observations(state)
-        if _is_telemetry(seen) and seen.step
-        for group, values in seen.values["groups"].items()
-        if values["histogram"].any()
-    }
+    def _of_leaf(self, weights: Weights, group: jax.Array) -> Tally:
+        """Of the weights of an array, in digits; on a mesh with explicit axes, by its parts."""
+        sharding = jax.typeof(weights.rate).sharding
+        split = [name for axis in sharding.spec for name in axes_of(axis)]
+        split = tuple(n for n in split if n not in sharding.mesh.manual_axes)
 
+        def of_part(weights: Weights, group: jax.Array) -> Tally:
+            arrays = jax.tree.leaves(weights)
+            start = jax.tree.map(lambda x: varying_like(x, arrays), self._nothing())
+            return start.adding(weights, group).in_digits().everywhere(split)
 
-def seen_at(state: Any) -> int | None:
-    """The last step at which telemetry looked, or, without it, another observer; None before."""
-    seen = [seen for _, seen in _observations(state) if seen.step]
-    return next((int(x.step) for x in sorted(seen, key=lambda x: not _is_telemetry(x))), None)
+        if not split:
+            return of_part(weights, group)
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, weights)
+        alone = PartitionSpec()
+        return jax.shard_map(of_part, in_specs=(specs, alone), out_specs=alone)(weights, group)
 
+    def _count(self, tally: Tally, leaves: Any, arrays: Sequence[Any]) -> None:
+        """What was counted on this device, and the sizes of the leaves it was counted of."""
+        split = tuple(a for a in self.axes if any(a in axes_split(x, (a,)) for x in arrays))
+        tally = tally.everywhere(split)
+        self.tally = tally if self.tally is None else self.tally.merged(tally)
+        for leaf, group in leaves:
+            self.sizes[group] += jax.lax.psum(leaf.size, split) if split else leaf.size
 
-# --- what is seen ---------------------------------------------------------------------------------
-
-
-def _groups_at(step: OpenStep, patterns: Mapping[str, Any], axis_name: Any) -> Any:
-    """The numbers of every group at this step."""
-    rate = step.rate if step.rate is not None else step.notes.get("rate")
-    if rate is None:  # no second moment and no rate: the direction itself is followed
-        rate = step.map(lambda g: jnp.ones((), g.real.dtype), step.gradient)
-    applied = step.direction
-    if step.rate is not None:
-        applied = step.map(jnp.multiply, step.direction, rate)
-    remaining = jnp.asarray(step.notes["remaining"], jnp.float32)
-    limited = step.notes.get("limited", ())
-    names = _numbered(tuple(name for name, _ in limited))
-    changed = {
-        name: step.map(lambda g, a, b: _filled(a != b, g), step.gradient, before, after)
-        for name, (_, (before, after)) in zip(names, limited, strict=True)
-    }
-    trees = {
-        "rate": step.map(lambda g, r: _filled(r, g) * remaining, step.gradient, rate),
-        "friction": step.notes.get("friction"),
-        "squares": step.map(lambda u: _square(u) * remaining**2, applied),
-        "weights": None if step.params is None else step.map(_square, step.params),
-        **{f"limited/{name}": tree for name, tree in changed.items()},
-    }
-    columns = {key: _leaves(tree) for key, tree in trees.items() if tree is not None}
-    return {
-        label: _numbers({k: [c[i] for i in places] for k, c in columns.items()}, names, axis_name)
-        for label, places in _by_group(patterns, step.gradient).items()
-    }
-
-
-def _numbers(leaves: Mapping[str, list[Any]], limits: tuple[str, ...], axis_name: Any) -> Any:
-    """The numbers of one group, of the leaves of several trees."""
-    axes = axes_of(axis_name)
-
-    def everywhere(part: Any, leaf: jax.Array) -> Any:
-        """The sum over the devices among which the leaf is split."""
-        split = axes_split(leaf, axes)
-        return jax.lax.psum(part, split) if split else part
-
-    def total(key: str) -> jax.Array:
-        given = [x for x in leaves[key] if x is not None]
-        parts = [everywhere(jnp.sum(x).astype(jnp.float32), x) for x in given]
-        return sum(parts, jnp.zeros((), jnp.float32))
-
-    def counts(bins: list[jax.Array], number: int) -> jax.Array:
-        """How many weights are in each of so many bins, given the bin of every weight."""
-        zeros = jnp.zeros(number, jnp.int32)
-        parts = [everywhere(zeros.at[b].add(1).astype(jnp.float32), b) for b in bins]
-        return sum(parts, jnp.zeros(number, jnp.float32))
-
-    rates = [r.astype(jnp.float32) for r in leaves["rate"] if r is not None]
-    size = sum(everywhere(r.size, r) for r in rates)
-
-    def mean(key: str) -> jax.Array:
-        return total(key) / max(size, 1)
-
-    weight = total("weights") if "weights" in leaves else jnp.zeros(())
-    ratio = jnp.sqrt(total("squares")) / jnp.sqrt(jnp.where(weight > 0, weight, 1))
-    return {
-        "histogram": counts([_bin_of(r) for r in rates], len(BIN_EDGES) + 1) / max(size, 1),
-        "quantiles": _quantiles(rates, size, counts),
-        "limited": {name: mean(f"limited/{name}") for name in limits},
-        "friction": mean("friction") if "friction" in leaves else jnp.asarray(UNKNOWN),
-        "update_ratio": jnp.where(weight > 0, ratio, UNKNOWN),
-    }
+    def _numbers(self) -> Any:
+        """In the structure of the state."""
+        rows = (self.tally or self._nothing().in_digits()).numbers(self.sizes)
+        limited = rows.pop("limited")
+        norms, (param,) = rows["norms"], [NORMS.index("param")]
+        if self.step.params is None:
+            rows["norms"] = norms.at[:, param].set(UNKNOWN)
+        none = jnp.full(2, NO_COUNT, jnp.uint32)
+        return {
+            label: {key: row[g] for key, row in rows.items()}
+            | {
+                "limited": {
+                    name: limited[g, i] if i < self.reached else none
+                    for i, name in enumerate(self.like[label]["limited"])
+                }
+            }
+            for g, label in enumerate(self.labels)
+        }
 
 
-def _bin_of(rate: jax.Array) -> jax.Array:
-    """The bin of the histogram; that of a rate that is not a number is the last."""
-    last = len(BIN_EDGES)
-    exponent = jnp.log10(jnp.where(rate > 0, rate, 1.0))
-    inside = jnp.clip(jnp.floor((exponent - LOW) * PER_DECADE) + 1, 0, last)
-    return jnp.where(jnp.isnan(rate), last, jnp.where(rate > 0, inside, 0)).astype(jnp.int32)
-
-
-def _quantiles(rates: list[jax.Array], size: int, counts: Any) -> jax.Array:
-    """The smallest rates that at least these parts of the weights do not exceed.
-
-    The bits of a float that is not negative, read as an integer, are in the order of the floats.
-    They are found eleven at a time: of the weights that share the bits found so far with a
-    quantile, those with each of the next eleven are counted.
-    """
-    if not size:
-        return jnp.zeros(len(QUANTILES), jnp.float32)
-    bits = [jax.lax.bitcast_convert_type(jnp.abs(r), jnp.int32) for r in rates]
-    ranks = np.maximum(np.ceil(np.asarray(QUANTILES) * size), 1).astype(np.float32)
-    digits, rows = 2**11, len(QUANTILES) + 1
-
-    def next_digit(level: Any, found: Any) -> Any:
-        prefix, rank = found
-        shift = 11 * (2 - level)
-
-        def row(of: jax.Array) -> jax.Array:
-            """The first quantile with these bits; one row is for the weights that share none."""
-            first = jnp.full_like(of, rows - 1)
-            for q in reversed(range(rows - 1)):
-                first = jnp.where(of == prefix[q], q, first)
-            return first
-
-        places = [row(b >> shift >> 11) * digits + (b >> shift) % digits for b in bits]
-        table = counts(places, rows * digits).reshape(rows, digits)
-        upto = jnp.cumsum(table[row(prefix)], axis=1)
-        less = upto < rank[:, None]
-        digit = jnp.sum(less, axis=1, dtype=jnp.int32)
-        return prefix << 11 | digit, rank - jnp.max(jnp.where(less, upto, 0), axis=1)
-
-    start = (jnp.zeros(rows - 1, jnp.int32), jnp.asarray(ranks))
-    found, _ = jax.lax.fori_loop(0, 3, next_digit, start)
-    return jax.lax.bitcast_convert_type(found, jnp.float32)
-
-
-def _filled(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What a tensor or the tree shares, for every weight of it, split as that is."""
-    return jnp.where(jnp.isnan(like), x, x)
-
-
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.abs(x) ** 2
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=is_none)
+def _loss(value: Any) -> jax.Array:
+    """Whether there is one, and the loss."""
+    if value is None or jnp.size(value) != 1 or jnp.iscomplexobj(value):
+        return jnp.zeros(2, jnp.float32)
+    value = jax.lax.stop_gradient(jnp.asarray(value, jnp.float32).reshape(()))
+    return jnp.stack([jnp.ones((), jnp.float32), value])
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -353,69 +285,3 @@ def _numbered(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names, told apart where there are two of one."""
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return tuple(n if c == 1 else f"{n}_{c}" for n, c in zip(names, counts, strict=True))
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-def _observations(state: Any) -> list[tuple[str, Observation]]:
-    """Every observation in a state, with what its keys begin with."""
-
-    def is_one(x: Any) -> bool:
-        return isinstance(x, Observation)
-
-    found = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_one)[0]:
-        if not is_one(leaf):
-            continue
-        if np.ndim(leaf.step):
-            raise ValueError(
-                f"the state is one of {np.shape(leaf.step)[0]} optimizers: choose one with"
-                " jax.tree.map(lambda x: x[i], state)."
-            )
-        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        groups = [b for a, b in itertools.pairwise(keys) if a == "inner_states"]
-        own = [] if _is_telemetry(leaf) and keys[-1] == "telemetry" else [keys[-1]]
-        found.append(("".join(f"{part}/" for part in (*groups, *own)), leaf))
-    if not found:
-        raise ValueError(
-            "there is no observer in this state: give the recipe observers=telemetry(every=50)."
-        )
-    prefixes = [prefix for prefix, _ in found]
-    if len(set(prefixes)) < len(prefixes):
-        found = [(f"{i}/{prefix}", seen) for i, (prefix, seen) in enumerate(found)]
-    return found
-
-
-def _is_telemetry(seen: Observation) -> bool:
-    return isinstance(seen.values, Mapping) and {"hyperparameters", "groups"} == set(seen.values)
-
-
-def _entries(values: Mapping[str, Any], histograms: bool) -> dict[str, float]:
-    hyperparameters = zip(HYPERPARAMETERS, map(float, values["hyperparameters"]), strict=True)
-    entries = {name: value for name, value in hyperparameters if value != UNKNOWN}
-    for group, seen in values["groups"].items():
-        if not seen["histogram"].any():  # no weights
-            continue
-        for q, value in zip(QUANTILES, seen["quantiles"], strict=True):
-            entries[f"rate/{group}/q{round(100 * q):02d}"] = float(value)
-        for name, value in seen["limited"].items():
-            entries[f"limited/{name}/{group}"] = float(value)
-        for name in ("friction", "update_ratio"):
-            if seen[name] != UNKNOWN:
-                entries[f"{name}/{group}"] = float(seen[name])
-        if histograms:
-            lower = ("-inf", *(f"{edge:g}" for edge in BIN_EDGES))
-            bins = zip(lower, map(float, seen["histogram"]), strict=True)
-            entries |= {f"histogram/{group}/{edge}": value for edge, value in bins}
-    return entries
-
-
-def _flat(values: Any) -> dict[str, float]:
-    """Whatever an observer keeps, by path; arrays by index."""
-    entries = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(values)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for index, value in np.ndenumerate(np.asarray(leaf)):
-            entries["/".join((name, *map(str, index)))] = float(value)
-    return entries

@@ -17,19 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from adaptive_opt.core.checks import (
     Hyperparameter,
     check_constant,
     check_nonnegative,
-    check_whole,
+    check_optimizer,
+    is_fixed,
+    is_number,
     scaled,
 )
-from adaptive_opt.core.describe import transformation
-from adaptive_opt.core.trees import Tree, is_none, map_none, path_of, update_dtypes
-
-NOT_DECAYED = ("bias", "b", "scale", "offset", "gamma", "beta")
-"""What biases and the weights of normalisations are called."""
+from adaptive_opt.core.containers import map_named, named_leaves, trained
+from adaptive_opt.core.describe import shown, transformation
+from adaptive_opt.core.trees import Tree, map_none, update_dtypes
+from adaptive_opt.wrappers.decay import as_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Group:
     Attributes:
       pattern: a regular expression, searched for anywhere in the path; ``$`` is its end. Note that
         ``layer_1`` is found in ``layer_10`` too: write ``layer_1(/|$)``.
-      learning_rate: a multiplier of the learning rate, at least 0.
+      learning_rate: a multiplier of the learning rate, at least 0; a number or a scalar array,
+        traced perhaps.
       weight_decay: in place of the common one.
       freeze: True: no update and no state. A whole number: frozen until that step; the group's own
         count, and with it its schedules and bias corrections, starts then.
@@ -48,7 +51,7 @@ class Group:
     """
 
     pattern: str = ""
-    learning_rate: float = 1.0
+    learning_rate: float | jax.Array = 1.0
     weight_decay: Hyperparameter | None = None
     freeze: bool | int = False
     optimizer: optax.GradientTransformation | None = None
@@ -67,7 +70,7 @@ class Group:
         if self.weight_decay is not None:
             check_nonnegative(weight_decay=self.weight_decay)
         alone = self.optimizer is not None or self.freeze is True
-        if alone and (self.learning_rate != 1.0 or self.weight_decay is not None):
+        if alone and (self.has_rate or self.weight_decay is not None):
             raise ValueError(
                 f"group {self.pattern!r}: with optimizer= or freeze=True, learning_rate and"
                 " weight_decay mean nothing; leave them out."
@@ -83,6 +86,11 @@ class Group:
                 f"group {self.pattern!r}: the pattern is not a regular expression: {error}."
             ) from None
 
+    @property
+    def has_rate(self) -> bool:
+        """Whether the multiplier is not the number 1."""
+        return not is_fixed(self.learning_rate) or bool(self.learning_rate != 1.0)
+
     def settings(self) -> str:
         """What is different about the group, in words."""
         if self.freeze is True:
@@ -90,10 +98,11 @@ class Group:
         said = []
         if self.optimizer is not None:
             said.append("its own optimizer")
-        if self.learning_rate != 1.0:
-            said.append(f"learning_rate x {self.learning_rate:.4g}")
+        if self.has_rate:
+            rate = self.learning_rate
+            said.append(f"learning_rate x {f'{rate:.4g}' if is_number(rate) else shown(rate)}")
         if self.weight_decay is not None:
-            said.append(f"weight_decay {self.weight_decay}")
+            said.append(f"weight_decay {shown(self.weight_decay)}")
         if self.freeze:
             said.append(f"frozen until step {self.freeze}")
         return ", ".join(said) or "as given"
@@ -106,6 +115,8 @@ class ReportLine(NamedTuple):
     shape: tuple[int, ...]
     group: str
     settings: str
+    also: tuple[str, ...] = ()
+    """The groups that stand after it, and whose patterns match too: they have no say."""
 
 
 class Report(tuple[ReportLine, ...]):
@@ -113,17 +124,29 @@ class Report(tuple[ReportLine, ...]):
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "group", "settings")]
-        rows += [(r.path, str(r.shape), r.group, r.settings) for r in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
-            for row in rows
-        ]
-        return "\n".join(lines)
+        for r in self:
+            also = f" (not {', not '.join(r.also)})" if r.also else ""
+            rows.append((r.path, str(r.shape), r.group, r.settings + also))
+        return as_table(rows)
+
+
+class TrainedState(NamedTuple):
+    """The number of steps, and the state of what sees the gradients that are trained."""
+
+    count: jax.Array
+    inner_state: Any
 
 
 class ParameterGroups:
     """An ordered table of groups; every parameter belongs to the first whose pattern it matches.
+
+    It has the settings of that one only: groups that stand after it and match too have no say, and
+    nothing is put together from two. ``report`` shows for every parameter which those are. For a
+    bias of the head that learns ten times as fast *and* does not decay, put a group of both in
+    front.
+
+    Clipping in front of the optimizer sees all gradients, those of frozen parameters too, which
+    count in a global norm. ``groups.trained(optax.clip_by_global_norm(1.0))`` sees the others only.
 
     Args:
       groups: the table, most particular first.
@@ -139,23 +162,28 @@ class ParameterGroups:
     >>> groups = ParameterGroups(
     ...     [
     ...         Group("embedding", freeze=True),
-    ...         Group("bias$", weight_decay=0.0),
+    ...         Group("head/bias$", learning_rate=10.0, weight_decay=0.0),
     ...         Group("head", learning_rate=10.0),
+    ...         Group("bias$", weight_decay=0.0),
     ...     ],
     ...     default=Group(),
     ... )
     >>> params = {
     ...     "embedding": jnp.ones((5, 2)),
     ...     "body": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)},
-    ...     "head": {"kernel": jnp.ones((2, 1))},
+    ...     "head": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)},
     ... }
     >>> print(groups.report(params))
-    parameter    shape   group      settings
-    body/bias    (2,)    bias$      weight_decay 0.0
-    body/kernel  (2, 2)  default    as given
-    embedding    (5, 2)  embedding  frozen
-    head/kernel  (2, 1)  head       learning_rate x 10
-    >>> optimizer = groups.optimizer(adamw, learning_rate=1e-3, weight_decay=1e-2)
+    parameter    shape   group       settings
+    body/bias    (2,)    bias$       weight_decay 0.0
+    body/kernel  (2, 2)  default     as given
+    embedding    (5, 2)  embedding   frozen
+    head/bias    (1,)    head/bias$  learning_rate x 10, weight_decay 0.0 (not head, not bias$)
+    head/kernel  (2, 1)  head        learning_rate x 10
+    >>> optimizer = optax.chain(
+    ...     groups.trained(optax.clip_by_global_norm(1.0)),
+    ...     groups.optimizer(adamw, learning_rate=1e-3, weight_decay=1e-2),
+    ... )
     >>> state = optimizer.init(params)
     """
 
@@ -187,20 +215,62 @@ class ParameterGroups:
             )
 
     def labels(self, params: Tree) -> Tree:
-        """A tree like the parameters, with the pattern of its group, or "default", at each leaf."""
+        """A tree like the parameters, with the pattern of its group, or "default", at each leaf.
+
+        Of a module, a tree like its trained parameters.
+        """
+        params = trained(params)
         self._check(params)
-        return jax.tree_util.tree_map_with_path(lambda path, _: self._label(path), params)
+        return map_named(lambda name, leaf: None if leaf is None else self._label(name), params)
 
     def report(self, params: Tree) -> Report:
-        """Every parameter's path, shape, group and settings."""
+        """Every parameter's path, shape, group and settings; of a module, of what is trained."""
+        params = trained(params)
         self._check(params)
-        by_label = {group.pattern: group for group in self.groups} | {"default": self.default}
         lines = []
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-            label = self._label(path) or "default"
-            group = by_label[label] or Group()
-            lines.append(ReportLine(path_of(path), tuple(np.shape(leaf)), label, group.settings()))
+        for name, leaf in named_leaves(params):
+            group, *others = self._matching(name) or [self.default or Group()]
+            also = tuple(other.pattern for other in others)
+            shape, label = tuple(np.shape(leaf)), group.pattern or "default"
+            lines.append(ReportLine(name, shape, label, group.settings(), also))
         return Report(lines)
+
+    def trained(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        """``inner``, for the gradients of parameters that are trained; before the optimizer.
+
+        Gradients of frozen groups do not reach it. Those of a group that is frozen until a step are
+        zeros for it until then, which adds nothing to a norm.
+
+        Args:
+          inner: usually one that clips.
+        """
+        check_optimizer("ParameterGroups.trained", inner)
+        masked = optax.with_extra_args_support(optax.masked(inner, self._trained))
+        starts = {
+            group.pattern or "default": int(group.freeze)
+            for group in (*self.groups, self.default or Group())
+            if group.freeze and group.freeze is not True
+        }
+
+        def init(params: Tree) -> TrainedState:
+            return TrainedState(jnp.zeros([], jnp.int32), masked.init(params))
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            def silenced(name: str, g: Any) -> Any:
+                start = starts.get(self._label(name) or "default")
+                if g is None or start is None or not hasattr(g, "dtype"):
+                    return g
+                return jnp.where(state.count < start, jnp.zeros_like(g), g)
+
+            if starts:
+                updates = map_named(silenced, updates)
+            updates, inner_state = masked.update(updates, state.inner_state, params, **extra)
+            count = jnp.asarray(optax.safe_increment(state.count))
+            return updates, TrainedState(count, inner_state)
+
+        plain = optax.GradientTransformationExtraArgs(init, update)
+        name = "ParameterGroups.trained"
+        return transformation(name, {}, plain, parts=(inner,), labels=self._trained)
 
     def optimizer(
         self,
@@ -234,12 +304,12 @@ class ParameterGroups:
                         )
                     own = settings | {"weight_decay": group.weight_decay}
                 rate = learning_rate
-                if group.learning_rate != 1.0:
+                if group.has_rate:
                     rate = scaled(learning_rate, group.learning_rate)
                 made = recipe(learning_rate=rate, **own)
             if group.freeze:
                 step = int(group.freeze)
-                later = _promoting(optax.conditionally_mask(made, _from(step)))
+                later = _frozen_until(step, made)
                 made = transformation("frozen_until", {"step": step}, later, parts=(made,))
             return made
 
@@ -263,29 +333,36 @@ class ParameterGroups:
 
     def _labels(self, tree: Tree) -> Tree:
         """The labels of parameters, or of gradients, some of which may be None."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: self._label(path), tree, is_leaf=is_none
-        )
+        return map_named(lambda name, _: self._label(name), tree)
 
-    def _label(self, path: Any) -> str | None:
-        name = path_of(path)
-        for group in self.groups:
-            if re.search(group.pattern, name):
-                return group.pattern
+    def _trained(self, tree: Tree) -> Tree:
+        """Whether a parameter, or its gradient, is in a group that is not frozen for ever."""
+
+        def is_trained(name: str, leaf: Any) -> bool | None:
+            group = next(iter(self._matching(name)), self.default or Group())
+            return None if leaf is None else group.freeze is not True
+
+        return map_named(is_trained, tree)
+
+    def _matching(self, name: str) -> list[Group]:
+        return [group for group in self.groups if re.search(group.pattern, name)]
+
+    def _label(self, name: str) -> str | None:
+        for group in self._matching(name):
+            return group.pattern
         return None if self.default is None else "default"
 
     def _check(self, params: Tree) -> None:
-        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-        if not paths:
+        names = [name for name, _ in named_leaves(params)]
+        if not names:
             return
-        names = [path_of(path) for path in paths]
-        orphans = [n for n, path in zip(names, paths, strict=True) if self._label(path) is None]
+        owners = {name: self._label(name) for name in names}
+        orphans = [name for name in names if owners[name] is None]
         if orphans:
             raise ValueError(
                 f"{len(orphans)} of {len(names)} parameters match no group: {_some(orphans)}. Add a"
                 " pattern for them, or declare default=Group()."
             )
-        owners = {path_of(path): self._label(path) for path in paths}
         for group in self.groups:
             if group.may_be_empty or group.pattern in owners.values():
                 continue
@@ -304,103 +381,30 @@ class ParameterGroups:
             )
 
 
-def _from(begin: int) -> Any:
-    return lambda step, **_: step >= begin
+def _frozen_until(begin: int, inner: optax.GradientTransformation) -> Any:
+    """``optax.conditionally_mask``, given gradients in the dtype that the updates will have.
 
-
-def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The same, given gradients in the dtype that the updates will have, frozen or not."""
+    Where the step is known, it is not left to ``lax.cond``, which compiles anew at every step.
+    """
     inner = optax.with_extra_args_support(inner)
+    masked = optax.conditionally_mask(inner, lambda step, **_: jnp.asarray(step) >= begin)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        promoted = map_none(
+        updates = map_none(
             lambda u, dtype: jnp.asarray(u, dtype), updates, update_dtypes(updates, params)
         )
-        return inner.update(promoted, state, params, **extra)
+        if isinstance(state.step, Tracer):
+            return masked.update(updates, state, params, **extra)
+        inner_state = state.inner_state
+        if state.step < begin:
+            updates = jax.tree.map(jnp.zeros_like, updates)
+        else:
+            updates, inner_state = inner.update(updates, inner_state, params, **extra)
+        return updates, type(state)(inner_state=inner_state, step=optax.safe_increment(state.step))
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(masked.init, update)
 
 
 def _some(names: list[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def decay_mask(params: Tree) -> Tree:
-    """True for the parameters that weight decay is meant for: no biases, no normalisations.
-
-    Arrays of rank 2 or more whose name is none of those in ``NOT_DECAYED``. A ``mask=`` for any
-    recipe.
-
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import adamw, decay_mask
-    >>> decay_mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
-    {'bias': False, 'kernel': True}
-    >>> optimizer = adamw(1e-3, weight_decay=1e-2, mask=decay_mask)
-    """
-
-    def decays(path: Any, leaf: Any) -> Any:
-        if leaf is None:
-            return None
-        return np.ndim(leaf) >= 2 and path_of(path).split("/")[-1] not in NOT_DECAYED
-
-    return jax.tree_util.tree_map_with_path(decays, params, is_leaf=is_none)
-
-
-def layerwise_learning_rates(
-    layers: Sequence[str], decay: float = 0.65, **settings: Any
-) -> list[Group]:
-    """Groups for the layers of a network, from input to output, with ever larger learning rates.
-
-    The last has the learning rate itself, the one before ``decay`` times it, and so on. ELECTRA and
-    BEiT use 0.65 to 0.9 for fine-tuning.
-
-    Args:
-      layers: the name of every layer, the input first; or a regular expression for it. It must
-        match whole components of the path, one or more: ``layer_1`` is not found in ``layer_10``.
-      decay: in (0, 1].
-      **settings: of every group, see ``Group``.
-
-    >>> from adaptive_opt import layerwise_learning_rates
-    >>> for group in layerwise_learning_rates(["embed", "block_1", "block_10"], 0.5):
-    ...     print(group.pattern, group.settings())
-    (^|/)(embed)(/|$) learning_rate x 0.25
-    (^|/)(block_1)(/|$) learning_rate x 0.5
-    (^|/)(block_10)(/|$) as given
-    """
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must be in (0, 1], got {decay}.")
-    last = len(layers) - 1
-    return [
-        Group(f"(^|/)({layer})(/|$)", learning_rate=decay ** (last - i), **settings)
-        for i, layer in enumerate(layers)
-    ]
-
-
-def gradual_unfreezing(
-    layers: Sequence[str], steps: int, *, decay: float = 1 / 2.6, **settings: Any
-) -> list[Group]:
-    """Groups for fine-tuning: the last layer at once, one more every so many steps, ever slower.
-
-    Discriminative rates and gradual unfreezing of ULMFiT (Howard & Ruder 2018, arXiv:1801.06146):
-    each layer learns 2.6 times slower than the one above it, and starts ``steps`` steps later.
-
-    Args:
-      layers: the name of every layer, the input first, as in ``layerwise_learning_rates``.
-      steps: between two unfreezings, at least 1; an epoch in ULMFiT.
-      decay: of the learning rate from layer to layer, in (0, 1].
-      **settings: of every group, see ``Group``.
-
-    >>> from adaptive_opt import gradual_unfreezing
-    >>> for group in gradual_unfreezing(["embed", "body", "head"], steps=100):
-    ...     print(group.pattern, group.settings())
-    (^|/)(embed)(/|$) learning_rate x 0.1479, frozen until step 200
-    (^|/)(body)(/|$) learning_rate x 0.3846, frozen until step 100
-    (^|/)(head)(/|$) as given
-    """
-    check_whole(1, steps=steps)
-    last = len(layers) - 1
-    return [
-        dataclasses.replace(group, freeze=int((last - i) * steps))
-        for i, group in enumerate(layerwise_learning_rates(layers, decay, **settings))
-    ]

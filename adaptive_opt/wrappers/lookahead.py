@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.checks import Hyperparameter, check_fraction, check_optimizer, check_whole
+from adaptive_opt.core.checks import (
+    Hyperparameter,
+    check_fraction,
+    check_optimizer,
+    check_whole,
+    value_at,
+)
 from adaptive_opt.core.describe import described_around
+from adaptive_opt.core.finite import narrowed
 from adaptive_opt.core.trees import (
     Tree,
     buffer_dtype,
@@ -29,6 +36,10 @@ class LookaheadState(NamedTuple):
     count: jax.Array
     slow: Tree
     inner_state: Any
+
+    def evaluation(self, params: Tree) -> Tree:
+        del params
+        return self.slow
 
 
 @described_around
@@ -51,7 +62,8 @@ def lookahead(
 
     Unlike optax's it takes and returns ordinary parameters, so that it works inside ``optax.chain``
     (as the last part: it must see the whole update), ``partition`` and ``inject_hyperparams``.
-    Evaluate with ``state.slow``, or right after a synchronisation.
+    Evaluate with ``evaluation_params(state, params)``, which are ``state.slow``, or right after a
+    synchronisation.
 
     Args:
       inner: any optimizer; extra arguments of ``update`` are passed on to it.
@@ -101,7 +113,7 @@ def lookahead(
         dtypes = update_dtypes(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
         syncs = count % sync_period == 0
-        a = slow_step_size(count - 1) if callable(slow_step_size) else slow_step_size
+        a = value_at(slow_step_size, count, "slow_step_size")
         synced = map_leaves(
             lambda u, x, s, *, a: s + a * (x + u - s), updates, updates, params, state.slow, a=a
         )
@@ -109,7 +121,7 @@ def lookahead(
         updates = map_leaves(
             lambda u, x, new: jnp.where(syncs, new - x, u), updates, updates, params, synced
         )
-        updates = map_none(lambda u, dtype: jnp.asarray(u, dtype), updates, dtypes)
+        updates = map_none(narrowed, updates, dtypes)
         slow = keep_dtype(state.slow, slow, "the slow weights")
         return updates, LookaheadState(count, slow, inner_state)
 

@@ -375,3 +375,33 @@ def _locator(period: float, growth: float) -> Callable[[jax.Array], tuple[Any, A
         return t - jnp.asarray(begins, float)[index], jnp.asarray(lengths, float)[index]
 
     return locate
+
+
+@_remembered
+@_registered("corrected_weight_decay")
+def corrected_weight_decay(
+    weight_decay: float, schedule: optax.Schedule, *, peak: float
+) -> optax.Schedule:
+    """A weight decay that falls with the learning rate: ``wd lr_t / peak``.
+
+    In its ordinary place the decay is times the learning rate once more, ``lr_t^2 wd / peak`` in
+    all. AdamC (Defazio 2025, arXiv:2506.02285): the norm of the weights in front of a normalisation
+    settles where ``lr_t wd`` balances the growth by the steps, which goes with ``lr_t^2``; with an
+    ordinary decay the gradient grows as the learning rate falls. The paper corrects normalised
+    layers only; give the others (embeddings, the head) the plain number, in a group of their own.
+
+    Args:
+      weight_decay: that at the peak, at least 0.
+      schedule: the learning rate that the optimizer has.
+      peak: its largest value; positive.
+
+    >>> import optax
+    >>> from adaptive_opt import adamw, corrected_weight_decay
+    >>> rate = optax.linear_schedule(1e-2, 0.0, 100)
+    >>> optimizer = adamw(rate, weight_decay=corrected_weight_decay(0.1, rate, peak=1e-2))
+    >>> round(float(corrected_weight_decay(0.1, rate, peak=1e-2)(50)), 6)
+    0.05
+    """
+    check_nonnegative(weight_decay=weight_decay)
+    check_positive(peak=peak)
+    return lambda step: weight_decay * (schedule(step) / peak)

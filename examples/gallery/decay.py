@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from shared import COLOURS, cross_entropy, digits, plt, progress, row, run, train
 
-from adaptive_opt import adam, adamw, l2_regularization
+from adaptive_opt import adam, adamw
 
 RATE, DECAY, FAN_STEPS, COPIES = 1e-3, 1.0, 3000, 256
 SCALES = np.logspace(-2, 2, 9)
@@ -32,7 +32,7 @@ NOISE = 0.4
 
 
 def with_l2(learning_rate, weight_decay):
-    return optax.chain(l2_regularization(weight_decay), adam(learning_rate))
+    return adam(learning_rate, weight_decay=weight_decay)
 
 
 def times_rate(learning_rate, weight_decay):
@@ -40,7 +40,7 @@ def times_rate(learning_rate, weight_decay):
 
 
 def not_times_rate(learning_rate, weight_decay):
-    return adamw(learning_rate, weight_decay=weight_decay, convention="paper")
+    return adamw(learning_rate, weight_decay=weight_decay, decay="independent")
 
 
 FORMS = dict(zip(DECAYS, (with_l2, times_rate, not_times_rate), strict=True))

@@ -18,7 +18,7 @@ from warmup import BATCH, CONTEXT, initial, loss_of, text
 
 from adaptive_opt import adabound, adam, adamod, telemetry
 from adaptive_opt.watching.plots import Recorder, rate_spectrogram
-from adaptive_opt.watching.telemetry import BIN_EDGES
+from adaptive_opt.watching.tally import BIN_EDGES
 
 RATE, EVERY = 1e-2, 12
 LARGE = 1.0

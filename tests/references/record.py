@@ -198,8 +198,9 @@ def rows_of(
     """A row for each set of hyperparameters, and one with a schedule and, if there is one, decay.
 
     ``run_of(hyperparameters, {"weight_decay": ...} or {})`` runs the public implementation;
-    ``ours`` are further arguments of the recipe.
+    ``ours`` are further arguments of the recipe, its ``decay`` as ``decay_form``.
     """
+    ours = {"decay" if name == "decay_form" else name: value for name, value in ours.items()}
     given = {"weight_decay": decay} if decay else {}
     always = given if always_decays else {}
     for label, h in sets.items():
@@ -274,7 +275,7 @@ def rows(lessw2020: pathlib.Path, shivram1987: pathlib.Path) -> Iterator[Row]:
         ),
         decay=1.0,
         always_decays=True,
-        convention="paper",
+        decay_form="independent",
     )
     # At b2 = .999 the maximum never binds in so few steps.
     three = BOTH | {"binding": {"b1": 0.9, "b2": 0.9, "eps": 1e-8}}

@@ -2,33 +2,28 @@
 
     PYTHONPATH=tests python tests/references/record_checkpoints.py
 
-To be run once for every STATE_FORMAT: a file that is there is not written again. ``format_1.npz``
-holds for each optimizer what ``to_bytes`` returned after three steps, and the parameters after
-three more.
+To be run once for every STATE_FORMAT: a file that is there is not written again. ``format_1.npz``,
+which an earlier version has written, holds for each optimizer what ``to_bytes`` returned after
+three steps, and the parameters after three more. With format 2 came other trees and leaves:
+``format_2.npz`` holds some of each.
 """
 
 from __future__ import annotations
 
 import sys
 
-import jax
 import numpy as np
-from saved import FORMAT_1, SAVED_BY_FORMAT_1, a_few_steps, small_tree
+from saved import FORMAT_2, trees_of_format_2
 
-from adaptive_opt import to_bytes
+from adaptive_opt import sgd, to_bytes
 
 
 def main() -> None:
-    if FORMAT_1.exists():
-        sys.exit(f"{FORMAT_1} is there: what was saved once must be read for ever.")
-    arrays = {}
-    for name, optimizer in SAVED_BY_FORMAT_1.items():
-        training = a_few_steps(optimizer, small_tree(), optimizer.init(small_tree()))
-        arrays[f"{name}/saved"] = np.frombuffer(to_bytes(optimizer, training), np.uint8)
-        params, _ = a_few_steps(optimizer, *training)
-        arrays[f"{name}/after"] = np.concatenate([x.ravel() for x in jax.tree.leaves(params)])
-    np.savez_compressed(FORMAT_1, **arrays)
-    print(f"{FORMAT_1}: {len(SAVED_BY_FORMAT_1)} checkpoints, {FORMAT_1.stat().st_size} bytes")
+    if FORMAT_2.exists():
+        sys.exit(f"{FORMAT_2} is there: what was saved once must be read for ever.")
+    saved = {name: to_bytes(sgd(1e-2), tree) for name, tree in trees_of_format_2().items()}
+    np.savez_compressed(FORMAT_2, **{n: np.frombuffer(b, np.uint8) for n, b in saved.items()})
+    print(f"{FORMAT_2}: {len(saved)} checkpoints, {FORMAT_2.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -624,23 +624,18 @@ def main() -> None:
         KERAS_ADAMW: commit(checkouts / "keras-adamw"),
     }
 
-    def table() -> Iterator[Row]:
-        for row in (
-            *bounded(checkouts),
-            *rectified(checkouts),
-            *nesterov(),
-            *classics(),
-            *rms(),
-            *momentum(),
-            *looking_ahead(),
-            *restarts(checkouts),
-            *one_cycle(),
-        ):
-            if "decay_form" in row.arguments:
-                row.arguments["decay"] = row.arguments.pop("decay_form")
-            yield row
-
-    save("family", table(), versions, parameters_every=10)
+    table = (
+        *bounded(checkouts),
+        *rectified(checkouts),
+        *nesterov(),
+        *classics(),
+        *rms(),
+        *momentum(),
+        *looking_ahead(),
+        *restarts(checkouts),
+        *one_cycle(),
+    )
+    save("family", iter(table), versions, parameters_every=10)
     cycles = fastai_cycles(checkouts)
     (HERE / "one_cycle.json").write_text(json.dumps(cycles, indent=0) + "\n")
 

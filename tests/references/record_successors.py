@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -45,6 +46,7 @@ from record import (
     installed,
     load,
     rows_of,
+    run_keras,
     run_optax,
     run_torch,
     save,
@@ -579,6 +581,180 @@ def adamp(checkouts: pathlib.Path) -> Iterator[Row]:
         yield from [dataclasses.replace(row, shape=shape) for row in rows]
 
 
+def forms_of_decay(checkouts: pathlib.Path) -> Iterator[Row]:
+    """Every recipe in every form of weight decay that no other row has."""
+    import keras
+    import pytorch_optimizer
+    import torch
+
+    torch.set_default_dtype(torch.float64)  # or NAdam keeps its product of momenta in float32
+    optim, far = torch.optim, BOTH["far"]
+
+    def row(
+        name: str,
+        source: str,
+        recipe: str,
+        run_of: Callable[..., Any],
+        decay: float,
+        form: str,
+        h: dict[str, float] = far,
+        **ours: Any,
+    ) -> Row:
+        """The one with the decay and a schedule."""
+        *_, last = rows_of(
+            f"{recipe}-{name}-{form}",
+            source,
+            recipe,
+            run_of,
+            sets={"far": h},
+            decay=decay,
+            decay_form=form,
+            **ours,
+        )
+        return last
+
+    def of_torch(
+        name: str, recipe: str, source: str, decay: float, form: str, **theirs: Any
+    ) -> Row:
+        options = {"foreach": False} | theirs
+        made = getattr(optim, source)
+        return row(
+            name,
+            f"torch.optim.{source}({', '.join(f'{k}={v}' for k, v in theirs.items())})",
+            recipe,
+            lambda h, wd: run_torch(lambda p: made(p, **torch_options(h), **wd, **options)),
+            decay,
+            form,
+        )
+
+    yield of_torch("torch", "adam", "Adam", 0.1, "l2")
+    yield of_torch("torch", "adam", "Adam", 1.0, "decoupled", decoupled_weight_decay=True)
+    yield of_torch("torch", "amsgrad", "Adam", 0.1, "l2", amsgrad=True)
+    yield of_torch("torch", "amsgrad", "AdamW", 1.0, "decoupled", amsgrad=True)
+    yield of_torch("torch", "nadam", "NAdam", 1.0, "decoupled", decoupled_weight_decay=True)
+    yield row(
+        "optax",
+        "optax.chain of scale_by_adam, the learning rate and add_decayed_weights",
+        "adamw",
+        lambda h, wd: run_optax(
+            lambda lr: optax.chain(
+                optax.scale_by_adam(**h),
+                optax.scale_by_schedule(lr),
+                optax.add_decayed_weights(**wd),
+                optax.scale(-1.0),
+            )
+        ),
+        0.01,
+        "constant",
+    )
+    yield row(
+        "optax",
+        "optax.chain of Algorithm 2 of AdamW's paper, with Nesterov momentum",
+        "nadamw",
+        lambda h, wd: run_optax(
+            lambda lr: optax.chain(
+                optax.scale_by_adam(**h, nesterov=True),
+                optax.scale(LR),
+                optax.add_decayed_weights(**wd),
+                optax.scale_by_schedule(lambda t: -lr(t) / LR),
+            )
+        ),
+        1.0,
+        "independent",
+        convention="optax",
+    )
+    yield row(
+        "optax",
+        "optax.adamaxw",
+        "adamax",
+        lambda h, wd: run_optax(lambda lr: optax.adamaxw(lr, **h, **({"weight_decay": 0.0} | wd))),
+        1.0,
+        "decoupled",
+    )
+
+    def of_keras(source: str, recipe: str, h: dict[str, float], names: dict[str, str], **ours: Any):
+        made = getattr(keras.optimizers, source)
+        return row(
+            "keras",
+            f"keras.optimizers.{source}",
+            recipe,
+            lambda h, wd: run_keras(
+                lambda: made(LR, **{names.get(k, k): v for k, v in h.items()}, **wd)
+            ),
+            1.0,
+            "decoupled",
+            h,
+            **ours,
+        )
+
+    yield of_keras("SGD", "sgd", {"momentum": 0.8}, {}, convention="keras")
+    yield of_keras("SGD", "sgdw", {"momentum": 0.8, "nesterov": True}, {}, convention="paper")
+    rms = {"b2": 0.99, "eps": 1e-3, "momentum": 0.8}
+    yield of_keras("RMSprop", "rmsprop", rms, {"b2": "rho", "eps": "epsilon"}, convention="keras")
+    total = {"initial_accumulator_value": 0.1, "eps": 1e-3}
+    yield of_keras("Adagrad", "adagrad", total, {"eps": "epsilon"}, convention="keras")
+    yield of_keras("Adadelta", "adadelta", {"rho": 0.5, "eps": 1e-3}, {"eps": "epsilon"})
+
+    def of_package(
+        source: str, recipe: str, form: str, h: dict[str, float], rooted: bool = False, **ours: Any
+    ) -> Row:
+        """pytorch_optimizer, where it adds 1e-15 under the root without that."""
+        made = getattr(pytorch_optimizer, source)
+        theirs = {"weight_decouple": form != "l2", "fixed_decay": form == "constant"}
+        theirs |= {"ams_bound": True} if recipe == "amsbound" else {}
+        shown = ", ".join(f"{k}={v}" for k, v in theirs.items())
+        run = without_roots if rooted else lambda run: run
+        names = {"final_learning_rate": "final_lr"}
+
+        def options(h: dict[str, float]) -> dict[str, Any]:
+            betas = tuple(h[b] for b in ("b1", "b2", "b3") if b in h)
+            numbers = {names.get(k, k): v for k, v in h.items() if k not in ("b1", "b2", "b3")}
+            return {"lr": LR, "betas": betas, "foreach": False} | numbers
+
+        return row(
+            "pytorch_optimizer",
+            f"pytorch_optimizer.{source}({shown}){', without 1e-15 in its root' * rooted}",
+            recipe,
+            lambda h, wd: run(
+                run_torch(lambda p: made(p, **options(h), **({"weight_decay": 0.0} | wd), **theirs))
+            ),
+            {"l2": 0.1, "decoupled": 1.0, "constant": 0.01}[form],
+            form,
+            h,
+            **ours,
+        )
+
+    for form in ("l2", "constant"):
+        yield of_package("AdaMod", "adamod", form, far | {"b3": 0.95})
+        yield of_package("Lion", "lion", form, {"b1": 0.8, "b2": 0.9})
+    for form in ("decoupled", "constant"):
+        yield of_package("DiffGrad", "diffgrad", form, far, rooted=True)
+    bounds = far | {"final_learning_rate": 0.5, "gamma": 0.05}
+    for recipe, form in (
+        ("adabound", "decoupled"),
+        ("amsbound", "decoupled"),
+        ("amsbound", "constant"),
+    ):
+        yield of_package("AdaBound", recipe, form, bounds, rooted=True, base_learning_rate=LR)
+
+
+def without_roots(run: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Run an implementation of pytorch_optimizer without the 1e-15 that it adds to v."""
+    from pytorch_optimizer.base.optimizer import BaseOptimizer
+
+    rooted = BaseOptimizer.apply_ams_bound
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, **kwargs: Any) -> np.ndarray:
+        added, rooted.__defaults__ = rooted.__defaults__, (0.0,)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            rooted.__defaults__ = added
+
+    return wrapped
+
+
 METHODS = {
     method.__name__: method
     for method in (
@@ -596,6 +772,7 @@ METHODS = {
         lars,
         adam_atan2,
         adamp,
+        forms_of_decay,
     )
 }
 
@@ -650,9 +827,6 @@ def main() -> None:
     parser.add_argument("--again", action="append", default=[], metavar="ROW")
     given = parser.parse_args()
     rows = [row for name in given.methods or METHODS for row in METHODS[name](given.checkouts)]
-    for row in rows:
-        if "decay_form" in row.arguments:
-            row.arguments["decay"] = row.arguments.pop("decay_form")
     add(rows, given.checkouts, set(given.again))
 
 

@@ -1,0 +1,319 @@
+"""A fresh state, filled place by place with what was found in another."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adaptive_opt.checkpoints.counting import count_of, whose
+from adaptive_opt.checkpoints.deriving import DERIVED, derived
+from adaptive_opt.checkpoints.found import (
+    Found,
+    buffers_at,
+    covered_by,
+    freezes,
+    own_of,
+    with_buffers,
+)
+from adaptive_opt.checkpoints.meaning import Meaning, Unknown, meanings, ratio, unknown_at
+from adaptive_opt.checkpoints.places import Place, over, path_of, places, replaced
+from adaptive_opt.core.describe import describe, held_by, held_in, made_of
+from adaptive_opt.core.trees import Tree
+
+_STARTS = "slow"
+"""The buffer that starts where the parameters are, if there is none."""
+
+
+class Filling:
+    """A fresh state on its way to be one that goes on.
+
+    What is wrong is gathered, and said at once.
+    """
+
+    def __init__(
+        self,
+        target: optax.GradientTransformation,
+        params: Tree,
+        found: Found,
+        count: Any,
+        drop: frozenset[str],
+    ) -> None:
+        self.target, self.found, self.drop = target, found, drop
+        self.fresh = target.init(params)
+        self.paths = frozenset(over(params))
+        self.name = describe(target).name
+        self.places = places(target, self.fresh)
+        self.buffers = {place.key: buffers_at(place, self.paths) for place in self.places}
+        self.covered = {key: covered_by(mine, self.paths) for key, mine in self.buffers.items()}
+        self.meanings = meanings(self.places)
+        self.counts = found.counts.at(count, self.paths)
+        self.new_groups = {p.labels for p in self.places if p.labels and self.starts_anew(p)}
+        self.missing: dict[str, list[str]] = {}
+        self.wrong: dict[str, None] = {}
+        self.taken_over: dict[str, int] = {}
+
+    def state(self) -> Any:
+        """The state, or an error that says all that is wrong."""
+        self.check_losses()
+        self.check_schedules()
+        new = replaced(self.target, self.fresh, self.filled)
+        if self.missing:
+            self.wrong[
+                f"{self.name} needs {listed(self.of_whom(self.missing))}, which cannot be derived"
+                f" from {listed(self.found.names() - self.drop) or 'nothing'}."
+            ] = None
+        if self.wrong:
+            raise ValueError(" ".join(self.wrong))
+        return new
+
+    def of_whom(self, paths: Mapping[str, Collection[str]]) -> list[str]:
+        """Buffers, and of which parameters unless it is all."""
+        return [
+            name if set(self.paths) <= set(some) or not some else f"{name} of {listed(some)}"
+            for name, some in paths.items()
+        ]
+
+    # --- what has no place --------------------------------------------------------------------
+
+    def check_losses(self) -> None:
+        places_for: dict[str, set[str]] = {}
+        for place in self.places:
+            for name, tree in self.buffers[place.key].items():
+                arrays = set(over(tree))
+                here = arrays if arrays <= self.paths else self.covered[place.key] or self.paths
+                places_for.setdefault(name, set()).update(here)
+        kept = set().union(*places_for.values()) if places_for else set()
+        frozen = self.paths - kept if freezes(self.places) else set()
+        lost = {name: set() for name in self.found.of_tree if name not in places_for}
+        for name, arrays in self.found.buffers.items():
+            without = set(arrays) - places_for.get(name, set()) - frozen
+            if without:
+                lost[name] = without
+        kinds = [place.kind for place in self.places]
+        for kind, names in self.found.numbers.items():
+            if kinds.count(kind) != len(self.found.own[kind]) and not kind.startswith("Inject"):
+                lost |= {name: set() for name in names}
+        lost = {name: paths for name, paths in lost.items() if name not in self.drop}
+        if lost:
+            self.wrong[
+                f"{self.name} has no place for {listed(self.of_whom(lost))}, which would be lost."
+                f" It keeps {listed(places_for) or 'nothing'}. What may be lost is said with"
+                f" drop={{{', '.join(map(repr, sorted(lost)))}}}."
+            ] = None
+
+    # --- counts -------------------------------------------------------------------------------
+
+    def check_schedules(self) -> None:
+        """A schedule that has a count to itself cannot move in with moments that have another."""
+        apart = self.counts.schedules_apart()
+        if apart and any(
+            whose(place) == "moments" and place.has_schedules for place in self.places
+        ):
+            self.wrong[
+                f"the counts in the state differ: {apart}; give count=. That of the schedule is"
+                f" another than that of the moments, and {self.name} has one for both."
+            ] = None
+
+    def count(self, place: Place) -> int | None:
+        """The count at a place that goes on; None, and it is wrong, where nobody knows it."""
+        count = self.counts.of(place, self.covered[place.key])
+        if isinstance(count, str):
+            self.wrong[count] = None
+            return None
+        return count
+
+    def starts_anew(self, place: Place) -> bool:
+        """Parameters that were frozen until now, in a group of their own."""
+        covered = self.covered[place.key]
+        known = {path for arrays in self.found.buffers.values() for path in arrays}
+        return self.found.freezes and bool(known and covered) and not covered & known
+
+    # --- one place ----------------------------------------------------------------------------
+
+    def filled(self, place: Place) -> Any:
+        if place.labels in self.new_groups:
+            return place.state
+        if place.kind.startswith("Inject"):
+            return self.injected(place)
+        fields = self.own(place)
+        counting = count_of(place)
+        if place.kind == "MultiStepsState" and not fields:
+            counting = ("gradient_step",)
+        for field in counting:
+            if (count := self.count(place)) is not None:
+                fields[field] = jnp.asarray(count, getattr(place.state, field).dtype)
+        state = with_buffers(place, self.buffers_of(place))
+        return state._replace(**fields) if fields else state
+
+    def buffers_of(self, place: Place) -> dict[str, Tree]:
+        mine, new, missing = self.buffers[place.key], {}, []
+        for name, tree in mine.items():
+            taken = None if name in self.drop else self.taken(place, name, tree)
+            if taken is not None:
+                new[name] = taken
+            elif name != _STARTS:
+                missing.append(name)
+        if not missing or self.found.counts.are_zero(self.counts.given):
+            return new
+        if set(missing) & set(DERIVED) and (count := self.count(place)) is not None:
+            made = derived(place, missing, new, count)
+            new |= {name: self.cast_all(name, mine[name], tree) for name, tree in made.items()}
+        for name in missing:
+            if name in new:
+                continue
+            if name in self.found.names() - self.drop:
+                where = self.name if name in self.found.buffers else self.found.name
+                self.wrong[
+                    f"{name!r} is one number of the tree, or of a group, in {where}, and elsewhere"
+                    " in the other."
+                ] = None
+            else:
+                self.missing.setdefault(name, []).extend(self.covered[place.key])
+        return new
+
+    def taken(self, place: Place, name: str, tree: Tree) -> Tree | None:
+        """A buffer of the source in the place of ``tree``; None where it is not there."""
+        wanted = self.meanings.get((place.key, name)) or unknown_at(place)
+        covered = self.covered[place.key]
+        arrays = over(tree)
+        if set(arrays) <= self.paths:
+            there = self.found.buffers.get(name, {})
+            without = [path for path in arrays if path not in there]
+            if without:
+                if len(without) < len(arrays):
+                    self.missing.setdefault(name, []).extend(without)
+                    return tree
+                return None
+
+            def move(path: Any, old: Any) -> Any:
+                key = path_of(path)
+                return self.cast(name, path, old, self.converted(name, key, there[key], wanted))
+
+            return jax.tree_util.tree_map_with_path(move, tree)
+        there = self.found.of_tree.get(name, ())
+        own = [x for paths, labels, x in there if (paths, labels) == (covered, place.labels)]
+        if (
+            isinstance(wanted, Meaning) and not wanted.is_of_gradients
+        ):  # the same for any parameters
+            own += [x for _, _, x in there]
+        if not own:
+            return None
+        return self.cast_all(name, tree, self.converted(name, "", own[0], wanted))
+
+    def converted(self, name: str, path: str, value: Any, wanted: Meaning | Unknown) -> Any:
+        """The value in the meaning that the target gives it."""
+        if (name, path) not in self.found.meaning:
+            return value
+        held = self.found.meaning[name, path]
+        factor = ratio(held, wanted)
+        if self.found.is_altered and factor not in (1, -1):
+            factor = "the learning rate is part of one of them only, and was changed by hand"
+        if not isinstance(factor, str):
+            return value if factor == 1 else jax.tree.map(lambda x: factor * x, value)
+        here, there = wanted.made_by, held.made_by
+        self.wrong[
+            f"{name!r} means something else in {self.name} than in {self.found.name}: {factor}."
+            f" Here it is made by {', '.join(here)}; there by {', '.join(there)}. Choose the"
+            ' convention that the source follows: "optax" for states of optax, "torch" for those of'
+            f" PyTorch; or let it be lost, drop={{{name!r}}}."
+        ] = None
+        return value
+
+    def cast_all(self, name: str, old: Tree, new: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(functools.partial(self.cast, name), old, new)
+
+    def cast(self, name: str, path: Any, old: Any, new: Any) -> Any:
+        wrong = ""
+        if np.shape(old) != np.shape(new):
+            wrong = f"has shape {np.shape(new)}, it should be {np.shape(old)}."
+        elif jnp.iscomplexobj(new) and not jnp.iscomplexobj(old):
+            wrong = "is complex, it should be real."
+        if not wrong:
+            return _like(old, new)
+        self.wrong[f"the buffer {name!r} at {path_of(path) or 'the only leaf'} {wrong}"] = None
+        return old
+
+    # --- what is no buffer --------------------------------------------------------------------
+
+    def own(self, place: Place) -> dict[str, Any]:
+        """What the transformation holds besides, if the source has as many of its kind."""
+        fresh = own_of(place, self.buffers[place.key])
+        theirs = self.found.own.get(place.kind, [])
+        if not fresh or len(theirs) != sum(p.kind == place.kind for p in self.places):
+            return {}
+        index = self.taken_over.get(place.kind, 0)
+        self.taken_over[place.kind] = index + 1
+        held = theirs[index]
+        if jax.tree.structure(held) != jax.tree.structure(fresh):
+            return {}
+        if place.kind == "MultiStepsState":
+            self.check_accumulation(place, held)
+        return jax.tree.map(_like, fresh, held)
+
+    def check_accumulation(self, place: Place, held: Mapping[str, Any]) -> None:
+        every = _every_k(place.owner)
+        done = int(held["mini_step"])
+        if done and every is not None and done >= int(every(held["gradient_step"])):
+            self.wrong[
+                f"the source has added up {done} gradients, and {self.name} takes a step after"
+                f" {int(every(held['gradient_step']))}: convert after a step, when mini_step is 0."
+            ] = None
+
+    def injected(self, place: Place) -> Any:
+        """Hyperparameters are the target's; schedules go on where they were."""
+        count = self.count(place)
+        if count is None:
+            return place.state
+        fields: dict[str, Any] = {"count": jnp.asarray(count, place.state.count.dtype)}
+        if hasattr(place.state, "hyperparams_states"):
+            theirs = self.found.own.get(place.kind, [])
+            held = theirs[0].get("hyperparams_states", {}) if len(theirs) == 1 else {}
+            fields["hyperparams_states"] = {
+                name: _of_schedule(state, held.get(name), count)
+                for name, state in place.state.hyperparams_states.items()
+            }
+        return place.state._replace(**fields)
+
+
+def _of_schedule(fresh: Any, held: Any, count: int) -> Any:
+    """The state of a schedule: optax's is a count, another's is its own matter."""
+    if getattr(fresh, "_fields", ()) == ("count",):
+        return fresh._replace(count=jnp.asarray(count, jnp.result_type(fresh.count)))
+    same = type(fresh) is type(held) and jax.tree.structure(fresh) == jax.tree.structure(held)
+    return held if same else fresh
+
+
+def _every_k(owner: optax.GradientTransformation | None) -> Any:
+    """After how many gradients ``MultiSteps`` takes a step, by the steps taken."""
+    while owner is not None:
+        own = made_of(owner)
+        if own is not None:
+            owner = own.plain
+            continue
+        held = held_by(inspect.unwrap(owner.update))
+        if "_every_k_schedule" in held:
+            return held["_every_k_schedule"]
+        parts = held_in(owner)
+        owner = parts[0][1] if len(parts) == 1 else None
+    return None
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A copy in the dtype of ``old``, and where that is if ``new`` is on no device yet."""
+    if not hasattr(old, "dtype") or jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+        return new
+    made = jnp.array(new, old.dtype)
+    if isinstance(old, jax.Array) and not isinstance(new, jax.Array):
+        return jax.device_put(made, old.sharding)
+    return made
+
+
+def listed(names: Any) -> str:
+    return ", ".join(sorted(map(str, names)))

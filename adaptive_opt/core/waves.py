@@ -1,0 +1,331 @@
+"""All the weights of a step, one short wave after another.
+
+Who looks at every weight, and keeps nothing of their size, need not hold all of them at once, nor
+have a program for every leaf. Where the lines work on each weight by itself, a wave is a flat array
+of one length, cut from a large leaf or filled with small ones, and one loop goes through all waves:
+the lines are compiled once for it. Whether they do is read off their operations (see ``reach``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import Literal
+from jax.typing import DTypeLike
+
+from adaptive_opt.core import trees
+from adaptive_opt.core.look import scalars_of
+from adaptive_opt.core.memory import Memory
+from adaptive_opt.core.now import Now
+from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
+from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.tree import OpenStep, of_leaves, run_line
+from adaptive_opt.core.trees import Tree
+
+Carry = TypeVar("Carry")
+
+SHORTEST, LONGEST = 2**12, 2**24
+"""The least and the greatest length of a wave, which is a multiple of the least."""
+SEGMENT = 2**31
+"""So many weights can be counted in 32 bits."""
+
+
+class Inputs(NamedTuple):
+    """What the lines are given of a leaf."""
+
+    gradient: Any
+    param: Any
+    stored: dict[str, Any]
+
+
+class Wave(NamedTuple):
+    """A step of flat arrays; which of its places are weights, and under which number."""
+
+    step: AdaptiveStep
+    is_weight: jax.Array
+    number: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Waves:
+    """Leaves of one kind, for which the lines are one program."""
+
+    lines: Sequence[Any]
+    now: Now
+    state_dtype: DTypeLike | None
+    places: tuple[int, ...]
+    """The places of the leaves in the tree."""
+    leaves: tuple[Inputs, ...]
+    length: int
+
+    def fold(
+        self,
+        numbers: Sequence[int],
+        add: Callable[[Carry, Wave], Carry],
+        start: Carry,
+        rest: Callable[[Carry], Any],
+        merge: Callable[[Any, Any], Any],
+    ) -> Any:
+        """``add`` over all waves, beginning with ``start``.
+
+        Args:
+          numbers: one for each leaf; a wave holds only leaves of one number.
+          add, start: what is carried through a segment, of less than 2^31 weights.
+          rest, merge: what is kept of a segment, and how two of them become one.
+        """
+        cuts, branches = _cuts(self.leaves, numbers, self.length)
+        table = {name: np.array([cut[name] for cut in cuts], np.int32) for name in cuts[0]}
+        many = max(1, SEGMENT // self.length - 1)
+        arrays = jax.tree.leaves(self.leaves)
+        start = jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
+
+        def take(t: Any, carry: Carry) -> Carry:
+            cut = {name: jnp.asarray(column)[t] for name, column in table.items()}
+            row = cut["row"].astype(jnp.uint32)  # for which no sign need be looked at
+            leaf = _apart(jax.lax.switch(cut["branch"], branches, row), self.leaves[0], self.length)
+            place = jnp.arange(self.length, dtype=jnp.int32)
+            inside = (place >= cut["first"]) & (place < cut["last"])
+            step = stepped(self.lines, self.now, leaf, self.state_dtype)
+            return add(carry, Wave(step, inside, cut["number"]))
+
+        total = rest(jax.lax.fori_loop(0, min(many, len(cuts)), take, start))
+        if len(cuts) <= many:
+            return total
+
+        def segment(k: Any, total: Any) -> Any:
+            end = jnp.minimum((k + 1) * many, len(cuts))
+            return merge(total, rest(jax.lax.fori_loop(k * many, end, take, start)))
+
+        return jax.lax.fori_loop(1, -(-len(cuts) // many), segment, total)
+
+
+def waves_of(
+    lines: Sequence[Any],
+    step: OpenStep,
+    buffers: Mapping[str, Tree],
+    state_dtype: DTypeLike | None,
+) -> list[Waves] | None:
+    """The leaves of a step as it was opened, by kind; None where they cannot go through waves.
+
+    That is where a line sees more than one weight or asks in Python for a shape, and where arrays
+    may be split over a mesh: their parts would have to be put together first.
+    """
+    if any(line.is_of_the_tree for line in lines):
+        return None
+    stored = of_leaves(step.structure, buffers)
+    inputs: list[Any] = [
+        None if each is None else Inputs(*each.inputs, own)
+        for each, own in zip(step.steps, stored, strict=True)
+    ]
+    there = [leaf for leaf in inputs if leaf is not None]
+    if not there or any(map(_may_be_split, jax.tree.leaves(there))):
+        return None
+    now, first = step.now.copy(), there[0]
+    now.calculate(scalars_of(lines, first.gradient, first.param))
+    length = _length(there)
+    found: dict[Any, Any] = {}
+    kinds: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(inputs):
+        if leaf is None or leaf.gradient.size == 0:
+            continue
+        if not _fits(leaf, length):
+            return None
+        kind = tuple(jax.tree.map(trees.dtype_of, jax.tree.leaves(leaf))), jax.tree.structure(leaf)
+        for shape in (leaf.gradient.shape, (length,)):
+            if (kind, shape) not in found:
+                found[kind, shape] = _program(lines, now, leaf, shape, state_dtype)
+        program = found[kind, leaf.gradient.shape]
+        if program is None or program != found[kind, (length,)]:
+            return None
+        split = frozenset().union(*map(trees.varying, jax.tree.leaves(leaf)))
+        kinds.setdefault((kind, split), []).append(place)
+    return [
+        Waves(lines, now, state_dtype, tuple(places), tuple(inputs[i] for i in places), length)
+        for places in kinds.values()
+    ]
+
+
+def stepped(
+    lines: Sequence[Any], now: Now, leaf: Inputs, state_dtype: DTypeLike | None
+) -> AdaptiveStep:
+    """The step of one array after the lines."""
+    own = now.copy()
+    own.scalars = now.scalars
+    warned = set(leaf.stored)  # the update says it
+    memory = Memory(leaf.stored, state_dtype, warned=warned, like=jnp.shape(leaf.gradient))
+    step = AdaptiveStep(own, leaf.gradient, leaf.param, memory)
+    with jax.numpy_dtype_promotion("standard"):
+        for line in lines:
+            step.begin()
+            run_line(line, step, object())
+    return step
+
+
+def _length(leaves: Sequence[Inputs]) -> int:
+    """Such that a wave of all inputs, and what is made of it, is less than a byte for each weight.
+
+    Longer waves are fewer, and so is what there is to compile.
+    """
+    total = sum(leaf.gradient.size for leaf in leaves)
+    bytes_of_one = max(sum(x.dtype.itemsize for x in jax.tree.leaves(leaf)) for leaf in leaves)
+    part = total // (bytes_of_one + 24)
+    return int(np.clip(part // SHORTEST * SHORTEST, SHORTEST, LONGEST))
+
+
+# --- which leaves ---------------------------------------------------------------------------------
+
+
+def _may_be_split(x: Any) -> bool:
+    """Whether an array is on several devices, and not as a part of its own on each."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty:
+        return False
+    kinds = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in kinds)
+
+
+def _fits(leaf: Inputs, length: int) -> bool:
+    size, arrays = leaf.gradient.size, jax.tree.leaves(leaf)
+    alike = all(jnp.shape(x) == leaf.gradient.shape for x in arrays)
+    return alike and (size < SEGMENT or size // math.gcd(size, SHORTEST) < SEGMENT)
+
+
+def _program(
+    lines: Sequence[Any], now: Now, leaf: Inputs, shape: tuple[int, ...], state_dtype: Any
+) -> Any:
+    """What the lines do to such a leaf, were it of this shape; None if not to each weight."""
+
+    def everything(leaf: Inputs) -> Any:
+        step = stepped(lines, now, leaf, state_dtype)
+        rate = step.peek("rate") if "rate" in step.values else None
+        return step.direction, rate, step.notes, list(step.limited.values())
+
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, trees.dtype_of(x)), leaf)
+    return _operations(jax.make_jaxpr(everything)(like), shape)
+
+
+def _operations(program: Any, shape: tuple[int, ...]) -> Any:
+    """The operations, with all that is said of them but shapes; None if one is not elementwise."""
+    done: list[Any] = []
+
+    def closed(program: Any, given: Sequence[Any]) -> list[Any] | None:
+        jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
+        if any(jnp.shape(const) for const in consts):
+            return None
+        named = [id(c) if isinstance(c, Tracer) else str(c) for c in consts]
+        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*named, *given), strict=True))
+
+        def read(var: Any) -> Any:
+            return (
+                f"{var.val} {jnp.result_type(var.val)}" if isinstance(var, Literal) else known[var]
+            )
+
+        for equation in jaxpr.eqns:
+            results = of(equation, [*map(read, equation.invars)])
+            if results is None:
+                return None
+            known.update(zip(equation.outvars, results, strict=True))
+        return [*map(read, jaxpr.outvars)]
+
+    def of(equation: Any, given: list[Any]) -> list[Any] | None:
+        name, settings = equation.primitive.name, equation.params
+        if name in CALLS | CUSTOM:
+            return closed(settings.get("jaxpr") or settings["call_jaxpr"], given)
+        shapes = {var.aval.shape for var in (*equation.invars, *equation.outvars)}
+        if not shapes <= {(), shape}:
+            return None
+        if name in ("broadcast_in_dim", "reshape", "pvary", "pcast", "copy", "copy_p"):
+            return given[:1]
+        if name not in ELEMENTWISE:
+            return None
+        about = [(k, str(v)) for k, v in settings.items() if k not in ("shape", "sharding")]
+        done.append((name, about, given, str(equation.outvars[0].aval.dtype)))
+        return [len(done)]
+
+    inputs = [f"input {i}" for i in range(len(program.jaxpr.invars))]
+    results = closed(program, inputs)
+    return None if results is None else (done, results)
+
+
+# --- cutting --------------------------------------------------------------------------------------
+
+
+def _cuts(leaves: Sequence[Inputs], numbers: Sequence[int], length: int) -> Any:
+    """The waves as a table, and for every way to make one its function of a row."""
+    cuts: list[dict[str, int]] = []
+    branches: list[Callable[[Any], list[jax.Array]]] = []
+    open_: dict[int, list[Inputs]] = {}
+
+    def close(number: int, held: list[Inputs]) -> None:
+        size = sum(leaf.gradient.size for leaf in held)
+        cut = {"branch": len(branches), "row": 0, "first": 0, "last": size, "number": number}
+        cuts.append(cut)
+        branches.append(lambda row, held=held: _together([*map(_flat, held)], length))
+
+    for leaf, number in zip(leaves, numbers, strict=True):
+        size = leaf.gradient.size
+        if size >= length:
+            width = 1 if size < SEGMENT else math.gcd(size, SHORTEST)
+            rows, high = size // width, length // width
+            for row in range(0, rows, high):
+                begin = min(row, rows - high)  # the last one reaches back
+                first = (row - begin) * width
+                cut = {"branch": len(branches), "row": begin, "first": first, "last": length}
+                cuts.append(cut | {"number": number})
+            branches.append(lambda row, own=(leaf, width, high): _part(row, *own, length))
+            continue
+        held = open_.setdefault(number, [])
+        if sum(other.gradient.size for other in held) + size > length:
+            close(number, open_.pop(number))
+            held = open_.setdefault(number, [])
+        held.append(leaf)
+    for number, held in open_.items():
+        close(number, held)
+    return cuts, branches
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _part(row: Any, leaf: Inputs, width: int, high: int, length: int) -> list[jax.Array]:
+    """So many rows of a leaf that is as wide."""
+
+    def cut(x: Any) -> jax.Array:
+        if width == 1:
+            return jax.lax.dynamic_slice(x.reshape(-1), (row,), (high,))
+        zero = jnp.zeros_like(row)
+        return jax.lax.dynamic_slice(x.reshape(-1, width), (row, zero), (high, width)).reshape(-1)
+
+    return _together([jax.tree.map(cut, leaf)], length)
+
+
+@jax.jit
+def _flat(leaf: Inputs) -> Inputs:
+    return jax.tree.map(lambda x: x.reshape(-1), leaf)
+
+
+def _together(held: Sequence[Inputs], length: int) -> list[jax.Array]:
+    """Flat leaves one after another, and zeros; all arrays of a dtype in one.
+
+    One operation for each dtype, and not for each array: there is less to compile.
+    """
+    rest = length - sum(leaf.gradient.size for leaf in held)
+    parts: dict[Any, list[Any]] = {}
+    for arrays in zip(*map(jax.tree.leaves, held), strict=True):
+        dtype = arrays[0].dtype
+        parts.setdefault(dtype, []).extend((*arrays, jnp.zeros(rest, dtype)))
+    return [jax.lax.concatenate(own, 0) for own in parts.values()]
+
+
+def _apart(together: Sequence[jax.Array], like: Inputs, length: int) -> Inputs:
+    """The arrays of a wave again."""
+    leaves, structure = jax.tree.flatten(like)
+    dtypes = list(dict.fromkeys(x.dtype for x in leaves))
+    rows = {d: iter(x.reshape(-1, length)) for d, x in zip(dtypes, together, strict=True)}
+    return structure.unflatten([next(rows[x.dtype]) for x in leaves])

@@ -1,0 +1,276 @@
+"""Reading what observers saw out of whatever holds an optimizer's state.
+
+A state may come as optax made it, in a Flax nnx optimizer or its state, as a part that Equinox has
+split off, in a ``TrainState``, or as the plain dicts of a checkpoint. All of them are trees, in
+which the names on the way to an array are the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from adaptive_opt.core.observe import HYPERPARAMETERS
+from adaptive_opt.watching.tally import BIN_EDGES, NO_COUNT, NORMS, QUANTILES, UNKNOWN
+
+_SKIPPED = {
+    ("consecutive", "total", "inner_state"): ("total", "consecutive"),
+    ("notfinite_count", "last_finite", "total_notfinite", "inner_state"): (
+        "total_notfinite",
+        "notfinite_count",
+    ),
+}
+"""The names in the state of ``skip_nonfinite`` and of ``optax.apply_if_finite``: all of them, and
+those of the steps that were skipped, in all and in a row."""
+
+
+def read_telemetry(state: Any, *, histograms: bool = False) -> dict[str, float]:
+    """What the observers in a state saw last, as a flat dict of floats.
+
+    TensorBoard, wandb and a CSV file take it as it is (``examples/logging_telemetry.py``). The keys
+    are ``step``, ``learning_rate``, ``b1``, ``weight_decay``, ``loss`` if ``update`` was given
+    ``value=``, and for every group ``rate/<group>/q01`` to ``q99``, ``limited/<stage>/<group>``,
+    ``friction/<group>``, ``gradient_norm/<group>``, ``param_norm/<group>``,
+    ``update_norm/<group>``, ``update_ratio/<group>``; the norms also of ``all`` groups together. If
+    a ``skip_nonfinite`` or an ``optax.apply_if_finite`` is in the state, ``skipped`` and
+    ``skipped_in_a_row`` are its counts now, and not those at the last look. What a recipe does not
+    have is not there. An observer that was given a name puts it in front; so does a group of
+    ``optax.partition`` (``ParameterGroups``) that has a bracket of its own.
+
+    Args:
+      state: the state of an optimizer, or anything that has one inside: a linen ``TrainState``, an
+        ``nnx.Optimizer`` or ``nnx.state(...)`` of one, what ``equinox.partition`` or
+        ``equinox.filter`` leaves of a state. It is fetched from the device at once.
+      histograms: also ``histogram/<group>/<log10 of the bin's lower edge>``, as fractions of the
+        weights; ``rate_histograms`` returns them as arrays.
+
+    ValueError if there is no observer in the state, or if the state is one of several optimizers
+    (``vmap``). Without a look so far, only the counts of skipped steps.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import read_telemetry, sgd, telemetry
+    >>> optimizer, x = sgd(0.5, observers=telemetry()), jnp.ones(2)
+    >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
+    >>> sorted(read_telemetry(state))[:3]
+    ['gradient_norm/all', 'learning_rate', 'param_norm/all']
+    >>> read_telemetry(state, histograms=True)["histogram/all/-0.375"]
+    1.0
+    """
+    return Reading.of(state).numbers(histograms)
+
+
+def rate_histograms(state: Any) -> dict[str, np.ndarray]:
+    """The histogram of the per-weight rate of every group, by the group's name.
+
+    Each is an array of fractions of the weights, which add up to 1: in the bin below the first of
+    ``BIN_EDGES`` (rates of 0 among them), in those between them, and above the last. The edges are
+    rounded down to one of 2^7 steps from a power of two to the next.
+
+    Args:
+      state: as for ``read_telemetry``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import rate_histograms, sgd, telemetry
+    >>> optimizer, x = sgd(0.5, observers=telemetry()), jnp.ones(2)
+    >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
+    >>> histogram = rate_histograms(state)["all"]
+    >>> len(histogram), float(histogram.sum())
+    (146, 1.0)
+    """
+    return Reading.of(state).histograms()
+
+
+class Seen(NamedTuple):
+    """What an observer saw last, on the host, and what its keys begin with."""
+
+    prefix: str
+    step: int
+    values: Mapping[str, Any]
+
+    @property
+    def is_of_telemetry(self) -> bool:
+        return set(self.values) == {"hyperparameters", "loss", "groups"}
+
+
+class Reading(NamedTuple):
+    """All that there is to read in a state."""
+
+    seen: list[Seen]
+    skipped: dict[str, float]
+
+    @classmethod
+    def of(cls, state: Any) -> Reading:
+        tree = _names(state)
+        found, skips = [], []
+        for path, node in _nodes(tree, ()):
+            if _is_observation(path, node):
+                found.append((path, node))
+            skips += [
+                (path, [node[k] for k in keys])
+                for of, keys in _SKIPPED.items()
+                if set(node) == set(of)
+            ]
+        if not found:
+            raise ValueError(
+                "there is no observer in this state: give the recipe observers=telemetry(every=50)."
+            )
+        for _, node in found:
+            if np.ndim(node["step"]):
+                raise ValueError(
+                    f"the state is one of {np.shape(node['step'])[0]} optimizers: choose one with"
+                    " jax.tree.map(lambda x: x[i], state)."
+                )
+        nodes, counts = jax.device_get(([node for _, node in found], [c for _, c in skips]))
+        seen = [
+            Seen(_prefix(path, node), int(node["step"]), node["values"])
+            for (path, _), node in zip(found, nodes, strict=True)
+        ]
+        if len({each.prefix for each in seen}) < len(seen):
+            seen = [each._replace(prefix=f"{i}/{each.prefix}") for i, each in enumerate(seen)]
+        skipped = {}
+        for (path, _), (total, in_a_row) in zip(skips, counts, strict=True):
+            prefix = _groups(path)
+            skipped[f"{prefix}skipped"] = float(total)
+            skipped[f"{prefix}skipped_in_a_row"] = float(in_a_row)
+        return cls([each for each in seen if each.step], skipped)
+
+    @property
+    def step(self) -> int | None:
+        """The last step at which telemetry looked, or, without it, another observer.
+
+        Of several brackets, that of the one that has taken most steps: a group that is unfrozen
+        later counts its own.
+        """
+        ours = [each.step for each in self.seen if each.is_of_telemetry]
+        return max(ours or [each.step for each in self.seen], default=None)
+
+    def numbers(self, histograms: bool = False) -> dict[str, float]:
+        flat: dict[str, float] = {}
+        for prefix, step, values in self.seen:
+            flat[f"{prefix}step"] = float(step)
+            is_ours = Seen(prefix, step, values).is_of_telemetry
+            entries = _entries(values, histograms) if is_ours else _flat(values)
+            flat |= {f"{prefix}{key}": value for key, value in entries.items()}
+        return flat | self.skipped
+
+    def histograms(self) -> dict[str, np.ndarray]:
+        return {
+            f"{each.prefix}{group}": _fractions(values)
+            for each in self.seen
+            if each.is_of_telemetry
+            for group, values in each.values["groups"].items()
+            if values["histogram"].any()
+        }
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def _names(state: Any) -> dict[str, Any]:
+    """A state as dicts of dicts, by the names on the way to each array."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None:
+        if isinstance(state, nnx.Module | nnx.Optimizer):
+            state = nnx.state(state)
+        variables = nnx.Variable
+        state = jax.tree.map(
+            lambda x: x[...] if isinstance(x, variables) else x,
+            state,
+            is_leaf=lambda x: isinstance(x, variables),
+        )
+    root: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        *way, last = [jax.tree_util.keystr((key,), simple=True) for key in path] or [""]
+        node = root
+        for name in way:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return root
+
+
+def _nodes(node: Any, path: tuple[str, ...]) -> Any:
+    if isinstance(node, dict):
+        yield path, node
+        for name, child in node.items():
+            yield from _nodes(child, (*path, name))
+
+
+def _is_observation(path: tuple[str, ...], node: dict[str, Any]) -> bool:
+    """Whether this is an ``Observation``, whatever has become of its type."""
+    return path[-2:-1] == ("buffers",) and set(node) == {"step", "values"}
+
+
+def _groups(path: tuple[str, ...]) -> str:
+    """The labels of the partitions on the way."""
+    return "".join(f"{b}/" for a, b in itertools.pairwise(path) if a == "inner_states")
+
+
+def _prefix(path: tuple[str, ...], node: Mapping[str, Any]) -> str:
+    is_plain = path[-1] == "telemetry" and Seen("", 0, node["values"]).is_of_telemetry
+    return _groups(path) + ("" if is_plain else f"{path[-1]}/")
+
+
+# --- flattening -----------------------------------------------------------------------------------
+
+
+def _entries(values: Mapping[str, Any], histograms: bool) -> dict[str, float]:
+    hyperparameters = zip(HYPERPARAMETERS, map(float, values["hyperparameters"]), strict=True)
+    entries = {name: value for name, value in hyperparameters if value != UNKNOWN}
+    is_known, loss = map(float, values["loss"])
+    entries |= {"loss": loss} if is_known else {}
+    groups = {name: seen for name, seen in values["groups"].items() if seen["histogram"].any()}
+    for group, seen in groups.items():
+        for q, value in zip(QUANTILES, seen["quantiles"], strict=True):
+            entries[f"rate/{group}/q{round(100 * q):02d}"] = float(value)
+        size = sum(_whole(seen["histogram"]))
+        for name, words in seen.get("limited", {}).items():
+            if (words != NO_COUNT).any():
+                entries[f"limited/{name}/{group}"] = _whole(words[None])[0] / size
+        if seen["friction"] != UNKNOWN:
+            entries[f"friction/{group}"] = float(seen["friction"])
+        entries |= _norms(group, seen["norms"].astype(float))
+        if histograms:
+            lower = ("-inf", *(f"{edge:g}" for edge in BIN_EDGES))
+            bins = zip(lower, map(float, _fractions(seen)), strict=True)
+            entries |= {f"histogram/{group}/{edge}": value for edge, value in bins}
+    if groups and "all" not in groups:
+        norms = [seen["norms"].astype(float) for seen in groups.values()]
+        together = [
+            math.hypot(*of) if min(of) != UNKNOWN else UNKNOWN for of in zip(*norms, strict=True)
+        ]
+        entries |= _norms("all", np.array(together))
+    return entries
+
+
+def _norms(group: str, norms: np.ndarray) -> dict[str, float]:
+    by_name = dict(zip(NORMS, map(float, norms), strict=True))
+    entries = {f"{k}_norm/{group}": x for k, x in by_name.items() if x != UNKNOWN}
+    if by_name["param"] > 0:
+        entries[f"update_ratio/{group}"] = by_name["update"] / by_name["param"]
+    return entries
+
+
+def _whole(words: np.ndarray) -> list[int]:
+    """Counts of two words of 32 bits, low and high, as Python's integers."""
+    return [int(low) + (int(high) << 32) for low, high in words]
+
+
+def _fractions(seen: Mapping[str, Any]) -> np.ndarray:
+    counts = np.array(_whole(seen["histogram"]), float)
+    return counts / counts.sum()
+
+
+def _flat(values: Any) -> dict[str, float]:
+    """Whatever an observer keeps, by path; arrays by index."""
+    entries = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(values)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for index, value in np.ndenumerate(np.asarray(leaf)):
+            entries["/".join((name, *map(str, index)))] = float(value)
+    return entries

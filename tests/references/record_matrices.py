@@ -1,0 +1,133 @@
+"""Records optimizers of matrices, over matrices: tall ones, wide ones.
+
+    pip install -r tests/references/requirements.txt
+    git clone https://github.com/KellerJordan/Muon
+    python tests/references/record_matrices.py --checkouts .
+
+Like record.py, into ``matrices.npz`` and ``matrices.json``, with gradients of their own for each
+shape and the parameters of every fiftieth step. What the codes calculate in bfloat16 is calculated
+in float64 here: the cast is taken out while they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from record import HERE, LR, STEPS, Row, commit, installed, load, schedule
+
+JORDAN, EVERY = "KellerJordan/Muon", 50
+SHAPES = {"tall": (5, 3), "wide": (3, 5), "square": (4, 4)}
+
+
+def gradients(shape: tuple[int, int]) -> np.ndarray:
+    """A direction that stays, under noise whose size swells and fades."""
+    rng = np.random.default_rng(20241208)
+    t = np.arange(STEPS)[:, None, None]
+    size = 10 ** (-1 + 1.5 * np.sin(2 * np.pi * t / 150))
+    return size * (rng.standard_normal(shape) + rng.standard_normal((STEPS, *shape)))
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    cast, torch.Tensor.bfloat16 = torch.Tensor.bfloat16, torch.Tensor.clone  # the cast makes a copy
+    try:
+        yield
+    finally:
+        torch.Tensor.bfloat16 = cast
+
+
+def run(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[..., np.ndarray]:
+    def path(g: np.ndarray, start: np.ndarray, factor: Callable[[int], float], reset: bool) -> Any:
+        x = torch.nn.Parameter(torch.tensor(start))
+        optimizer, rows = make(x), []
+        base = optimizer.param_groups[0]["lr"]
+        for t, gradient in enumerate(g):
+            if reset:
+                x.data.zero_()
+            optimizer.param_groups[0]["lr"] = base * factor(t)
+            x.grad = torch.tensor(gradient)
+            with in_float64():
+                optimizer.step()
+            rows.append(x.detach().numpy().copy())
+        return np.stack(rows)
+
+    return path
+
+
+def muon(checkouts: pathlib.Path) -> Iterator[Row]:
+    authors = load(checkouts / "Muon/muon.py", "SingleDeviceMuonWithAuxAdam")
+    both = {"defaults": {"momentum": 0.95}, "far": {"momentum": 0.8, "weight_decay": 0.1}}
+    for label, h in both.items():
+        ours = {"learning_rate": LR, "b1": h["momentum"], "layout": "out-in"}
+        ours |= {"weight_decay": h["weight_decay"]} if "weight_decay" in h else {}
+
+        def reference(x: Any, h: Any = h) -> torch.optim.Optimizer:
+            return authors([{"params": [x], "lr": LR, "use_muon": True, **h}])
+
+        def of_torch(x: Any, h: Any = h) -> torch.optim.Optimizer:
+            given = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"} | h
+            return torch.optim.Muon([x], lr=LR, nesterov="weight_decay" not in h, **given)
+
+        for name, source, make, others in (
+            ("reference", f"{JORDAN} SingleDeviceMuonWithAuxAdam", reference, {}),
+            (
+                "torch",
+                "torch.optim.Muon",
+                of_torch,
+                {"convention": "torch", "shape": "rms", "nesterov": "weight_decay" not in h},
+            ),
+        ):
+            for shape in SHAPES if label == "defaults" else ("wide",):
+                row = f"muon-{name}-{label}-{shape}"
+                yield Row(row, source, "muon", ours | others, run(make), label == "far")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkouts", type=pathlib.Path, required=True)
+    checkouts = parser.parse_args().checkouts
+    versions = installed("torch") | {JORDAN: commit(checkouts / "Muon")}
+    arrays, manifest = {}, []
+    for row in muon(checkouts):
+        kind = row.name.rsplit("-", 1)[1]
+        shape = SHAPES[kind]
+        g = gradients(shape)
+        factor = schedule if row.scheduled else (lambda t: 1.0)
+        decays = "weight_decay" in row.arguments
+        start = np.linspace(-1e-4, 1e-4, g[0].size).reshape(shape) if decays else np.zeros(shape)
+        parameters = row.run(g, start, factor, reset=False)
+        steps = np.diff(np.concatenate([start[None], parameters]), axis=0)
+        record = {
+            "start": start,
+            "parameters": parameters[EVERY - 1 :: EVERY],
+            "updates": steps if decays else row.run(g, start, factor, reset=True),
+        }
+        arrays |= {f"gradients of {kind}": g}
+        arrays |= {f"{row.name}/{key}": value for key, value in record.items()}
+        package = max((name for name in versions if row.source.startswith(name)), key=len)
+        manifest.append(
+            {
+                "name": row.name,
+                "source": row.source,
+                "version": versions[package],
+                "recipe": row.recipe,
+                "arguments": row.arguments,
+                "scheduled": row.scheduled,
+                "parameters_every": EVERY,
+                "gradients": f"gradients of {kind}",
+            }
+        )
+    np.savez_compressed(HERE / "matrices.npz", **arrays)
+    (HERE / "matrices.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    print(f"{len(manifest)} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,619 @@
+"""A state moves between any two optimizers, in and out of wrappers, and goes on; or is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import EVERY_CONVENTION, assert_bit_equal
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adaptive_opt import (
+    Group,
+    ParameterGroups,
+    adabelief,
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    adamod,
+    adamw,
+    adaptive,
+    amsgrad,
+    convert_state,
+    diffmod,
+    lion,
+    low_memory,
+    nadam,
+    nadamw,
+    radam,
+    rmsprop,
+    sgd,
+    skip_nonfinite,
+    stage,
+)
+from adaptive_opt.checkpoints.buffers import put_together
+from adaptive_opt.checkpoints.found import found_in
+from adaptive_opt.checkpoints.meaning import OPTAX
+from adaptive_opt.core.describe import held_by, made_of
+from adaptive_opt.core.stage import STAGES
+from adaptive_opt.memory import codecs
+
+LR = 1e-2
+PARAMS = {"b": np.array([0.5, -1.0]), "w": np.array([[0.2, -0.3, 0.7], [1.0, 0.1, -2.0]])}
+
+
+def params():
+    return jax.tree.map(jnp.asarray, PARAMS)
+
+
+def gradients(steps, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = [jax.tree.map(lambda x: rng.standard_normal(x.shape), PARAMS) for _ in range(steps)]
+    return jax.tree.map(lambda *g: jnp.stack(g), *draw)
+
+
+def run(optimizer, x, state, many, repeats=1):
+    """Parameters and state after all gradients, each given several times, and the parameters
+    after each."""
+
+    def step(carry, gradient):
+        x, state = carry
+        for _ in range(repeats):
+            updates, state = optimizer.update(gradient, state, x)
+            x = optax.apply_updates(x, updates)
+        return (x, state), x
+
+    one = jax.tree.map(lambda g: g[0], many)
+    _, new = jax.eval_shape(optimizer.update, one, state, x)
+    state = jax.tree.unflatten(jax.tree.structure(new), jax.tree.leaves(state))  # of named_chain
+    return jax.jit(lambda *start: jax.lax.scan(step, start, many))(x, state)
+
+
+def after(optimizer, many, repeats=1):
+    x = params()
+    return run(optimizer, x, optimizer.init(x), many, repeats)[0]
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance)
+
+
+# --- every recipe with every other ----------------------------------------------------------------
+
+OF_OPTAX = {
+    f"optax.{name}": functools.partial(getattr(optax, name), **more)
+    for name, more in [
+        ("adam", {}), ("adamw", {}), ("amsgrad", {}), ("nadam", {}), ("nadamw", {}), ("radam", {}),
+        ("rmsprop", {}), ("sgd", {}), ("adagrad", {}), ("adamax", {}), ("adadelta", {}),
+        ("lion", {}), ("adabelief", {}),
+    ]
+}  # fmt: skip
+WITH_MOMENTUM = {
+    "sgd with momentum": functools.partial(sgd, momentum=0.9),
+    "sgd with momentum (keras)": functools.partial(sgd, momentum=0.9, convention="keras"),
+    "sgd with nesterov (keras)": functools.partial(
+        sgd, momentum=0.9, nesterov=True, convention="keras"
+    ),
+    "rmsprop, plain": functools.partial(rmsprop, convention="optax"),
+    "rmsprop, plain (tf1)": functools.partial(rmsprop, convention="tf1"),
+    "sgd with dampening": functools.partial(sgd, momentum=0.9, dampening=0.5),
+    "optax.sgd with momentum": functools.partial(optax.sgd, momentum=0.9),
+    "optax.rmsprop with momentum": functools.partial(optax.rmsprop, momentum=0.9),
+    "optax.rmsprop, centered": functools.partial(optax.rmsprop, momentum=0.9, centered=True),
+}
+ALL = EVERY_CONVENTION | WITH_MOMENTUM | OF_OPTAX
+for ranger in [name for name in ALL if name.startswith("ranger")]:
+    # Else its gradients are others, and its decays.
+    ALL[ranger] = functools.partial(ALL[ranger], centralize=False, b1=0.9)
+DERIVED = ("nu_max", "rate_ema", "previous_gradient", "slow")
+
+
+@functools.cache
+def five_steps(name):
+    """An optimizer, and its state after the same five gradients, at the same parameters."""
+    x, many = params(), gradients(5)
+    optimizer = ALL[name](LR)
+    state = optimizer.init(x)
+    for step in range(5):  # not compiled: there are many of them, and each is used once
+        gradient = jax.tree.map(lambda g, step=step: g[step], many)
+        state = optimizer.update(gradient, state, x)[1]
+    return optimizer, state
+
+
+def values_of(found, name):
+    values = [found.buffers.get(name), *(value for *_, value in found.of_tree.get(name, ()))]
+    return jax.tree.map(np.asarray, values)
+
+
+def start(name, buffer):
+    """Where a buffer starts: what is left of that is no matter of gradients."""
+    x = params()
+    optimizer, _ = five_steps(name)
+    found = found_in(optimizer, optimizer.init(x), x)
+    values = jax.tree.leaves((found.buffers.get(buffer), found.of_tree.get(buffer, [()])[0][2:]))
+    return float(np.ravel(values[0])[0]) if values else 0.0
+
+
+def check_pair(source, target):
+    """The converted state is that of a run of the target, but for what is derived; or refused."""
+    x, (before, state), (after, own) = params(), five_steps(source), five_steps(target)
+    try:
+        new = convert_state(state, before, after, x, count=5)
+    except ValueError as error:
+        return str(error)
+    actual, expected = found_in(after, new, x), found_in(after, own, x)
+    known = found_in(before, state, x).names()
+    for name in expected.names():
+        if (name in known or name not in DERIVED) and start(source, name) == start(target, name):
+            assert_close(values_of(actual, name), values_of(expected, name))
+    return None
+
+
+OFTEN = [
+    ("adam", "amsgrad"), ("amsgrad", "amsgrad (optax)"), ("optax.amsgrad", "amsgrad (optax)"),
+    ("adam", "adabelief"), ("optax.adabelief", "adabelief"), ("optax.adabelief", "optax.adam"),
+    ("optax.adamax", "adamax"), ("optax.adamax", "adam"), ("adamax", "adamax (keras)"),
+    ("nadam", "nadamw"), ("nadam", "nadam (keras)"), ("adamod", "diffmod"),
+    ("adamod", "adamod (paper)"), ("adamod", "adamod (robust)"), ("diffmod", "adamod"),
+    ("sgd with momentum", "sgd with momentum (keras)"),
+    ("sgd with momentum (keras)", "optax.sgd with momentum"),
+    ("sgd with momentum", "sgd with dampening"), ("sgd with momentum", "sgdw (paper)"),
+    ("rmsprop (optax)", "optax.rmsprop, centered"), ("optax.rmsprop", "rmsprop, plain"),
+    ("optax.rmsprop", "rmsprop of the tree"), ("optax.rmsprop with momentum", "rmsprop"),
+    ("adadelta", "optax.adadelta"), ("lion", "optax.lion"),
+    ("optax.lion", "adam"), ("radam", "ranger"), ("ranger", "ranger (optax)"),
+]  # fmt: skip
+REFUSED = {
+    ("amsgrad", "amsgrad (optax)"): "'nu_max' means something else",
+    ("adam", "adabelief"): "'nu' means something else",
+    ("optax.adabelief", "optax.adam"): "'nu' means something else",
+    ("optax.adamax", "adam"): "no place for infinity_norm",
+    ("adamax", "adamax (keras)"): "'infinity_norm' means something else",
+    ("nadam", "nadam (keras)"): "'momentum_product' means something else",
+    ("adamod", "adamod (paper)"): "'rate_ema' means something else",
+    ("adamod", "adamod (robust)"): "'rate_ema' means something else",
+    ("diffmod", "adamod"): "no place for previous_gradient",
+    ("sgd with momentum", "sgd with dampening"): "'velocity' means something else",
+    ("optax.rmsprop", "rmsprop of the tree"): "one number of the tree",
+    ("optax.rmsprop with momentum", "rmsprop"): "'velocity' means something else",
+    ("optax.lion", "adam"): "needs nu",
+}
+
+
+@pytest.mark.parametrize(("source", "target"), OFTEN, ids=[f"{s} to {t}" for s, t in OFTEN])
+def test_a_state_is_as_if_the_target_had_seen_the_gradients(source, target, x64):
+    refusal = check_pair(source, target)
+    expected = REFUSED.get((source, target))
+    assert (refusal is None) == (expected is None), refusal
+    assert expected is None or expected in refusal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ALL)
+def test_from_every_optimizer_to_every_other_so_or_refused(source, x64):
+    refusals = {target: check_pair(source, target) for target in ALL}
+    assert refusals[source] is None
+    assert all("means something else" in r or "no place for" in r or "needs" in r
+               for r in refusals.values() if r is not None)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_a_transformation_of_optax_keeps_what_its_stages_keep(name, x64):
+    """The table by which its buffers get their meaning."""
+    transformation = optax.trace(0.5) if name == "trace" else getattr(optax, name)()
+    x, many = params(), gradients(3)
+    _, state = run(transformation, x, transformation.init(x), many)[0]
+    held = {**held_by(transformation.init), **held_by(transformation.update)}
+    decays = {"b1": held.get("b1"), "b2": held.get("b2", held.get("decay", held.get("rho")))}
+    decays["momentum"] = held.get("decay")
+    stages = [with_decays(stage, decays) for stage in OPTAX[name].stages(held)]
+    rule = adaptive(*stages)
+    _, ours = run(rule, x, rule.init(x), many)[0]
+    names = {"count"} & set(state._fields)
+    for field in set(state._fields) - names:
+        assert_close(getattr(state, field), ours.buffers[OPTAX[name].names.get(field, field)])
+    assert len(ours.buffers) == len(set(state._fields) - names)
+
+
+def with_decays(stage, decays):
+    """The stage again, with the decays of the transformation."""
+    made = made_of(stage)
+    settings = {k: v if v is None or decays.get(k) is None else decays[k]
+                for k, v in made.settings.items()}  # fmt: skip
+    return STAGES[made.name](**settings)
+
+
+# --- momentum -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("there", [True, False], ids=["to keras", "to torch"])
+def test_a_velocity_of_gradients_becomes_one_of_steps_and_back(there, nesterov, x64):
+    pair = [sgd(LR, 0.9, nesterov, convention=c) for c in ("torch", "keras")]
+    source, target = pair if there else pair[::-1]
+    x, state = after(source, gradients(7))
+    moved = convert_state(state, source, target, x)
+    (_, _), expected = run(source, x, state, gradients(20, 1))
+    (_, _), actual = run(target, x, moved, gradients(20, 1))
+    assert_close(actual, expected)
+
+
+def test_the_rate_of_the_source_is_what_is_in_its_velocity(x64):
+    """Another rate of the target changes what is to come, not what has been."""
+    source, target = sgd(0.1, 0.9, convention="keras"), sgd(0.02, 0.9)
+    x, state = after(source, gradients(7))
+    moved = convert_state(state, source, target, x)
+    _, expected = after(sgd(0.1, 0.9), gradients(7))
+    assert_close(moved[1].buffers["velocity"], expected[1].buffers["velocity"])
+    same = convert_state(state, source, sgd(0.02, 0.9, convention="keras"), x)
+    assert_close(same[1].buffers["velocity"], state[1].buffers["velocity"])
+
+
+def test_a_velocity_that_cannot_be_told_is_refused(x64):
+    falling = optax.linear_schedule(LR, 0.0, 100)
+    injected = optax.inject_hyperparams(sgd, static_args=("nesterov", "convention"))
+    keras = injected(LR, 0.9, convention="keras")
+    x, state = after(sgd(falling, 0.9), gradients(3))
+    with pytest.raises(ValueError, match="here only, and is a schedule, so that every gradient"):
+        convert_state(state, sgd(falling, 0.9), sgd(falling, 0.9, convention="keras"), x)
+    x, state = after(keras, gradients(3))
+    state.hyperparams["learning_rate"] = jnp.asarray(0.5)
+    with pytest.raises(ValueError, match="changed by hand"):
+        convert_state(state, keras, sgd(LR, 0.9), x)
+    x, state = after(optax.rmsprop(falling, momentum=0.9), gradients(3))
+    target = rmsprop(falling, convention="optax", momentum=0.9)  # the sign, whatever the rate
+    moved = convert_state(state, optax.rmsprop(falling, momentum=0.9), target, x, count=3)
+    assert_close(moved[1].buffers["velocity"], jax.tree.map(jnp.negative, state[2].trace))
+
+
+# --- wrappers -------------------------------------------------------------------------------------
+
+LABELS = {"b": "biases", "w": "weights"}
+RULES = {
+    "adam": [optax.adam, adam, functools.partial(adam, convention="optax")],
+    "adamw": [optax.adamw, adamw],
+    "amsgrad": [optax.amsgrad, functools.partial(amsgrad, convention="optax")],
+    "nadam": [optax.nadam, functools.partial(nadam, convention="optax")],
+    "nadamw": [optax.nadamw, functools.partial(nadamw, convention="optax")],
+    "radam": [optax.radam, functools.partial(radam, convention="optax")],
+    "rmsprop": [optax.rmsprop, functools.partial(rmsprop, convention="optax")],
+    "rmsprop with momentum": [
+        functools.partial(optax.rmsprop, momentum=0.9),
+        functools.partial(rmsprop, momentum=0.9, convention="optax"),
+    ],
+    "sgd": [optax.sgd, sgd],
+    "sgd with momentum": [
+        functools.partial(optax.sgd, momentum=0.9),
+        functools.partial(sgd, momentum=0.9),
+        functools.partial(sgd, momentum=0.9, convention="keras"),
+    ],
+    "adagrad": [optax.adagrad, functools.partial(adagrad, eps=1e-7, convention="optax")],
+    "adamax": [optax.adamax, adamax],
+    "adadelta": [optax.adadelta, adadelta],
+    "lion": [functools.partial(optax.lion, weight_decay=0.0), lion],
+    "adabelief": [optax.adabelief, adabelief],
+    "adamod": [adamod],
+}
+"""Functions of the learning rate that compute the same; lion and others with optax's defaults."""
+
+
+def in_groups(make):
+    return ParameterGroups([Group("b", may_be_empty=True)], default=Group()).optimizer(
+        make, learning_rate=LR
+    )
+
+
+def injected(make, learning_rate):
+    return optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(learning_rate)
+
+
+FROM_RATE = {
+    "plain": lambda make: make(LR),
+    "injected": lambda make: injected(make, LR),
+    "injected schedule": lambda make: injected(make, optax.constant_schedule(LR)),
+    "groups": in_groups,
+}
+AROUND = {
+    "skip_nonfinite": skip_nonfinite,
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 5),
+    "MultiSteps": lambda tx: optax.MultiSteps(
+        tx, 2, accumulator_dtype=jnp.float64
+    ).gradient_transformation(),
+    "masked": lambda tx: optax.masked(tx, {"b": True, "w": True}),
+    "partition": lambda tx: optax.partition({"weights": tx, "biases": tx}, LABELS),
+    "named_chain": lambda tx: optax.named_chain(("clip", optax.clip(1e3)), ("rest", tx)),
+    "clip": lambda tx: optax.chain(optax.clip_by_global_norm(1e3), tx),
+    "schedule": lambda tx: optax.chain(tx, optax.scale_by_schedule(optax.constant_schedule(1.0))),
+    "low_memory": low_memory,
+}
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    rule = rng.choice(sorted(RULES))
+    nests = []
+    for _ in range(2):
+        make = RULES[rule][rng.integers(len(RULES[rule]))]
+        how = rng.choice(sorted(FROM_RATE))
+        around = [str(name) for name in rng.choice(sorted(AROUND), rng.integers(4), replace=False)]
+        around.sort(key=lambda name: name == "named_chain")  # others do not bear its OrderedDict
+        tx = FROM_RATE[how](make)
+        for name in around:
+            tx = AROUND[name](tx)
+        nests.append((tx, 2 if "MultiSteps" in around else 1, (rule, str(how), *around)))
+    return nests
+
+
+def check_nests(seed):
+    (source, there, _), (target, here, _) = nests = draw(seed)
+    said = " -> ".join(str(name) for *_, name in nests)
+    x, state = after(source, gradients(5), there)
+    try:
+        moved = convert_state(state, source, target, x)
+    except ValueError as error:
+        if "is a schedule" in str(error):  # in Keras's velocity
+            return
+        if "does not say how many" not in str(error):
+            raise
+        moved = convert_state(state, source, target, x, count=5)
+    _, expected = run(source, x, state, gradients(20, 1), there)
+    _, actual = run(target, x, moved, gradients(20, 1), here)
+    try:
+        assert_close(actual, expected, 1e-11)
+    except AssertionError as error:
+        raise AssertionError(said) from error
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_in_and_out_of_any_nest_the_next_20_updates_are_the_same(seed, x64):
+    check_nests(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24, 300))
+def test_in_and_out_of_many_nests_the_next_20_updates_are_the_same(seed, x64):
+    check_nests(seed)
+
+
+def ints(**counts):
+    return {name: int(value) for name, value in counts.items()}
+
+
+def test_counters_of_wrappers_start_or_stay(x64):
+    x = params()
+    broken = jax.tree.map(lambda g: g.at[3].set(jnp.nan), gradients(6))
+    plain, guarded = adam(LR), skip_nonfinite(adam(LR))
+    x, state = after(guarded, broken)
+    again = convert_state(state, guarded, skip_nonfinite(optax.adam(LR)), x)
+    assert ints(total=again.total, count=again.inner_state[0].count) == {"total": 1, "count": 5}
+    other = convert_state(state, guarded, optax.apply_if_finite(adam(LR), 5), x)
+    assert ints(total=other.total_notfinite, n=other.inner_state[0].count) == {"total": 0, "n": 5}
+    _, state = after(plain, gradients(5))
+    new = convert_state(state, plain, guarded, x)
+    assert ints(total=new.total, count=new.inner_state[0].count) == {"total": 0, "count": 5}
+
+
+def test_a_schedule_counts_what_it_has_seen_and_moments_what_they_have(x64):
+    """The schedule stands outside of the guard, so that it has seen the step that was skipped."""
+    falling = optax.linear_schedule(1.0, 0.0, 50)
+
+    def outside(make):
+        return optax.chain(skip_nonfinite(make(LR)), optax.scale_by_schedule(falling))
+
+    broken = jax.tree.map(lambda g: g.at[3].set(jnp.nan), gradients(6))
+    x, state = after(outside(adam), broken)
+    moved = convert_state(state, outside(adam), outside(optax.adam), x)
+    assert ints(moments=moved[0].inner_state[0].count, schedule=moved[1].count) == {
+        "moments": 5, "schedule": 6
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"the counts in the state differ: \[5, 6\]; give count="):
+        convert_state(state, outside(adam), adamod(falling), x, drop={"rate_ema"})
+
+
+def multi_steps(make, every):
+    return optax.MultiSteps(
+        make(LR), every, accumulator_dtype=jnp.float64
+    ).gradient_transformation()
+
+
+def test_an_accumulation_stays_or_is_refused_in_its_middle(x64):
+    source = multi_steps(optax.adam, 3)
+    x, state = after(source, gradients(8))
+    moved = convert_state(state, source, multi_steps(adam, 3), x)
+    assert ints(mini=moved.mini_step, steps=moved.gradient_step) == {"mini": 2, "steps": 2}
+    assert int(moved.inner_opt_state[0].count) == 2
+    assert_bit_equal(moved.acc_grads, state.acc_grads)
+    with pytest.raises(ValueError, match=r"added up 2 gradients, .* takes a step after 2"):
+        convert_state(state, source, multi_steps(adam, 2), x)
+    with pytest.raises(ValueError, match="no place for acc_grads, which would be lost"):
+        convert_state(state, source, adam(LR), x)
+    x, state = after(source, gradients(9))
+    assert int(convert_state(state, source, adam(LR), x)[0].count) == 3
+    back = convert_state(convert_state(state, source, adam(LR), x), adam(LR), source, x)
+    assert ints(mini=back.mini_step, steps=back.gradient_step) == {"mini": 0, "steps": 3}
+
+
+def test_hyperparameters_and_what_others_hold_stay_the_targets(x64):
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
+    source, target = injected(adam, 0.5), injected(optax.adam, 0.125)
+    x, state = after(source, gradients(5))
+    moved = convert_state(state, source, target, x)
+    assert (float(moved.hyperparams["learning_rate"]), int(moved.count)) == (0.125, 5)
+    falling = injected(adam, optax.linear_schedule(1.0, 0.0, 10))
+    moved = convert_state(state, source, falling, x)
+    assert int(moved.hyperparams_states["learning_rate"].count) == 5
+    beside = optax.chain(adam(LR), plateau)
+    moved = convert_state(state, source, beside, x, count=7)
+    assert_bit_equal(moved[1], beside.init(x)[1])
+    assert int(moved[0][0].count) == 7
+    state = beside.init(x)
+    for value in (3.0, 3.0, 3.0, 3.0):
+        _, state = beside.update(x, state, x, value=value)
+    moved = convert_state(state, beside, optax.chain(optax.adam(LR), plateau), x)
+    assert float(state[1].scale) == 0.5
+    assert_bit_equal(moved[1], state[1])
+    with pytest.raises(ValueError, match=r"no place for .*best_value, scale, which would be lost"):
+        convert_state(state, beside, adam(LR), x)
+
+
+def test_parameters_are_frozen_and_thawed(x64):
+    half = ParameterGroups([Group("b", freeze=True)], default=Group())
+    frozen, whole = half.optimizer(adam, learning_rate=LR), in_groups(optax.adam)
+    x, state = after(adam(LR), gradients(5))
+    moved = convert_state(state, adam(LR), frozen, x)
+    mu = moved.inner_states["default"].inner_state[0].mu
+    assert isinstance(mu["b"], optax.MaskedNode)
+    assert_bit_equal(mu["w"], state[0].mu["w"])
+    thawed = convert_state(moved, frozen, whole, x)
+    groups = {name: part.inner_state[0] for name, part in thawed.inner_states.items()}
+    assert ints(**{name: part.count for name, part in groups.items()}) == {"b": 0, "default": 5}
+    assert not np.any(groups["b"].mu["b"])
+    with pytest.raises(ValueError, match=r"needs mu of \['b'\], nu of \['b'\], which cannot"):
+        convert_state(moved, frozen, adam(LR), x)
+    with pytest.raises(ValueError, match=r"no place for mu of \['b'\], nu of \['b'\]"):
+        convert_state(state, adam(LR), optax.masked(adam(LR), {"b": False, "w": True}), x)
+
+
+def test_groups_count_apart(x64):
+    late = ParameterGroups([Group("b", freeze=3)], default=Group())
+    source, target = (late.optimizer(make, learning_rate=LR) for make in (adam, optax.adam))
+    x, state = after(source, gradients(5))
+    moved = convert_state(state, source, target, x)
+    _, expected = run(source, x, state, gradients(20, 1))
+    _, actual = run(target, x, moved, gradients(20, 1))
+    assert_close(actual, expected)
+    with pytest.raises(ValueError, match="differ"):
+        convert_state(state, source, adam(LR), x)
+
+
+def test_buffers_of_parameters_with_other_counts_go_into_groups(x64):
+    x, target = params(), in_groups(adam)
+    found = {"mu": x, "nu": jax.tree.map(jnp.square, x)}
+    state = put_together(target, x, found, {"['b']": 4, "['w']": 9}, amsgrad(LR))
+    counts = {n: part.inner_state[0].count for n, part in state.inner_states.items()}
+    assert ints(**counts) == {"b": 4, "default": 9}
+    with pytest.raises(ValueError, match=r"\['b'\]: 4, \['w'\]: 9\), but the target counts them"):
+        put_together(adam(LR), x, found, lambda path: 4 if "b" in path else 9)
+    for nothing in (None, optax.MaskedNode()):
+        some = {name: {**tree, "b": nothing} for name, tree in found.items()}
+        with pytest.raises(ValueError, match=r"adam needs mu of \['b'\], nu of \['b'\], which"):
+            put_together(adam(LR), x, some, 9)
+
+
+def test_low_memory_holds_what_it_would_hold():
+    """As if the last step had been its own: bit for bit, blocks and noise included."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(8192), np.float32)
+    for storage in ("bfloat16", "8-bit"):
+        target = low_memory(adam(LR), storage)
+        _, state = jax.jit(adam(LR).update)(x, adam(LR).init(x), x)
+        _, expected = jax.jit(target.update)(x, target.init(x), x)
+        moved = convert_state(state, adam(LR), target, x)
+        assert_bit_equal(moved, expected)
+        back = convert_state(moved, target, optax.adam(LR), x)
+        assert_bit_equal(back[0].mu, codecs.decoded(expected.inner_state)[0].mu)
+
+
+def test_what_may_be_lost_is_said(x64):
+    x, state = after(adamod(LR), gradients(5))
+    with pytest.raises(ValueError, match=r"lost. .* said with drop=\{'rate_ema'\}"):
+        convert_state(state, adamod(LR), adam(LR), x)
+    moved = convert_state(state, adamod(LR), adam(LR), x, drop={"rate_ema"})
+    assert_bit_equal(moved[0].mu, state[0].buffers["mu"])
+    anew = convert_state(state, adamod(LR), adamod(LR, convention="paper"), x, drop={"rate_ema"})
+    from_adam = convert_state(moved, adam(LR), adamod(LR, convention="paper"), x)
+    assert_bit_equal(anew, from_adam)
+
+
+def test_everything_that_is_wrong_is_said_once_by_path(x64):
+    shapes = {"b": jnp.ones(2), "w": jnp.ones((2, 3))}
+    found = {"mu": {"b": jnp.ones(3), "w": jnp.ones(())}, "velocity": shapes}
+    with pytest.raises(ValueError, match="adam has no place") as error:
+        put_together(adam(LR), shapes, found, 3)
+    said = str(error.value)
+    for part in (
+        "no place for velocity", "adam needs nu, which",
+        "'mu' at ['b'] has shape (3,), it should be (2,)",
+        "'mu' at ['w'] has shape (), it should be (2, 3)",
+    ):  # fmt: skip
+        assert said.count(part) == 1
+
+
+def test_a_derived_buffer_is_not_touched_by_a_clip_beside_it(x64):
+    tight = optax.clip_by_global_norm(1e-6)
+    x, state = after(adam(LR), gradients(5))
+    moved = convert_state(state, adam(LR), optax.chain(tight, amsgrad(LR)), x)
+    assert_close(moved[1][0].buffers["nu_max"], state[0].nu)
+    belief = adabelief(LR, eps=0.0)
+    x, state = after(belief, gradients(5))
+    moved = convert_state(state, belief, adabelief(LR, eps=0.0, convention="amsgrad"), x)
+    assert_close(moved[0].buffers["nu_max"], state[0].buffers["nu"])
+
+
+def test_what_is_derived_is_split_as_the_parameters_are():
+    mesh = jax.make_mesh((8,), ("data",))
+    rows = NamedSharding(mesh, P("data"))
+    x = {"w": jax.device_put(jnp.arange(32.0).reshape(16, 2), rows)}
+    optimizer, target = adam(LR), diffmod(LR)
+    state = jax.jit(optimizer.update)(x, optimizer.init(x), x)[1]
+    moved = convert_state(state, optimizer, target, x)
+    for name, buffer in moved[0].buffers.items():
+        assert buffer["w"].sharding.is_equivalent_to(rows, 2), name
+    one = jax.tree.map(np.asarray, (state, x))
+    alone = convert_state(jax.tree.map(jnp.asarray, one[0]), optimizer, target, one[1])
+    assert_close(moved[0].buffers, alone[0].buffers, 1e-6)
+
+
+def test_an_optimizer_of_nnx_moves():
+    def trained(tx, steps, model, state=None):
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        if state is not None:
+            nnx.update(optimizer.opt_state, nnx.state(state))
+        for _ in range(steps):
+            gradient = nnx.grad(lambda m: ((m(jnp.ones((2, 3))) - 1.0) ** 2).sum())(model)
+            optimizer.update(model, gradient)
+        return optimizer
+
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = trained(optax.adam(LR), 3, model)
+    x = nnx.state(model, nnx.Param)
+    moved = convert_state(optimizer, optax.adam(LR), adam(LR), x)
+    assert_bit_equal(moved, convert_state(nnx.state(optimizer), optax.adam(LR), adam(LR), x))
+    expected, actual = nnx.clone(model), nnx.clone(model)
+    trained(optax.adam(LR), 2, expected, nnx.as_pure(optimizer.opt_state))
+    trained(adam(LR), 2, actual, moved)
+    np.testing.assert_allclose(actual.kernel[...], expected.kernel[...], rtol=1e-6)
+
+
+def test_buffers_of_lines_that_bear_no_made_up_numbers_are_not_taken_for_one_another():
+    """Both keep ``mu``; nobody can tell what it means, so only the same stages go on with it."""
+
+    def kept(name):
+        def picky():
+            def line(step):
+                if step.direction.ndim == 2:
+                    raise TypeError("not for matrices")
+                return step.set(direction=step.average("mu", step.direction, 0.5))
+
+            return line
+
+        picky.__name__ = name
+        return adaptive(stage(picky)())
+
+    try:
+        one, same, other = kept("picky"), kept("picky"), kept("fussy")
+    finally:
+        for name in ("picky", "fussy"):
+            STAGES.pop(name)
+    x = jnp.ones(3)
+    _, state = one.update(x, one.init(x), x)
+    assert_bit_equal(convert_state(state, one, same, x), state)
+    with pytest.raises(ValueError, match=r"'mu' means something else .* cannot be found out"):
+        convert_state(state, one, other, x)

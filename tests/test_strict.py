@@ -1,0 +1,85 @@
+"""JAX's strict settings, all at once: every recipe and wrapper, real and complex."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import EACH_OFTEN_ONCE, EVERY_CONVENTION
+
+from adaptive_opt import (
+    adam,
+    adamod,
+    adamw,
+    amsgrad,
+    lookahead,
+    low_memory,
+    one_cycle,
+    single_pass,
+    skip_nonfinite,
+    telemetry,
+)
+
+CYCLE = one_cycle(1e-2, 10)
+WRAPPED = {
+    "skip_nonfinite": lambda: skip_nonfinite(adam(1e-2)),
+    "lookahead": lambda: lookahead(adam(1e-2), 2, lambda step: 0.5 + 0.0 * jnp.float32(step)),
+    "bfloat16": lambda: low_memory(adam(1e-2), min_size=1),
+    "8-bit": lambda: low_memory(amsgrad(1e-2), "8-bit", min_size=1),
+    "single_pass": lambda: single_pass(adamod(1e-2)),
+    "telemetry": lambda: adamod(1e-2, observers=(telemetry(every=1),)),
+    "scheduled": lambda: adam(CYCLE.learning_rate, b1=CYCLE.b1, b2=lambda t: 0.9 + 0.0 * t),
+    "an array": lambda: adamw(jnp.asarray(1e-2)),
+    # optax asks for one dtype of all parameters, which strict promotion has for equal ones only.
+    "injected": lambda: optax.inject_hyperparams(adam)(learning_rate=1e-2),
+}
+
+
+@contextlib.contextmanager
+def strict():
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.checking_leaks(),
+    ):
+        yield
+
+
+def assert_takes_two_steps(make, x64):
+    """In one tree, a matrix and a vector; the zeros are for ``jax_debug_nans``."""
+    dtypes = (np.float64,) if x64 else (np.float32, np.complex64, jnp.bfloat16)
+    params = {
+        f"{shape}{np.dtype(dtype)}": jnp.ones(shape, dtype).at[0].set(0)
+        for dtype in dtypes
+        for shape in ((2, 3), (3,))
+    }
+    with strict():
+        optimizer = make()
+        state = optimizer.init(params)
+        update = jax.jit(optimizer.update)
+        for _ in range(2):
+            updates, state = update(params, state, params)
+        with jax.disable_jit():
+            optimizer.update(params, state, params)
+    for path, update in updates.items():
+        assert update.dtype == params[path].dtype
+
+
+@pytest.mark.parametrize("name", EACH_OFTEN_ONCE)
+def test_every_recipe_is_strict(name):
+    assert_takes_two_steps(lambda: EVERY_CONVENTION[name](1e-2), x64=False)
+
+
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name != "injected"])
+def test_every_wrapper_is_strict(name):
+    assert_takes_two_steps(WRAPPED[name], x64=False)
+
+
+@pytest.mark.parametrize("name", ["scheduled", "8-bit", "an array", "injected"])
+def test_float64_is_strict(name, x64):
+    assert_takes_two_steps(WRAPPED[name], x64=True)

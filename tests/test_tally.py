@@ -1,0 +1,298 @@
+"""What telemetry counts: exact for any size and grouping, and next to no memory or programs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adaptive_opt import (
+    AdaptiveStep,
+    adam,
+    adamod,
+    adaptive,
+    observer,
+    rate_histograms,
+    read_telemetry,
+    rmsprop,
+    stage,
+    telemetry,
+)
+from adaptive_opt.core import waves
+from adaptive_opt.watching.tally import _FIRST_KEYS, KEYS, QUANTILES, Tally, Weights
+
+
+@jax.jit
+def merged_with(tally, rate, group):
+    number = tally.least.size
+    weights = Weights(rate, None, (rate, None, rate), (rate > 1,))
+    return tally.merged(Tally.nothing(number, 1).adding(weights, group).in_digits())
+
+
+def counted(rates, groups, number):
+    """The numbers of a tally of arrays of rates, each in a group."""
+    tally = Tally.nothing(number, 1).in_digits()
+    for rate, group in zip(rates, groups, strict=True):
+        tally = merged_with(tally, jnp.asarray(rate, jnp.float32), jnp.int32(group))
+    sizes = [
+        sum(np.size(r) for r, g in zip(rates, groups, strict=True) if g == i) for i in range(number)
+    ]
+    return jax.device_get(tally.numbers(sizes)), sizes
+
+
+def whole(words):
+    return words[..., 0].astype(np.int64) + (words[..., 1].astype(np.int64) << 32)
+
+
+@settings(deadline=None, max_examples=25, database=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.sampled_from([1, 7, 40]), st.integers(0, 2**32 - 1)),
+        max_size=4,
+    )
+)
+def test_counts_and_quantiles_are_those_of_numpy(leaves):
+    """Floats of any bits, NaN, infinity and zero among them."""
+    groups = [g for g, _, _ in leaves]
+    rates = [
+        np.abs(np.random.default_rng(seed).integers(0, 2**32, n, np.uint32).view(np.float32))
+        for _, n, seed in leaves
+    ]
+    seen, _ = counted(rates, groups, 2)
+    for group in range(2):
+        own = [r for r, g in zip(rates, groups, strict=True) if g == group]
+        if not own:
+            assert not seen["histogram"][group].any()
+            continue
+        rate = np.concatenate(own)
+        bins = np.searchsorted(_FIRST_KEYS, rate.view(np.uint32) >> 16, side="right")
+        expected = np.bincount(bins, minlength=len(_FIRST_KEYS) + 1)
+        np.testing.assert_array_equal(whole(seen["histogram"][group]), expected)
+        assert whole(seen["limited"][group, 0]) == np.sum(rate > 1)
+        ordered = np.sort(rate)
+        for q, found in zip(QUANTILES, seen["quantiles"][group], strict=True):
+            exact = ordered[max(1, -(-round(100 * q) * rate.size // 100)) - 1]
+            if exact > 1e-37 or not exact < np.inf:  # not among the denormals
+                np.testing.assert_allclose(found, exact, rtol=2.0**-8)
+
+
+def test_the_weights_of_small_leaves_count_beside_a_large_one():
+    """In float32 one more than 2^24 is 2^24."""
+    large = jnp.zeros((1, KEYS + 1), jnp.uint32).at[0, 100].set(2**24)
+    tally = Tally.nothing(1, 1)._replace(counts=large).in_digits()
+    for _ in range(40):
+        tally = merged_with(tally, jnp.full(1, 2.0), jnp.int32(0))
+    seen = jax.jit(lambda t: t.numbers([2**24 + 40]))(tally)
+    assert sorted(whole(np.asarray(seen["histogram"][0])))[-2:] == [40, 2**24]
+    assert whole(np.asarray(seen["limited"][0, 0])) == 40
+
+
+def test_counts_of_more_than_32_bits_are_exact():
+    """2^33 + 8 weights in five parts of which none is larger than 2^31."""
+    parts = [2**31 - 1] * 4 + [12]
+    tally = Tally.nothing(1, 0).in_digits()
+    for i, size in enumerate(parts):
+        counts = jnp.zeros((1, KEYS), jnp.uint32).at[0, 16000 + 256 * (i // 4)].set(size)
+        everything = {"least": jnp.zeros(1), "largest": jnp.full(1, np.inf)}
+        part = Tally.nothing(1, 0)._replace(counts=counts, **everything)
+        tally = tally.merged(part.in_digits())
+    assert sum(parts) == 2**33 + 8
+    seen = jax.device_get(jax.jit(lambda t: t.numbers([sum(parts)]))(tally))
+    assert sorted(whole(seen["histogram"][0]))[-2:] == [12, 2**33 - 4]
+    bits = np.float32(seen["quantiles"][0]).view(np.uint32) >> 16
+    assert bits.tolist() == [16000] * 5
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"one": (2**33,)},
+        {"rows": (2**20, 2**13), "bias": (7,)},
+        {"half": (2**31 + 2,), "b": (2**32,)},
+    ],
+)
+@pytest.mark.parametrize("make", [adamod, lambda lr, **k: rmsprop(lr, scope="tensor", **k)])
+def test_a_group_of_billions_of_weights_is_traced(shapes, make):
+    params = {k: jax.ShapeDtypeStruct(shape, np.float32) for k, shape in shapes.items()}
+    optimizer = make(1e-3, observers=telemetry())
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert updates.keys() == params.keys()
+
+
+def drawn(shapes, scale=1.0):
+    rng = np.random.default_rng(0)
+    return {
+        k: jnp.asarray(scale * rng.lognormal(0, 3, shape), jnp.float32)
+        for k, shape in shapes.items()
+    }
+
+
+SHAPES = {
+    "a": (9, 100),
+    "b": (4096,),
+    "c": (),
+    "d": (3, 5000),
+    "e": (2, 3),
+    "f": (1,),
+    "g": (12289,),
+}
+
+
+def test_waves_see_what_a_look_at_the_whole_sees(monkeypatch):
+    """Large leaves in parts, small ones together; also where all are counted segment by segment."""
+    monkeypatch.setattr(waves, "LONGEST", waves.SHORTEST)
+    params, groups = drawn(SHAPES, 1e-3), {"some": "a|d|f", "never": "x"}
+    optimizer = adamod(1e-3, observers=telemetry(every=1, groups=groups))
+
+    def after_two():
+        state = optimizer.init(params)
+        for _ in range(2):
+            _, state = jax.jit(lambda g, s: optimizer.update(g, s, params))(params, state)
+        return state
+
+    in_waves = after_two()
+    monkeypatch.setattr(waves, "SEGMENT", 3 * waves.SHORTEST + 1)
+    in_segments = after_two()
+    monkeypatch.setattr(waves, "_fits", lambda *_: False)
+    by_leaf = after_two()
+    expected = read_telemetry(by_leaf)
+    assert 0 < expected["limited/adamod_momental_bound/some"] <= 1
+    for other in (in_waves, in_segments):
+        for group, histogram in rate_histograms(by_leaf).items():
+            np.testing.assert_array_equal(rate_histograms(other)[group], histogram)
+        assert read_telemetry(other) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_line_that_looks_at_a_shape_or_at_other_weights_does_not_go_through_waves():
+    @stage
+    def scaled(how):
+        def line(step: AdaptiveStep) -> AdaptiveStep:
+            factor = {"size": step.gradient.size, "mean": jnp.mean(step.gradient)}[how]
+            return step.set(rate=jnp.full(step.gradient.shape, factor))
+
+        return line
+
+    params = drawn({"a": (3, 4), "b": (5,)})
+    for how in ("size", "mean"):
+        optimizer = adaptive(scaled(how), telemetry(groups={"a": "a"}))
+        _, state = optimizer.update(params, optimizer.init(params), params)
+        seen = read_telemetry(state)
+        for group, leaf in (("a", "a"), ("other", "b")):
+            exact = params[leaf].size if how == "size" else params[leaf].mean()
+            assert seen[f"rate/{group}/q50"] == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_norms_are_right_for_gradients_whose_squares_are_not_numbers():
+    rng = np.random.default_rng(0)
+    for scale in (1e-35, 1.0, 1e35):
+        gradient = {"a": jnp.asarray(scale * rng.normal(size=(40, 3)), jnp.float32)}
+        optimizer = adam(1e-3, observers=telemetry())
+        _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+        exact = np.linalg.norm(np.asarray(gradient["a"], np.float64))
+        assert read_telemetry(state)["gradient_norm/all"] == pytest.approx(exact, rel=1e-6)
+        assert read_telemetry(state)["param_norm/all"] == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_stage_after_the_observer_has_no_count():
+    @stage
+    def bound():
+        return lambda step: step.limit(direction=jnp.minimum(step.direction, 1.0))
+
+    optimizer, x = adaptive(telemetry(), bound()), jnp.array([0.5, 2.0])
+    _, state = optimizer.update(x, optimizer.init(x), x)
+    assert not [key for key in read_telemetry(state) if key.startswith("limited")]
+
+
+def explicit(shape, spec, mesh):
+    return jax.device_put(drawn({"x": shape}, 1e-3)["x"], NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_of_either_kind_the_counts_are_those_of_one_device(kind):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
+    specs = {"w": P("x", "y"), "v": P(None, "y"), "b": P()}
+    alone = drawn({"w": (4, 8), "v": (2, 4), "b": (3,)}, 1e-3)
+    optimizer = adamod(1e-3, observers=telemetry(every=1))
+    _, expected = jax.jit(optimizer.update)(alone, optimizer.init(alone), alone)
+    with jax.set_mesh(mesh):
+        params = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in alone.items()}
+        _, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+        np.testing.assert_array_equal(
+            rate_histograms(state)["all"], rate_histograms(expected)["all"]
+        )
+        assert read_telemetry(state) == pytest.approx(read_telemetry(expected), rel=1e-6)
+
+
+# --- What it costs --------------------------------------------------------------------------------
+
+MANY = {f"w{i:03d}": jax.ShapeDtypeStruct((i % 4 + 61, 400), np.float32) for i in range(120)}
+GIANT = {"w": jax.ShapeDtypeStruct((2**12, 2**11), np.float32)}
+
+
+def temporaries(optimizer, params):
+    state = jax.eval_shape(optimizer.init, params)
+    compiled = jax.jit(optimizer.update).lower(params, state, params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("params", [MANY, GIANT], ids=["many leaves", "a giant"])
+def test_temporaries_are_at_most_a_byte_for_each_weight(params):
+    size = sum(x.size for x in params.values())
+    more = temporaries(adamod(1e-3, observers=telemetry()), params) - temporaries(
+        adamod(1e-3), params
+    )
+    assert more <= size
+
+
+def test_lines_are_traced_for_each_shape_and_not_for_each_leaf():
+    runs = []
+
+    @stage
+    def noted():
+        def line(step: AdaptiveStep) -> AdaptiveStep:
+            runs.append(step.gradient.shape)
+            return step.set(direction=2 * step.direction)
+
+        return line
+
+    def traced(number, *observers):
+        x = {f"w{i}": jnp.ones((i % 3 + 2, 5)) for i in range(number)}
+        optimizer = adaptive(noted(), *observers)
+        state = optimizer.init(x)
+        runs.clear()
+        jaxpr = jax.make_jaxpr(optimizer.update)(x, state, x)
+        return len(runs), str(jaxpr).count("scatter-add")
+
+    alone, _ = traced(30)
+    few, _ = traced(6, telemetry())
+    many, scatters = traced(30, telemetry())
+    assert few == many
+    assert many <= 2 * alone + 3  # a wave is a shape too, and the loop is traced with its first
+    assert scatters < 10
+
+
+def test_a_state_is_fetched_in_one_go(monkeypatch):
+    fetched = []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(1) or get(x))
+    norm = observer(lambda s: {"n": s.count}, {"n": ()}, name="mine")
+    optimizer, x = adam(1e-2, observers=[norm, telemetry(groups={"a": "a"})]), {"a": jnp.ones(2)}
+    _, state = optimizer.update(x, optimizer.init(x), x)
+    assert read_telemetry(state)["mine/n"] == 1
+    assert len(fetched) == 1
+
+
+def test_the_state_is_as_large_as_the_text_says():
+    x = {"a": jnp.ones(2)}
+    for groups, number in ((None, 1), ({"b": "b", "c": "c"}, 3)):
+        state = adamod(1e-2, observers=telemetry(groups=groups)).init(x)
+        kept = jax.tree.leaves(state[0].buffers["telemetry"].values)
+        assert sum(k.size for k in kept) == number * (301 + 2) + 5
+        assert {k.dtype.itemsize for k in kept} == {4}
