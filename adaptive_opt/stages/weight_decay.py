@@ -17,17 +17,17 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
 "after"        ``(x - lr_t u) (1 - wd)``  off the new x, times neither; LaProp's authors
 "proximal"     ``(x - lr_t u) / (1 +      the proximal step of ``wd/2 |x|^2``: never overshoots;
                lr_t wd)``                 Adan
-"clipped"      ``x - f_t lr_t (u + wd     "decoupled" with the learning rate of the tensor, which the
-               x)``                       recipe has lowered by the factor f; StableAdamW
+"clipped"      ``x - f_t lr_t (u + wd     "decoupled", with a learning rate that the recipe has
+               x)``                       lowered for the tensor by the factor f; StableAdamW
 "inner"        ``x - lr_t u(g, wd x)``    part of the direction where the recipe's listing says so:
                                           what comes behind, a momentum, a trust ratio, a projection
                                           or a first step that does not move, acts on it too;
                                           NovoGrad, LAMB, AdamP, ADOPT
 =============  =========================  =======================================================
 
-All but "l2", "after" and "proximal" take the decay off the old x. ``recipe.choices["decay"]`` says which forms a recipe
-has; every form that it has is recorded from public code, or, where no package has it, from parts of
-optax.
+All but "l2", "after" and "proximal" take the decay off the old x. ``recipe.choices["decay"]`` says
+which forms a recipe has; every form that it has is recorded from public code, or, where no package
+has it, from parts of optax.
 """
 
 from __future__ import annotations
