@@ -12,6 +12,7 @@ from adaptive_opt.core.checks import (
     check_nonnegative,
     check_positive,
 )
+from adaptive_opt.core.finite import largest_squared, squarable
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep
@@ -30,9 +31,10 @@ def yogi_moment(
     sign(v_{t-1} - |g_t|^2) |g_t|^2``.
 
     Where Adam's average forgets a large gradient at once when small ones follow, this one falls
-    slowly; it rises like Adam's. Reads ``gradient``, sets ``second_moment``, which ``debias``
-    corrects with ``b2`` as in every public code, though it starts above zero. Yogi (Zaheer et al.
-    2018, NeurIPS, Algorithm 2).
+    slowly; it rises like Adam's. A gradient counts as at most the root of half the largest number
+    (1.3e19 in float32), and lowers the rate of its weight for good. Reads ``gradient``, sets
+    ``second_moment``, which ``debias`` corrects with ``b2`` as in every public code, though it
+    starts above zero. Yogi (Zaheer et al. 2018, NeurIPS, Algorithm 2).
 
     Args:
       b2: in [0, 1), or a schedule of it.
@@ -54,7 +56,7 @@ def yogi_moment(
         def move(v: jax.Array, square: jax.Array) -> jax.Array:
             return v - (1 - step.at(b2)) * jnp.sign(v - square) * square
 
-        square = absolute_square(step.gradient)
+        square = absolute_square(squarable(step.gradient))
         nu = step.remember(name, move, square, initial=initial, dtype=dtype)
         return step.set(second_moment=step.owing(nu, b2))
 
@@ -98,7 +100,9 @@ def weighted_moment(
         inverse = jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
 
         def average(step: AdaptiveStep) -> AdaptiveStep:
-            weighed = step.average(name, step.at(weight) * step.direction, b1, dtype=dtype)
+            d = step.at(weight) * step.direction
+            most = largest_squared(d.dtype)
+            weighed = step.average(name, d, b1, dtype=dtype, at_most=most, of=d)
             return step.set(direction=step.at(inverse) * weighed)
 
         return steps.each(average)
@@ -134,7 +138,7 @@ def previous_second_moment(
     check_decay(b2=b2)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        square, d = absolute_square(step.gradient), step.direction
+        square, d = absolute_square(squarable(step.gradient)), squarable(step.direction)
         before = step.recall(name, like=square, dtype=dtype)
         now = step.average(name, square, b2, initial=lambda first: first, dtype=dtype)
         moves = jnp.where(step.count == 1, 0.0, 1.0)
@@ -176,7 +180,8 @@ def slow_average(
     check_nonnegative(alpha=alpha)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        slow = step.average(name, step.gradient, b3, dtype=dtype)
+        g = step.gradient
+        slow = step.average(name, g, b3, dtype=dtype, at_most=largest_squared(g.dtype), of=g)
         return step.set(direction=step.direction + step.at(alpha) * slow)
 
     return line

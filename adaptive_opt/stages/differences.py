@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter, check_decay, check_nonnegative
+from adaptive_opt.core.finite import largest_squared, squarable
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 
@@ -41,11 +42,11 @@ def variance_reduced_gradient(
     check_decay(b1=b1)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        g, b = step.gradient, step.at(b1)
+        g, b = squarable(step.gradient), step.at(b1)
         change = g - step.recall(name, like=g, dtype=dtype)
         step.keep(name, g)
         correction = step.at(gamma) * b / (1 - b) * change
-        return step.set(direction=step.direction + correction, gradient=g + correction)
+        return step.set(direction=squarable(step.direction) + correction, gradient=g + correction)
 
     return line
 
@@ -75,7 +76,7 @@ def nesterov_gradient(
     check_nonnegative(ahead=ahead)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        g = step.gradient
+        g = squarable(step.gradient)
         before = step.recall(name, like=g, dtype=dtype)
         change = jnp.where(step.count == 1, 0.0, g - before)
         step.keep(name, g)
@@ -117,7 +118,9 @@ def change_average(
     check_nonnegative(ahead=ahead)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        change = step.average(name, step.noted("change"), b2, dtype=dtype)
+        now = step.noted("change")
+        most = largest_squared(now.dtype)
+        change = step.average(name, now, b2, dtype=dtype, at_most=most, of=now)
         weight = step.at(ahead) / step.correction_of(b2)
         return step.set(direction=step.direction + weight * change)
 

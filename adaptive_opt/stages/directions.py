@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter, check_decay, check_nonnegative, choose
-from adaptive_opt.core.finite import largest_squared
+from adaptive_opt.core.finite import largest_squared, root
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 
@@ -172,11 +172,12 @@ def atan2_direction(scale: Hyperparameter = 1.27, b: Hyperparameter = 1.0) -> On
     check_nonnegative(scale=scale, b=b)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        d, root = step.direction, step.at(b) * jnp.sqrt(step.second_moment)
+        d, scale_of_d = step.direction, step.at(b) * root(step.second_moment)
+        beside = jnp.where((d == 0) & (scale_of_d == 0), 1, scale_of_d)  # at 0, 0 it has no slope
         if jnp.iscomplexobj(d):
-            angle = jnp.sign(d) * jnp.atan2(jnp.abs(d), root)
+            angle = jnp.sign(d) * jnp.atan2(jnp.abs(d), beside)
         else:
-            angle = jnp.atan2(d, root)
+            angle = jnp.atan2(d, beside)
         return step.set(direction=step.at(scale) * angle).without("second_moment")
 
     return line

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_opt.core.checks import Hyperparameter, check_fraction, check_nonnegative, choose
+from adaptive_opt.core.finite import root, squarable, summable
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.stages.moments import absolute_square, over
@@ -56,7 +57,7 @@ def radial_projection(
         )
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        g, x, d = step.gradient, step.param, step.direction
+        g, x, d = squarable(step.gradient), step.param, step.direction
         if x.ndim < 2:
             return step.note(projected_decay=1.0)
         over(step, [absolute_square(x)], "sum", axis_name)  # refuses parts of a tensor
@@ -66,9 +67,9 @@ def radial_projection(
         for axes in views:
 
             def total(a: jax.Array, b: jax.Array, axes: tuple[int, ...] = axes) -> jax.Array:
-                return jnp.sum((a.conj() * b).real, axes, keepdims=True)
+                return summable(jnp.sum((a.conj() * b).real, axes, keepdims=True))
 
-            of_g, of_x = jnp.sqrt(total(g, g)), jnp.sqrt(total(x, x))
+            of_g, of_x = root(total(g, g)), root(total(x, x))
             lengths = jnp.maximum(of_g, least) * jnp.maximum(of_x, least)
             cosine = jnp.abs(_quotient(total(g, x), lengths))
             size = math.prod(x.shape[i] for i in axes)

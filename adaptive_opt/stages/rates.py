@@ -438,6 +438,6 @@ def floored_rate(eps: Hyperparameter) -> OneArray:
     check_nonnegative(eps=eps)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        return step.set(rate=RateRule(lambda v: jnp.maximum(jnp.sqrt(v), step.at(eps))))
+        return step.set(rate=RateRule(lambda v: jnp.maximum(root(v), step.at(eps))))
 
     return line

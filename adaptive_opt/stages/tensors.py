@@ -17,6 +17,7 @@ from adaptive_opt.core.checks import (
     check_positive,
     is_number,
 )
+from adaptive_opt.core.finite import root, squarable, summable
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep, leaves_of_params
@@ -28,8 +29,8 @@ AxisName = str | tuple[str, ...] | None
 
 
 def norm(step: AdaptiveStep, x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The root of the sum of the squares of a whole tensor."""
-    return jnp.sqrt(over(step, [absolute_square(x)], "sum", axis_name))
+    """The root of the sum of the squares of a whole tensor, at most that of half the largest."""
+    return root(summable(over(step, [absolute_square(x)], "sum", axis_name)))
 
 
 @stage
@@ -95,7 +96,7 @@ def norm_moment(
             b = step.at(b2)
             return jnp.where(v == 0, square, (1 - b) * square + b * v)
 
-        square = over(step, [absolute_square(step.gradient)], "sum", axis_name)
+        square = summable(over(step, [absolute_square(step.gradient)], "sum", axis_name))
         return step.set(second_moment=step.remember(name, average, square, dtype=dtype))
 
     return line
@@ -129,9 +130,9 @@ def rms_bound(
     check_positive(threshold=threshold)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        v = jnp.maximum(step.second_moment, jnp.square(step.at(eps)))
-        squares = jnp.where(v == 0, 0.0, absolute_square(step.gradient) / jnp.where(v == 0, 1.0, v))
-        rms = jnp.sqrt(over(step, [squares], "mean", axis_name))
+        g, v = squarable(step.gradient), jnp.maximum(step.second_moment, step.at(eps) ** 2)
+        squares = jnp.where(v == 0, 0.0, absolute_square(g) / jnp.where(v == 0, 1.0, v))
+        rms = root(summable(over(step, [squares], "mean", axis_name)))
         factor = 1 / jnp.maximum(1.0, rms / step.at(threshold))
         return step.limit(rate=step.rate * factor).note(rms_factor=factor)
 
@@ -234,7 +235,7 @@ def trust_ratio(
             of_x = jnp.minimum(of_x, largest)
         both = (of_x > 0) & (of_u > 0)
         ratio = step.at(coefficient) * of_x / jnp.where(both, of_u + step.at(eps), 1.0)
-        return step.set(direction=step.direction * jnp.where(both, ratio, 1.0))
+        return step.set(direction=squarable(step.direction) * jnp.where(both, ratio, 1.0))
 
     def line_of_the_tree(steps: OpenStep) -> OpenStep:
         for step, is_scaled in zip(steps.steps, flags(mask, steps), strict=True):
