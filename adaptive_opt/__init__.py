@@ -46,6 +46,7 @@ from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.averages import (
+    belief_moment,
     previous_second_moment,
     slow_average,
     weighted_moment,
@@ -67,7 +68,6 @@ from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
 from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball
 from adaptive_opt.stages.moments import (
     amsgrad_max,
-    belief_moment,
     centered_moment,
     debias,
     first_moment,

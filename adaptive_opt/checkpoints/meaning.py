@@ -30,10 +30,10 @@ from adaptive_opt.core.now import Correction, Now
 from adaptive_opt.core.observe import Watch
 from adaptive_opt.core.stage import lines_of
 from adaptive_opt.core.tree import OpenStep, run
+from adaptive_opt.stages.averages import belief_moment
 from adaptive_opt.stages.directions import lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
-    belief_moment,
     centered_moment,
     debias,
     first_moment,

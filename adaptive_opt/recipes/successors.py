@@ -26,6 +26,7 @@ from adaptive_opt.core.checks import (
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
 from adaptive_opt.stages.averages import (
+    belief_moment,
     previous_second_moment,
     slow_average,
     weighted_moment,
@@ -34,7 +35,6 @@ from adaptive_opt.stages.averages import (
 from adaptive_opt.stages.directions import clip_direction, lion_direction
 from adaptive_opt.stages.moments import (
     amsgrad_max,
-    belief_moment,
     debias,
     first_moment,
     second_moment,
