@@ -30,16 +30,42 @@ from adaptive_opt.memory.single_pass import (
 from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
+from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.matrices import hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
-from adaptive_opt.recipes.successors import adabelief, lion
+from adaptive_opt.recipes.scaled import adam_atan2, adamp, lamb, lars, novograd, stableadamw
+from adaptive_opt.recipes.successors import (
+    adabelief,
+    ademamix,
+    adopt,
+    laprop,
+    lion,
+    yogi,
+)
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
-from adaptive_opt.stages.averages import belief_moment
-from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
+from adaptive_opt.stages.averages import (
+    belief_moment,
+    previous_second_moment,
+    slow_average,
+    weighted_moment,
+    yogi_moment,
+)
+from adaptive_opt.stages.differences import (
+    change_average,
+    nesterov_gradient,
+    variance_reduced_gradient,
+)
+from adaptive_opt.stages.directions import (
+    atan2_direction,
+    clip_direction,
+    diffgrad_friction,
+    lion_direction,
+    sign_direction,
+)
 from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
-from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball, trust_ratio
+from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     centered_moment,
@@ -52,12 +78,14 @@ from adaptive_opt.stages.moments import (
     second_moment,
     sum_of_squares,
 )
+from adaptive_opt.stages.projections import radial_projection
 from adaptive_opt.stages.rates import (
     adabound_dynamic_bound,
     adadelta_units,
     adamod_momental_bound,
     apply_rate,
     debias_rate,
+    floored_rate,
     inverse_rate,
     mute_unseen,
     per_weight_rate,
@@ -65,8 +93,16 @@ from adaptive_opt.stages.rates import (
     scale_rate,
     uniform_rate,
 )
+from adaptive_opt.stages.tensors import (
+    clip_gradient_norm,
+    inner_weight_decay,
+    norm_moment,
+    rms_bound,
+    trust_ratio,
+)
 from adaptive_opt.stages.weight_decay import (
     cautious_weight_decay,
+    decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
@@ -109,6 +145,18 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     # Optimizers: what came after.
     "adabelief",
     "lion",
+    "yogi",
+    "laprop",
+    "adopt",
+    "ademamix",
+    "mars",
+    "adan",
+    "stableadamw",
+    "novograd",
+    "lamb",
+    "lars",
+    "adam_atan2",
+    "adamp",
     "muon",
     "hidden_matrices",
     # Optimizers: what came before and beside.
@@ -162,12 +210,17 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "infinity_moment",
     "centered_moment",
     "belief_moment",
+    "yogi_moment",
+    "weighted_moment",
+    "previous_second_moment",
+    "slow_average",
     "amsgrad_max",
     "debias",
     "nesterov_moment",
     "nadam_moment",
     "per_weight_rate",
     "inverse_rate",
+    "floored_rate",
     "uniform_rate",
     "debias_rate",
     "scale_rate",
@@ -179,6 +232,17 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "apply_rate",
     "diffgrad_friction",
     "lion_direction",
+    "clip_direction",
+    "sign_direction",
+    "atan2_direction",
+    "variance_reduced_gradient",
+    "nesterov_gradient",
+    "change_average",
+    "clip_gradient_norm",
+    "norm_moment",
+    "rms_bound",
+    "radial_projection",
+    "inner_weight_decay",
     "ahead_of",
     "orthogonalize",
     "scale_by_shape",
@@ -192,6 +256,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "l2_regularization",
     "decoupled_weight_decay",
     "decoupled_l1_decay",
+    "decay_after_step",
     "cautious_weight_decay",
     "scale_by_learning_rate",
     # Seeing what it does.

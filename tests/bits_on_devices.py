@@ -38,6 +38,8 @@ from adaptive_opt.sharding.zero import UNIT
 
 WRAPPED = ELEMENTWISE | {
     "ranger": adaptive_opt.ranger(1e-2, centralize=False),
+    # XLA multiplies its scale and the learning rate first on one device, and not within zero1.
+    "adam_atan2": adaptive_opt.adam_atan2(1e-2, scale=1.0),
     "masked decay": adamw(1e-2, weight_decay=0.1, mask=decay_mask),
     "optax.lion": optax.lion(1e-2),
     "optax.inject_hyperparams": optax.inject_hyperparams(adam)(1e-2),

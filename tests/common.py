@@ -81,13 +81,14 @@ PER_TENSOR = tuple(
 
 NEED_PARAMS = (
     "ranger",
+    *(n for n in REGISTERED if {"trust_mask", "wd_ratio"} & {*_arguments(n)}),
     *(
         n
         for n in REGISTERED
         if "weight_decay" in _arguments(n) and _arguments(n)["weight_decay"].default
     ),
 )
-"""The recipes whose update needs the parameters: they decay by default, or look back at them."""
+"""The recipes whose update needs the parameters: they decay by default, or look at their length."""
 
 
 def buffers_of(state):

@@ -27,10 +27,10 @@ KINDS = (AxisType.Auto, AxisType.Explicit)
 
 OPTIMIZERS = {name: recipe(1e-2) for name, recipe in RECIPES.items()}
 WITH_SUMS = ("rmsprop of the tree", "ranger", *PER_TENSOR)
-"""Not elementwise: one rate for the whole tree; gradients less their mean; matrices."""
+"""Not elementwise: one rate for the tree; gradients less their mean; norms of tensors; matrices."""
 ELEMENTWISE = {name: o for name, o in OPTIMIZERS.items() if name not in WITH_SUMS}
-FEW = ("adamw", "amsgrad", "adabound", "diffmod", "nadam", "rmsprop of the tree", "ranger")
-BY_HAND = {"rmsprop of the tree": RECIPES["rmsprop of the tree"](1e-2, axis_name=())}
+FEW = "adamw", "amsgrad", "adabound", "diffmod", "nadam", "rmsprop of the tree", "ranger", "lamb"
+BY_HAND = {name: RECIPES[name](1e-2, axis_name=()) for name in ("rmsprop of the tree", *PER_TENSOR)}
 """For shard_map and pmap, where every device has the whole tree."""
 
 

@@ -109,8 +109,10 @@ def test_recipe_equals_the_recorded_implementation(table, row, recorded, x64):
     start, parameters, updates = (
         arrays[f"{row['name']}/{key}"] for key in ("start", "parameters", "updates")
     )
-    optimizer = optimizer_of(row, len(gradients))
-    x, u = jax.jit(lambda g, s: trajectory(optimizer, g, s))(gradients, start)
+    optimizer, shape = optimizer_of(row, len(gradients)), row.get("shape", start.shape)
+    steps = gradients.reshape(-1, *shape)
+    made = jax.jit(lambda g, s: trajectory(optimizer, g, s))(steps, start.reshape(shape))
+    x, u = (values.reshape(gradients.shape) for values in made)
     assert x.dtype == u.dtype == np.float64
     every = row["parameters_every"]
     scale = largest_so_far(np.concatenate([start[None], x]))[1:]

@@ -41,6 +41,8 @@ SHORT = {"b1": 0.5, "b2": 0.7, "rho": 0.7, "b3": 0.5, "len_memory": 2, "momentum
 SHORT |= {"sync_period": 2, "rest_b1": 0.5, "rest_b2": 0.7}
 NEVER_FORGET = ("sum_of_squares", "nu_max")
 """Buffers that only grow: one extreme gradient lowers the rate of its weight for good."""
+FALLS_BY_SUMS = ("yogi",)
+"""Recipes whose second moment falls by the squares that come, each lost in the rounding of it."""
 
 
 def courses(dtype, steps, rng):
@@ -130,7 +132,8 @@ def test_extreme_gradients_make_nothing_infinite_and_are_forgotten(name, x64):
     weights, given = gradients(("float16", "float32", "float64", "complex64"))
     state, updates, finite = run(make(name), given)
     assert finite
-    if not set(buffers_of(state)) & set(NEVER_FORGET):
+    never = set(buffers_of(state)) & set(NEVER_FORGET) or name.split()[0] in FALLS_BY_SUMS
+    if not never:
         assert_forgotten(weights, updates)
 
 

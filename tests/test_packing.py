@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal, gradient_trees, normal_tree, ulps
+from common import PER_TENSOR, RECIPES, assert_bit_equal, gradient_trees, normal_tree, ulps
 
 import adaptive_opt
 from adaptive_opt import Group, Packing, ParameterGroups, adamod, adamw, decay_mask, train_step
@@ -36,7 +36,7 @@ def steps(optimizer, params, gradients):
 
 
 OFTEN = ("adamod", "diffmod", "radam", "nadamw")
-WHOLE = "ranger", "rmsprop of the tree", "muon"  # which nobody packs
+WHOLE = "ranger", "rmsprop of the tree", *PER_TENSOR  # which nobody packs
 SELDOM = sorted(set(RECIPES) - {*OFTEN, *WHOLE})
 
 

@@ -58,7 +58,7 @@ def test_state_dtype_is_the_dtype_of_every_moment_and_rates_stay_wide(recipe):
     state = RECIPES[recipe](1e-3, state_dtype=jnp.bfloat16).init(jnp.ones(2))
     assert buffers_of(state)
     for name, buffer in buffers_of(state).items():
-        wide = name in ("rate_ema", "momentum_product")
+        wide = name in ("rate_ema", "momentum_product", "mu_weight")
         assert buffer.dtype == (jnp.float32 if wide else jnp.bfloat16)
     if recipe in ("adam", "adamw"):
         both = RECIPES[recipe](1e-3, mu_dtype=jnp.float16, state_dtype=jnp.bfloat16)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import EVERY_CONVENTION, gradient_trees, normal_tree
+from common import EVERY_CONVENTION, PER_TENSOR, gradient_trees, normal_tree
 from devices import mesh_of, whole
 
 import adaptive_opt
 from adaptive_opt import Packing, adam, low_memory, skip_nonfinite, stage, telemetry, zero1
 from adaptive_opt.core.reach import counts_as_per_weight, reach
+from adaptive_opt.core.stage import STAGES
 
 SHAPES = {"vector": (257,), "matrix": (131, 129), "convolution": (3, 5, 7), "small": (11, 13)}
 """Of distinct sizes and ranks; a matrix is large enough for second moments to be factored."""
@@ -157,7 +158,7 @@ def test_what_is_remembered_of_others_counts():
 
 
 @pytest.mark.parametrize("name", EVERY_CONVENTION)
-def test_recipes_are_per_weight_but_for_three(name):
+def test_recipes_are_per_weight_but_for_those_that_say_so(name):
     result = found(EVERY_CONVENTION[name](1e-2))
     wider = {
         "rmsprop of the tree": ("tree", "second_moment"),
@@ -165,6 +166,10 @@ def test_recipes_are_per_weight_but_for_three(name):
         "muon": ("tensor", "orthogonalize"),
     }
     own = name.split(" (")[0]
+    if own in PER_TENSOR:
+        assert result.scope == "tensor"
+        assert result.place in STAGES or result.place in adaptive_opt.__all__
+        return
     assert (result.scope, result.place) == wider.get(own, ("weight", ""))
     assert result.is_cut_freely == (own not in ("ranger", "muon"))
 

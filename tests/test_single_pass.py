@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal, normal_tree
+from common import PER_TENSOR, RECIPES, assert_bit_equal, normal_tree
 from traffic import OPTION, compiled_step, traffic, without_the_option
 
 import adaptive_opt
@@ -53,7 +53,7 @@ def fewest_bytes(name: str) -> float:
     """Parameters and buffers are read and written, the gradient is read."""
     params = jax.ShapeDtypeStruct((3, 5), jnp.float32)
     state = jax.tree.leaves(jax.eval_shape(RECIPES[name](1e-3).init, params))
-    looks_first = 4 if name == "rmsprop of the tree" else 0  # at the whole gradient
+    looks_first = 4 if name in ("rmsprop of the tree", *PER_TENSOR) else 0  # at all gradients
     return 8 + 4 + looks_first + 8 * sum(buffer.shape == params.shape for buffer in state)
 
 

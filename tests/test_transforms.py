@@ -115,10 +115,11 @@ def test_grad_through_an_update_equals_finite_differences(recipe, x64):
     _, state, _ = train(optimizer, x, [jnp.array([1.0, -2.0, 0.5])] * 6)
 
     def after(gradient, weight):
-        updates, _ = optimizer.update(weight * gradient, state, x)
+        # Not weight * gradient, whose length does not matter to all of them.
+        updates, _ = optimizer.update(gradient + (weight - 1.0) * tilt, state, x)
         return jnp.sum(jnp.sin(optax.apply_updates(x, updates)))
 
-    gradient = jnp.array([0.7, 1.3, -0.9])
+    gradient, tilt = jnp.array([0.7, 1.3, -0.9]), jnp.array([0.7, -1.3, 0.2])
     slope = jax.jit(jax.grad(after, argnums=1))(gradient, 1.0)
     h = 1e-6
     difference = (after(gradient, 1.0 + h) - after(gradient, 1.0 - h)) / (2 * h)

@@ -22,6 +22,7 @@ from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.weight_decay import (
     cautious_weight_decay,
+    decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
@@ -74,6 +75,7 @@ OURS: dict[str, Callable[..., Any]] = {
         l2_regularization,
         decoupled_weight_decay,
         decoupled_l1_decay,
+        decay_after_step,
         cautious_weight_decay,
         scale_by_learning_rate,
     )

@@ -279,9 +279,12 @@ class Remembering:
 
         rule = carried if is_one_in(b, self.width) else averaged
         new = self.remember(name, rule, value, initial=initial, dtype=dtype)
-        if checks.is_zero(initial):
-            self.now.averages[id(new)] = new, decay
-        return new
+        return self.owing(new, decay) if checks.is_zero(initial) else new
+
+    def owing(self, value: jax.Array, decay: Hyperparameter) -> jax.Array:
+        """A value that owes, like an average with this decay, the correction for its start."""
+        self.now.averages[id(value)] = value, decay
+        return value
 
     def kind_of(self, value: Any) -> str | None:
         return None

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adaptive_opt.core.checks import Hyperparameter, check_decay, choose
+from adaptive_opt.core.checks import Hyperparameter, check_decay, check_nonnegative, choose
+from adaptive_opt.core.finite import root
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 
@@ -95,5 +96,88 @@ def lion_direction(
         before = step.recall(name, like=d, dtype=dtype)
         step.average(name, d, b2, dtype=dtype)
         return step.set(direction=jnp.sign(b * before + (1 - b) * d))
+
+    return line
+
+
+@stage
+def clip_direction(limit: Hyperparameter) -> OneArray:
+    """No part of the direction beyond a limit: ``clip(d_t, -limit_t, limit_t)``.
+
+    Reads and replaces ``direction``; of a complex one, both parts. Remembers nothing. ADOPT clips
+    its scaled gradient to ``(t - 1)^(1/4)`` (Taniguchi et al. 2024, arXiv:2411.02853).
+
+    Args:
+      limit: at least 0, in the units of the direction, or a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, clip_direction
+    >>> rule = adaptive(clip_direction(1.5))
+    >>> print(rule.update(jnp.array([1.0, -3.0]), rule.init(jnp.zeros(2)))[0])
+    [ 1.  -1.5]
+    """
+    check_nonnegative(limit=limit)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        d, most = step.direction, step.at(limit)
+        if jnp.iscomplexobj(d):
+            parts = jnp.clip(d.real, -most, most), jnp.clip(d.imag, -most, most)
+            return step.limit(direction=jax.lax.complex(*parts))
+        return step.limit(direction=jnp.clip(d, -most, most))
+
+    return line
+
+
+@stage
+def sign_direction() -> OneArray:
+    """The sign of the direction: ``sign(d_t)``, 0 where it is 0; of a complex one, its unit.
+
+    Reads and replaces ``direction``. Remembers nothing. Signum (Bernstein et al. 2018,
+    arXiv:1802.04434), MARS-Lion.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, sign_direction
+    >>> rule = adaptive(sign_direction())
+    >>> print(rule.update(jnp.array([4.0, -0.5, 0.0]), rule.init(jnp.zeros(3)))[0])
+    [ 1. -1.  0.]
+    """
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(direction=jnp.sign(step.direction))
+
+    return line
+
+
+@stage
+def atan2_direction(scale: Hyperparameter = 1.27, b: Hyperparameter = 1.0) -> OneArray:
+    """The direction over the root of the second moment, as an angle: ``scale atan2(d_t, b
+    sqrt(v_t))``.
+
+    For small angles this is ``scale d / (b sqrt(v))``; it needs no eps, is at most ``scale pi / 2``
+    and the same for gradients in any unit, and 0 where both are 0. Reads ``direction`` and
+    ``second_moment``, replaces the one and uses up the other; of a complex direction, its length.
+    Remembers nothing. Adam-atan2 (Everett et al. 2024, arXiv:2407.05872).
+
+    Args:
+      scale: at least 0, or a schedule; with 1.27, about 4 / pi, a direction as long as the root
+        makes a step of 1.
+      b: at least 0, or a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, atan2_direction, second_moment
+    >>> rule = adaptive(second_moment(0.0), atan2_direction(scale=1.0))
+    >>> print(rule.update(jnp.array([3.0, 0.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [0.7854 0.    ]
+    """
+    check_nonnegative(scale=scale, b=b)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        d, scale_of_d = step.direction, step.at(b) * root(step.second_moment)
+        beside = jnp.where((d == 0) & (scale_of_d == 0), 1, scale_of_d)  # at 0, 0 it has no slope
+        if jnp.iscomplexobj(d):
+            angle = jnp.sign(d) * jnp.atan2(jnp.abs(d), beside)
+        else:
+            angle = jnp.atan2(d, beside)
+        return step.set(direction=step.at(scale) * angle).without("second_moment")
 
     return line

@@ -1,7 +1,7 @@
-"""Stages that change a finished update: caution, trust ratio, clipping, a step on the sphere.
+"""Stages that change a finished update: caution, clipping, a step on the sphere.
 
-They read ``direction`` and ``rate`` and nothing of how these were made. So they go into any
-bracket, and with ``behind(optimizer, ...)`` behind any optimizer.
+Like ``trust_ratio`` they read ``direction`` and ``rate`` and nothing of how these were made. So
+they go into any bracket, and with ``behind(optimizer, ...)`` behind any optimizer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from adaptive_opt.core.checks import (
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.stages.moments import absolute_square, over
+from adaptive_opt.stages.tensors import AxisName, norm
 from adaptive_opt.stages.weight_decay import agreement
-
-Axes = str | tuple[str, ...] | None
 
 _CAUTION = {
     "mean": lambda same, mean, size: same / jnp.maximum(mean, 1e-3),
@@ -33,7 +32,7 @@ _CAUTION = {
 
 @stage
 def cautious(
-    scale: Literal["mean", "count", "none"] = "mean", *, axis_name: Axes = None
+    scale: Literal["mean", "count", "none"] = "mean", *, axis_name: AxisName = None
 ) -> OneArray:
     """A weight moves only where direction and gradient agree in sign: ``d_t [d_t g_t > 0]``.
 
@@ -75,41 +74,7 @@ def cautious(
 
 
 @stage
-def trust_ratio(
-    coefficient: Hyperparameter = 1.0, eps: Hyperparameter = 0.0, *, axis_name: Axes = None
-) -> OneArray:
-    """The update of a tensor in proportion to its size: ``u_t c |x| / (|u_t| + eps)``.
-
-    Where ``|x|`` or ``|u|`` is 0, the update stays as it is. Reads ``direction``, ``rate`` and
-    ``param``, replaces ``direction``; no buffer. LARS (You et al. 2017, arXiv:1708.03888) and LAMB
-    (You et al. 2020, arXiv:1904.00962); ``optax.scale_by_trust_ratio``.
-
-    The length of an update that comes in is lost: the learning rate belongs behind.
-
-    Args:
-      coefficient: c, at least 0.
-      eps: added to the norm of the update, in its units; at least 0.
-      axis_name: see ``cautious``.
-
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import adaptive, trust_ratio
-    >>> rule, x = adaptive(trust_ratio()), jnp.array([3.0, 4.0])
-    >>> print(rule.update(jnp.array([2.0, 0.0]), rule.init(x), x)[0])
-    [5. 0.]
-    """
-    check_nonnegative(coefficient=coefficient, eps=eps)
-
-    def line(step: AdaptiveStep) -> AdaptiveStep:
-        weights, moved = (norm(step, x, axis_name) for x in (step.param, step.update))
-        given = (weights > 0) & (moved > 0)
-        ratio = step.at(coefficient) * weights / (jnp.where(given, moved, 1) + step.at(eps))
-        return step.set(direction=step.direction * jnp.where(given, ratio, 1))
-
-    return line
-
-
-@stage
-def clip_update_rms(threshold: Hyperparameter = 1.0, *, axis_name: Axes = None) -> OneArray:
+def clip_update_rms(threshold: Hyperparameter = 1.0, *, axis_name: AxisName = None) -> OneArray:
     """Updates of a tensor are at most the threshold in the mean: ``u_t / max(1, RMS(u_t) / d)``.
 
     ``RMS`` is the root of the mean square over the tensor. Reads ``direction`` and ``rate``, limits
@@ -138,7 +103,7 @@ def clip_update_rms(threshold: Hyperparameter = 1.0, *, axis_name: Axes = None) 
 
 @stage
 def hyperball(
-    learning_rate: Hyperparameter, *, name: str = "radius", axis_name: Axes = None
+    learning_rate: Hyperparameter, *, name: str = "radius", axis_name: AxisName = None
 ) -> OneArray:
     """A step on the sphere on which a parameter began: ``x_{t+1} = R unit(x - lr R unit(u_t))``.
 
@@ -177,8 +142,3 @@ def hyperball(
         return step.set(direction=x - landed).without("rate", "second_moment")
 
     return line
-
-
-def norm(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> jax.Array:
-    """The root of the sum of the squares of a whole tensor."""
-    return jnp.sqrt(over(step, [absolute_square(x)], "sum", axis_name))

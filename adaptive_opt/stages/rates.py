@@ -417,3 +417,27 @@ def adadelta_units(
         return step
 
     return line
+
+
+@stage
+def floored_rate(eps: Hyperparameter) -> OneArray:
+    """The rate of every weight with eps as a floor: ``1 / max(sqrt(v_t), eps)``.
+
+    Reads ``second_moment``, sets ``rate``, as a rule, like ``per_weight_rate``. Remembers nothing.
+    ADOPT (Taniguchi et al. 2024, arXiv:2411.02853, Algorithm 2).
+
+    Args:
+      eps: in the units of a gradient; at least 0.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, floored_rate, second_moment
+    >>> rule = adaptive(second_moment(0.0), floored_rate(eps=2.0))
+    >>> print(rule.update(jnp.array([1.0, 3.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [0.5 1. ]
+    """
+    check_nonnegative(eps=eps)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        return step.set(rate=RateRule(lambda v: jnp.maximum(root(v), step.at(eps))))
+
+    return line

@@ -14,11 +14,20 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
 "constant"     ``x - lr_t u - wd x``      times neither; AdaBoundW of AdaBound's authors,
                                           ``fixed_decay=True`` in adabelief-pytorch and
                                           pytorch_optimizer
+"after"        ``(x - lr_t u) (1 - wd)``  off the new x, times neither; LaProp's authors
+"proximal"     ``(x - lr_t u) / (1 +      the proximal step of ``wd/2 |x|^2``: never overshoots;
+               lr_t wd)``                 Adan
+"clipped"      ``x - f_t lr_t (u + wd     "decoupled", with a learning rate that the recipe has
+               x)``                       lowered for the tensor by the factor f; StableAdamW
+"inner"        ``x - lr_t u(g, wd x)``    part of the direction where the recipe's listing says so:
+                                          what comes behind, a momentum, a trust ratio, a projection
+                                          or a first step that does not move, acts on it too;
+                                          NovoGrad, LAMB, AdamP, ADOPT
 =============  =========================  =======================================================
 
-All but "l2" take the decay off the old x. ``recipe.choices["decay"]`` says which forms a recipe
-has; every form that it has is recorded from public code, or, where no package has it, from parts of
-optax.
+All but "l2", "after" and "proximal" take the decay off the old x. ``recipe.choices["decay"]`` says
+which forms a recipe has; every form that it has is recorded from public code, or, where no package
+has it, from parts of optax.
 """
 
 from __future__ import annotations
@@ -39,7 +48,9 @@ from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
 
-Decay: TypeAlias = Literal["l2", "decoupled", "independent", "constant"]
+Decay: TypeAlias = Literal[
+    "l2", "decoupled", "independent", "constant", "after", "proximal", "clipped", "inner"
+]
 """Where weight decay enters, and what it is multiplied by: see the module."""
 
 
@@ -153,6 +164,44 @@ def agreement(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sign(a) * jnp.sign(b)  # a product of tiny numbers would be 0
 
 
+@described
+def decay_after_step(
+    weight_decay: Hyperparameter,
+    mask: Mask | None = None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+    proximal: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Decays the value that the step leads to: ``(x_t + u_t) (1 - wd_t)``, or by ``/ (1 + wd_t)``.
+
+    Comes last, behind the learning rate and its sign, and returns the update that leads there.
+    Every other decay here is taken off the old x. With ``learning_rate`` the strength is ``lr_t
+    wd_t``.
+
+    Args:
+      weight_decay: at least 0, per step (and, with learning_rate, per unit of it); a number or a
+        schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+      learning_rate: a number or a schedule.
+      proximal: divide by ``1 + wd``, the proximal step of the penalty ``wd/2 |x|^2``, which cannot
+        overshoot (Adan). Otherwise multiply by ``1 - wd`` (LaProp).
+
+    State: as that of ``decoupled_weight_decay``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import decay_after_step
+    >>> decay, x = decay_after_step(0.5), jnp.array([4.0])
+    >>> print(decay.update(jnp.array([-1.0]), decay.init(x), x)[0].round(4))
+    [-2.5]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def combine(u: jax.Array, x: jax.Array, *, s: Any) -> jax.Array:
+        return (u - s * x) / (1 + s) if proximal else u - s * (x + u)
+
+    return _decay(combine, "weight_decay", weight_decay, mask, learning_rate)
+
+
 def with_decay(
     decay: Decay,
     weight_decay: Hyperparameter | None,
@@ -167,6 +216,7 @@ def with_decay(
     """The parts of a recipe: its bracket, the learning rate, and the decay where its word puts it.
 
     ``spent`` says that the bracket has multiplied by the learning rate, and the schedule, already.
+    What is "clipped" or "inner" is in the bracket.
     A weight decay of None has no part, and so no place in the state.
     """
     if decay != "independent" and schedule is not None:
@@ -184,6 +234,20 @@ def with_decay(
     if decay == "l2":
         l2 = () if weight_decay is None else (l2_regularization(weight_decay, mask),)
         return *l2, bracket, last
+    if decay in ("clipped", "inner"):
+        return bracket, last
+    if decay in ("after", "proximal"):
+        times = learning_rate if decay == "proximal" else None
+        after = (
+            ()
+            if weight_decay is None
+            else (
+                decay_after_step(
+                    weight_decay, mask, learning_rate=times, proximal=decay == "proximal"
+                ),
+            )
+        )
+        return bracket, last, *after
     if spent:
         times = {"decoupled": learning_rate, "independent": eta, "constant": None}[decay]
         return bracket, *_decays(weight_decay, l1, mask, times), last
@@ -244,6 +308,15 @@ def _decay(
     return decayed if mask is None else _masked(decayed, mask)
 
 
+def refuse_one_bool(mask: Any, params: Tree) -> None:
+    if isinstance(mask, (bool, np.bool_, jax.Array)) and not jax.tree_util.all_leaves([params]):
+        raise ValueError(
+            "mask arrived as one bool for a tree of parameters. optax.inject_hyperparams takes a"
+            ' callable mask for a schedule: give static_args=("mask",). For no decay at all leave'
+            " weight_decay at 0."
+        )
+
+
 def _masked(
     decayed: optax.GradientTransformationExtraArgs, mask: Mask
 ) -> optax.GradientTransformationExtraArgs:
@@ -253,12 +326,7 @@ def _masked(
         return masked
 
     def init(params: Tree) -> Any:
-        if not jax.tree_util.all_leaves([params]):
-            raise ValueError(
-                "mask arrived as one bool for a tree of parameters. optax.inject_hyperparams takes"
-                ' a callable mask for a schedule: give static_args=("mask",). For no decay at all'
-                " leave weight_decay at 0."
-            )
+        refuse_one_bool(mask, params)
         return masked.init(params)
 
     return optax.GradientTransformationExtraArgs(init, masked.update)

@@ -78,6 +78,10 @@ class Row:
     run: Callable[[np.ndarray, np.ndarray, Callable[[int], float]], np.ndarray]
     """``(gradients, start, multiplier of the learning rate) -> parameters after every step``."""
     scheduled: bool = False
+    size: float = 1e-4
+    """Of the weights at the start, where something decays."""
+    shape: tuple[int, ...] | None = None
+    """Of the weights, for what treats matrices otherwise; default: a vector."""
 
     def record(self, g: np.ndarray) -> dict[str, np.ndarray]:
         """Parameters from zero where nothing decays, and each update from where it was made.
@@ -85,14 +89,17 @@ class Row:
         With decay the update is a difference of parameters; a small start keeps that exact enough.
         """
         decays = bool(self.arguments.get("weight_decay"))
-        start = np.linspace(-1e-4, 1e-4, WEIGHTS) if decays else np.zeros(WEIGHTS)
+        start = np.linspace(-self.size, self.size, WEIGHTS) if decays else np.zeros(WEIGHTS)
         factor = schedule if self.scheduled else (lambda t: 1.0)
         parameters = self.run(g, start, factor, reset=False)
-        if decays:
+        if isinstance(parameters, tuple):  # it says its updates apart
+            parameters, updates = parameters
+        elif decays:
             updates = np.diff(np.concatenate([start[None], parameters]), axis=0)
         else:  # put back to zero before every step, the parameters are the updates, unrounded
             updates = self.run(g, start, factor, reset=True)
-        return {"start": start, "parameters": parameters, "updates": updates}
+        double = {"parameters": parameters, "updates": updates}  # perhaps made in more
+        return {"start": start} | {key: x.astype(np.float64) for key, x in double.items()}
 
 
 def run_torch(make: Callable[[list[Any]], torch.optim.Optimizer]) -> Callable[..., np.ndarray]:

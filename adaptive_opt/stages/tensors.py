@@ -1,0 +1,246 @@
+"""Stages that look at a tensor as a whole: its norm, its root mean square.
+
+Under ``shard_map`` and ``pmap``, where a device has only its part of a tensor, they need
+``axis_name=``, as ``second_moment(scope="tensor")`` does, which see.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.checks import (
+    Hyperparameter,
+    check_decay,
+    check_nonnegative,
+    check_positive,
+    is_number,
+)
+from adaptive_opt.core.finite import root, squarable, summable
+from adaptive_opt.core.stage import OneArray, WholeTree, stage
+from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.tree import OpenStep, leaves_of_params
+from adaptive_opt.core.trees import is_none
+from adaptive_opt.stages.moments import absolute_square, over
+from adaptive_opt.stages.weight_decay import Mask, refuse_one_bool
+
+AxisName = str | tuple[str, ...] | None
+
+
+def norm(step: AdaptiveStep, x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The root of the sum of the squares of a whole tensor, at most that of half the largest."""
+    return root(summable(over(step, [absolute_square(x)], "sum", axis_name)))
+
+
+@stage
+def clip_gradient_norm(limit: Hyperparameter = 1.0, *, axis_name: AxisName = None) -> OneArray:
+    """No tensor's gradient longer than a limit: ``g_t limit / max(|g_t|, limit)``.
+
+    The norm is that of the tensor. Reads ``gradient`` and ``direction``, and scales both. Remembers
+    nothing. For all tensors together, and outside of a bracket, ``optax.clip_by_global_norm``.
+    MARS (Yuan et al. 2024, arXiv:2411.10438).
+
+    Args:
+      limit: greater than 0, in the units of a gradient, or a schedule.
+      axis_name: see ``second_moment``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, clip_gradient_norm
+    >>> rule = adaptive(clip_gradient_norm(5.0))
+    >>> print(rule.update(jnp.array([6.0, 8.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [3. 4.]
+    """
+    check_positive(limit=limit)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        most, g = step.at(limit), step.gradient
+        factor = most / jnp.maximum(norm(step, g, axis_name), most)
+        return step.set(direction=step.direction * factor).limit(gradient=g * factor)
+
+    return line
+
+
+@stage
+def norm_moment(
+    b2: Hyperparameter,
+    *,
+    axis_name: AxisName = None,
+    name: str = "nu",
+    dtype: DTypeLike | None = None,
+) -> OneArray:
+    """The average of a tensor's squared norm: ``v_t = b2 v_{t-1} + (1 - b2) |g_t|^2``, ``v_1 =
+    |g_1|^2``.
+
+    It starts at the first gradient that is not zero, and so owes no correction; with one that
+    starts at zero, ``second_moment(b2, scope="tensor")``. Reads ``gradient``, sets
+    ``second_moment``, a scalar per tensor. NovoGrad (Ginsburg et al. 2019, arXiv:1905.11286,
+    Algorithm 1).
+
+    Args:
+      b2: decay in [0, 1), or a schedule of it.
+      axis_name: see ``second_moment``.
+      name: the name of its buffer ``nu``: a real scalar per parameter, zeros at first.
+      dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, norm_moment, per_weight_rate
+    >>> rule = adaptive(norm_moment(0.5), per_weight_rate(eps=6.0))
+    >>> print(rule.update(jnp.array([8.0, 6.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [0.5   0.375]
+    """
+    check_decay(b2=b2)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        def average(v: jax.Array, square: jax.Array) -> jax.Array:
+            b = step.at(b2)
+            return jnp.where(v == 0, square, (1 - b) * square + b * v)
+
+        square = summable(over(step, [absolute_square(step.gradient)], "sum", axis_name))
+        return step.set(second_moment=step.remember(name, average, square, dtype=dtype))
+
+    return line
+
+
+@stage
+def rms_bound(
+    eps: Hyperparameter, threshold: Hyperparameter = 1.0, *, axis_name: AxisName = None
+) -> OneArray:
+    """A lower rate where a tensor's gradient has outgrown its second moment.
+
+    ``rate_t / max(1, r_t / threshold)`` with ``r_t`` the root mean square of ``g_t / sqrt(max(v_t,
+    eps^2))`` over the tensor: 1 while the gradients are what they were. Reads ``gradient``,
+    ``second_moment`` and ``rate``, replaces ``rate``; leaves the factor as a note for
+    ``inner_weight_decay``. Remembers nothing. Adafactor's update clipping (Shazeer & Stern 2018,
+    arXiv:1804.04235, section 6) in the form of StableAdamW (Wortsman et al. 2023,
+    arXiv:2304.13013, Algorithm 2).
+
+    Args:
+      eps: the smallest root of ``v`` that counts, at least 0; that of ``per_weight_rate``.
+      threshold: greater than 0, or a schedule.
+      axis_name: see ``second_moment``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, per_weight_rate, rms_bound, second_moment
+    >>> rule = adaptive(second_moment(0.75), per_weight_rate(0.0), rms_bound(0.0))
+    >>> print(rule.update(jnp.array([3.0, 3.0]), rule.init(jnp.zeros(2)))[0].round(4))
+    [1. 1.]
+    """
+    check_nonnegative(eps=eps)
+    check_positive(threshold=threshold)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        g, v = squarable(step.gradient), jnp.maximum(step.second_moment, step.at(eps) ** 2)
+        squares = jnp.where(v == 0, 0.0, absolute_square(g) / jnp.where(v == 0, 1.0, v))
+        rms = root(summable(over(step, [squares], "mean", axis_name)))
+        factor = 1 / jnp.maximum(1.0, rms / step.at(threshold))
+        return step.limit(rate=step.rate * factor).note(rms_factor=factor)
+
+    return line
+
+
+@stage
+def inner_weight_decay(
+    weight_decay: Hyperparameter, mask: Mask | None = None, *, times: str | None = None
+) -> WholeTree:
+    """Weight decay between two stages: ``d_t + wd_t x_t``.
+
+    For what comes after it in the bracket, a momentum or a bound; elsewhere there is
+    ``decoupled_weight_decay``. Reads and replaces ``direction``; put ``apply_rate`` before it.
+    Remembers nothing.
+
+    Args:
+      weight_decay: at least 0, or a schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+      times: a note of an earlier stage by which the decay is multiplied.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, inner_weight_decay
+    >>> rule, x = adaptive(inner_weight_decay(0.5)), jnp.array([4.0])
+    >>> print(rule.update(jnp.array([1.0]), rule.init(x), x)[0])
+    [3.]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def line(steps: OpenStep) -> OpenStep:
+        if is_number(weight_decay) and float(weight_decay) == 0:  # needs no parameters then
+            return steps
+        for step, decays in zip(steps.steps, flags(mask, steps), strict=True):
+            if step is not None and decays:
+                factor = 1.0 if times is None else step.noted(times)
+                decay = step.at(weight_decay) * factor * step.param
+                step.set(direction=step.direction + decay)
+        return steps
+
+    return WholeTree(line)
+
+
+def flags(mask: Mask | None, steps: OpenStep) -> list[bool]:
+    """For every leaf whether a mask holds there; a mask may be a prefix, or a function."""
+    if mask is None or steps.now.looking or steps.params is None:
+        return [True] * len(steps.steps)
+    held = mask(steps.params) if callable(mask) else mask
+    refuse_one_bool(held, steps.params)
+    try:
+        whole = jax.tree.broadcast(held, steps.params, is_leaf=is_none)
+    except ValueError:
+        raise ValueError(
+            f"the mask of {steps.now.stage} must be a tree of bools like the parameters, a prefix"
+            f" of it, or a function that makes one; got {jax.tree.structure(held)} for parameters"
+            f" of {jax.tree.structure(steps.params)}."
+        ) from None
+    of_leaves = leaves_of_params(whole, steps.structure, steps.steps)
+    return [bool(flag) for flag in of_leaves]
+
+
+@stage
+def trust_ratio(
+    coefficient: Hyperparameter = 1.0,
+    eps: Hyperparameter = 0.0,
+    *,
+    largest: float | None = None,
+    mask: Mask | None = None,
+    axis_name: AxisName = None,
+) -> WholeTree:
+    """The update of a tensor in proportion to its size: ``u_t coefficient |x_t| / (|u_t| + eps)``.
+
+    Norms are those of the tensor. Where one of them is 0 the update stays as it is, so that a
+    tensor of zeros can leave zero. Reads ``direction``, ``rate`` and ``param``, replaces
+    ``direction``. Remembers nothing. The length of an update that comes in is lost: the learning
+    rate belongs behind. LARS (You, Gitman & Ginsburg 2017, arXiv:1708.03888), LAMB (You et al.
+    2019, arXiv:1904.00962); ``optax.scale_by_trust_ratio``.
+
+    Args:
+      coefficient: at least 0, or a schedule: the length of a step as a part of ``|x|``.
+      eps: at least 0, in the units of an update.
+      largest: the largest ``|x|`` that counts; default: any.
+      mask: which tensors are scaled, the others keep their direction; see :func:`optax.masked`.
+      axis_name: see ``second_moment``.
+
+    ValueError if params are not given to ``update``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, trust_ratio
+    >>> rule, x = adaptive(trust_ratio(0.5)), jnp.array([6.0, 8.0])
+    >>> print(rule.update(jnp.array([5.0, 0.0]), rule.init(x), x)[0].round(4))
+    [5. 0.]
+    """
+    check_nonnegative(coefficient=coefficient, eps=eps)
+    if largest is not None:
+        check_positive(largest=largest)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        of_x, of_u = (norm(step, x, axis_name) for x in (step.param, step.update))
+        if largest is not None:
+            of_x = jnp.minimum(of_x, largest)
+        both = (of_x > 0) & (of_u > 0)
+        ratio = step.at(coefficient) * of_x / jnp.where(both, of_u + step.at(eps), 1.0)
+        return step.set(direction=squarable(step.direction) * jnp.where(both, ratio, 1.0))
+
+    def line_of_the_tree(steps: OpenStep) -> OpenStep:
+        for step, is_scaled in zip(steps.steps, flags(mask, steps), strict=True):
+            if step is not None and is_scaled:
+                line(step)
+        return steps
+
+    return WholeTree(line_of_the_tree)
