@@ -33,6 +33,11 @@ from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, di
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.matrices import hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
+from adaptive_opt.recipes.schedule_free import (
+    schedule_free_adamw,
+    schedule_free_radam,
+    schedule_free_sgd,
+)
 from adaptive_opt.recipes.successors import adabelief, lion
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
@@ -66,6 +71,7 @@ from adaptive_opt.stages.rates import (
     scale_rate,
     uniform_rate,
 )
+from adaptive_opt.stages.schedule_free import schedule_free
 from adaptive_opt.stages.weight_decay import (
     cautious_weight_decay,
     decoupled_l1_decay,
@@ -115,6 +121,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "lion",
     "muon",
     "hidden_matrices",
+    "schedule_free_sgd",
+    "schedule_free_adamw",
+    "schedule_free_radam",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -185,6 +194,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ahead_of",
     "orthogonalize",
     "scale_by_shape",
+    "schedule_free",
     # Stages that change a finished update, in a bracket or behind any optimizer.
     "behind",
     "cautious",

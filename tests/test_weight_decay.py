@@ -46,10 +46,17 @@ def run(optimizer, gradient_of=lambda x, g: g):
     state, history = optimizer.init(x), []
     for g in rng.standard_normal((3, 3, 1)):
         gradient = {name: gradient_of(x[name], g) if MASK[name] else g for name in MASK}
+        before = stepping(state)
         updates, state = optimizer.update(gradient, state, x)
-        history.append((x, updates))
+        after = stepping(state)
+        history.append((x, updates if after is None else optax.tree.sub(after, before)))
         x = optax.apply_updates(x, updates)
     return history
+
+
+def stepping(state):
+    """Schedule-Free's z, which the step and the decay are taken off; elsewhere it is x itself."""
+    return optax.tree.get(state, "z")
 
 
 def optimizer_with(name, word, weight_decay):

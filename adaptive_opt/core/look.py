@@ -5,6 +5,7 @@ A schedule and a collective are stood in for during the look: neither need exist
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +123,8 @@ def init_buffers(
 
 def init_shapes(lines: Sequence[Any], params: Tree) -> dict[str, Tree]:
     """The same for shapes, of which nothing is made."""
-    return jax.eval_shape(lambda: init_buffers(lines, jax.tree.map(_abstract, params)))
+    abstract = jax.tree.map(_abstract, params)
+    return jax.eval_shape(functools.partial(init_buffers, lines), abstract)
 
 
 def _abstract(x: Any) -> Any:

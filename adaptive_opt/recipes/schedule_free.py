@@ -1,0 +1,204 @@
+"""Optimizers without a schedule of the learning rate: Schedule-Free SGD, AdamW and RAdam.
+
+The arguments that are not explained are those of ``recipes.adam``, which see.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from adaptive_opt.core.bracket import adaptive
+from adaptive_opt.core.checks import Hyperparameter, check_whole, is_zero, value_at
+from adaptive_opt.core.observe import Observers
+from adaptive_opt.core.recipe import recipe
+from adaptive_opt.stages.moments import debias, first_moment, second_moment
+from adaptive_opt.stages.rates import per_weight_rate, radam_rectifier, rectification
+from adaptive_opt.stages.schedule_free import schedule_free, warmed_up
+from adaptive_opt.stages.weight_decay import (
+    Mask,
+    decoupled_weight_decay,
+    l2_regularization,
+)
+
+Parts = tuple[optax.GradientTransformation, ...]
+
+
+@recipe
+def schedule_free_sgd(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    *,
+    warmup_steps: int = 0,
+    weight_power: Hyperparameter = 2.0,
+    step_power: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["l2"] = "l2",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """SGD whose averaged iterates need no schedule: ``z - lr (g(y) + wd y)``.
+
+    Defazio et al. 2024, arXiv:2405.15682; see ``schedule_free``. Equals the authors'
+    ``SGDScheduleFree`` (facebookresearch/schedule_free).
+
+    Use it where you do not want to say in advance how long you train: at any step the average is
+    about as good as the end of a schedule of that length. The parameters that are trained are
+    ``y``; evaluate and export ``evaluation_params(state, params)``, the average. Batch statistics
+    (BatchNorm) belong to y: before an evaluation let the model see some fifty training batches with
+    the average, or its normalisation is that of other weights.
+
+    Args:
+      learning_rate: constant; far larger than with a schedule, 10 to 50 times SGD's with momentum.
+      b1: in the place of a momentum, between 0 and 1; see ``schedule_free``.
+      warmup_steps: the learning rate rises linearly over so many steps, and is multiplied by this
+        if it is a schedule.
+      weight_power, step_power: see ``schedule_free``; the authors' ``weight_lr_power``, ``r``.
+      weight_decay, mask, state_dtype: see ``adam``.
+      decay: "l2", of y, which is that of z times the learning rate.
+
+    State: see ``schedule_free``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import evaluation_params, schedule_free_sgd
+    >>> x = jnp.array([1.0])
+    >>> optimizer = schedule_free_sgd(0.5)
+    >>> updates, state = optimizer.update(jnp.array([1.0]), optimizer.init(x), x)
+    >>> print(evaluation_params(state, optax.apply_updates(x, updates)))
+    [0.5]
+    """
+    l2 = l2_regularization(weight_decay, mask)
+    return l2, *_free(learning_rate, b1, warmup_steps, weight_power, step_power, state_dtype)
+
+
+@recipe
+def schedule_free_adamw(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    warmup_steps: int = 0,
+    inner_momentum: Hyperparameter = 0.0,
+    weight_power: Hyperparameter = 2.0,
+    step_power: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled"] = "decoupled",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """AdamW without its first moment, averaged: ``z - lr (g / (sqrt(v^) + eps) + wd y)``.
+
+    Defazio et al. 2024, arXiv:2405.15682, Algorithm 1; see ``schedule_free``. Equals the authors'
+    ``AdamWScheduleFree`` (facebookresearch/schedule_free); it keeps as much as AdamW.
+
+    Use it as ``schedule_free_sgd``, which says what to evaluate with, and what BatchNorm needs.
+
+    Args:
+      learning_rate: constant; 1 to 10 times AdamW's.
+      b1: see ``schedule_free``; 0.9, for long runs 0.95 or 0.98.
+      b2, eps, weight_decay, mask, state_dtype: see ``adam``.
+      warmup_steps: see ``schedule_free_sgd``; of use here, about 5 % of the steps.
+      inner_momentum: the decay of a first moment, corrected, in the place of g; 0: none is kept.
+      weight_power, step_power: see ``schedule_free_sgd``.
+      decay: "decoupled": of y, taken off z, times the learning rate.
+
+    State: ``nu``, and that of ``schedule_free``; ``mu`` with ``inner_momentum``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from adaptive_opt import evaluation_params, schedule_free_adamw
+    >>> x = jnp.array([1.0])
+    >>> optimizer = schedule_free_adamw(0.5)
+    >>> updates, state = optimizer.update(jnp.array([3.0]), optimizer.init(x), x)
+    >>> print(evaluation_params(state, optax.apply_updates(x, updates)))
+    [0.5]
+    """
+    mean = () if is_zero(inner_momentum) else (first_moment(inner_momentum),)
+    corrected = debias(inner_momentum if mean else None, b2)
+    bracket = adaptive(
+        *mean, second_moment(b2), corrected, per_weight_rate(eps), state_dtype=state_dtype
+    )
+    free = _free(learning_rate, b1, warmup_steps, weight_power, step_power, state_dtype)
+    return bracket, decoupled_weight_decay(weight_decay, mask), *free
+
+
+@recipe
+def schedule_free_radam(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    *,
+    silent_sgd_phase: bool = True,
+    weight_power: Hyperparameter = 2.0,
+    step_power: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled"] = "decoupled",
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """``schedule_free_adamw`` with RAdam's factor as its warm-up: ``z - lr r_t (...)``.
+
+    The factor (see ``radam_rectifier``, threshold 4) is part of the learning rate, and so of the
+    weights in the average. Equals ``RAdamScheduleFree`` (facebookresearch/schedule_free), which has
+    been added to the authors' code after the paper.
+
+    Use it where you would rather not choose a warm-up; else as ``schedule_free_sgd``, which says
+    what to evaluate with, and what BatchNorm needs.
+
+    Args:
+      learning_rate, b1, b2, eps, weight_decay, mask, decay, state_dtype: see
+        ``schedule_free_adamw``.
+      silent_sgd_phase: below the threshold (the first 4 steps at b2 = 0.999) nothing moves, not
+        even by weight decay; False: a step of SGD, ``lr g``.
+      weight_power, step_power: see ``schedule_free_sgd``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import schedule_free_radam
+    >>> optimizer, x = schedule_free_radam(0.5, silent_sgd_phase=False), jnp.array([1.0])
+    >>> print(x + optimizer.update(jnp.array([1.0]), optimizer.init(x), x)[0])
+    [0.5]
+    """
+    is_reliable, factor = rectification(b2, _THRESHOLD)
+
+    def rectified(step: Any) -> Any:
+        before = 0.0 if silent_sgd_phase else 1.0
+        factors = jnp.where(is_reliable(step), factor(step), before)
+        return value_at(learning_rate, step + 1) * factors
+
+    bracket = adaptive(
+        second_moment(b2),
+        debias(b2=b2),
+        per_weight_rate(eps),
+        radam_rectifier(b2, threshold=_THRESHOLD, rectify=False),
+        state_dtype=state_dtype,
+    )
+    free = _free(rectified, b1, 0, weight_power, step_power, state_dtype)
+    return bracket, decoupled_weight_decay(weight_decay, mask), *free
+
+
+_THRESHOLD = 4.0
+
+
+def _free(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter,
+    warmup_steps: int,
+    weight_power: Hyperparameter,
+    step_power: Hyperparameter,
+    state_dtype: DTypeLike | None,
+) -> Parts:
+    check_whole(0, warmup_steps=warmup_steps)
+    moved = schedule_free(
+        warmed_up(learning_rate, warmup_steps),
+        b1,
+        weight_power=weight_power,
+        step_power=step_power,
+    )
+    return adaptive(moved, state_dtype=state_dtype), optax.scale(-1.0)
