@@ -73,6 +73,7 @@ from adaptive_opt.stages.rates import (
 )
 from adaptive_opt.stages.schedule_free import schedule_free
 from adaptive_opt.stages.weight_decay import (
+    add_weight_decay,
     cautious_weight_decay,
     decoupled_l1_decay,
     decoupled_weight_decay,
@@ -194,6 +195,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ahead_of",
     "orthogonalize",
     "scale_by_shape",
+    "add_weight_decay",
     "schedule_free",
     # Stages that change a finished update, in a bracket or behind any optimizer.
     "behind",

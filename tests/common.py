@@ -75,8 +75,13 @@ EACH_OFTEN_ONCE = [
 ]
 """Every recipe often, its further conventions among the slow tests; for ``parametrize``."""
 
+START_AT_PARAMS = {"ranger": "slow"} | {
+    name: "z" for name in REGISTERED if name.startswith("schedule_free")
+}
+"""The recipes that keep where they started, under what name; their update needs the parameters."""
+
 NEED_PARAMS = (
-    "ranger",
+    *START_AT_PARAMS,
     *(
         n
         for n in REGISTERED

@@ -141,6 +141,8 @@ def _initial(name: str, spec: Spec | None, param: Any, state_dtype: DTypeLike | 
         return None
     dtype = spec.dtype(name, state_dtype)
     if spec.initial is PARAM:
+        if isinstance(param, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(param.shape, dtype)  # of what is still to come
         return jnp.array(param, dtype, copy=True)
     if spec.is_like_gradient:
         return jnp.full_like(param, spec.initial, dtype=dtype)

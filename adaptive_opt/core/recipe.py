@@ -116,13 +116,11 @@ def _watched(parts: tuple[Part, ...], given: Mapping[str, Any]) -> tuple[Part, .
     places = [i for i, part in enumerate(parts) if _is_bracket(part)]
     if not places:
         return parts  # the recipe has handed them on
-    place = places[0]
-    behind = [own for part in parts[place + 1 :] if (own := made_of(part)) is not None]
-    behind += [own for outer in behind for part in outer.parts or () if (own := made_of(part))]
+    place = places[-1]
     remaining = [
         own.settings["learning_rate"]
-        for own in behind
-        if own.name in ("scale_by_learning_rate", "schedule_free")
+        for own in map(made_of, parts[place + 1 :])
+        if own is not None and own.name == "scale_by_learning_rate"
     ]
     rates = [given[name] for name in ("learning_rate", "schedule") if given.get(name) is not None]
     known: dict[str, Hyperparameter | None] = {

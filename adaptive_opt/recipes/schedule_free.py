@@ -12,15 +12,16 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.bracket import adaptive
-from adaptive_opt.core.checks import Hyperparameter, check_whole, is_zero, value_at
+from adaptive_opt.core.checks import Hyperparameter, check_whole, value_at
 from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
+from adaptive_opt.core.stage import Stage
 from adaptive_opt.stages.moments import debias, first_moment, second_moment
 from adaptive_opt.stages.rates import per_weight_rate, radam_rectifier, rectification
 from adaptive_opt.stages.schedule_free import schedule_free, warmed_up
 from adaptive_opt.stages.weight_decay import (
     Mask,
-    decoupled_weight_decay,
+    add_weight_decay,
     l2_regularization,
 )
 
@@ -71,8 +72,14 @@ def schedule_free_sgd(
     >>> print(evaluation_params(state, optax.apply_updates(x, updates)))
     [0.5]
     """
-    l2 = l2_regularization(weight_decay, mask)
-    return l2, *_free(learning_rate, b1, warmup_steps, weight_power, step_power, state_dtype)
+    check_whole(0, warmup_steps=warmup_steps)
+    free = schedule_free(
+        warmed_up(learning_rate, warmup_steps),
+        b1,
+        weight_power=weight_power,
+        step_power=step_power,
+    )
+    return _downhill((free,), state_dtype, l2_regularization(weight_decay, mask))
 
 
 @recipe
@@ -83,7 +90,7 @@ def schedule_free_adamw(
     eps: Hyperparameter = 1e-8,
     *,
     warmup_steps: int = 0,
-    inner_momentum: Hyperparameter = 0.0,
+    inner_momentum: Hyperparameter | None = None,
     weight_power: Hyperparameter = 2.0,
     step_power: Hyperparameter = 0.0,
     weight_decay: Hyperparameter = 0.0,
@@ -104,7 +111,7 @@ def schedule_free_adamw(
       b1: see ``schedule_free``; 0.9, for long runs 0.95 or 0.98.
       b2, eps, weight_decay, mask, state_dtype: see ``adam``.
       warmup_steps: see ``schedule_free_sgd``; of use here, about 5 % of the steps.
-      inner_momentum: the decay of a first moment, corrected, in the place of g; 0: none is kept.
+      inner_momentum: the decay of a first moment, corrected, in the place of g; None: none is kept.
       weight_power, step_power: see ``schedule_free_sgd``.
       decay: "decoupled": of y, taken off z, times the learning rate.
 
@@ -118,13 +125,21 @@ def schedule_free_adamw(
     >>> print(evaluation_params(state, optax.apply_updates(x, updates)))
     [0.5]
     """
-    mean = () if is_zero(inner_momentum) else (first_moment(inner_momentum),)
-    corrected = debias(inner_momentum if mean else None, b2)
-    bracket = adaptive(
-        *mean, second_moment(b2), corrected, per_weight_rate(eps), state_dtype=state_dtype
+    check_whole(0, warmup_steps=warmup_steps)
+    listing = (
+        *(() if inner_momentum is None else (first_moment(inner_momentum),)),
+        second_moment(b2),
+        debias(inner_momentum, b2),
+        per_weight_rate(eps),
+        add_weight_decay(weight_decay, mask),
+        schedule_free(
+            warmed_up(learning_rate, warmup_steps),
+            b1,
+            weight_power=weight_power,
+            step_power=step_power,
+        ),
     )
-    free = _free(learning_rate, b1, warmup_steps, weight_power, step_power, state_dtype)
-    return bracket, decoupled_weight_decay(weight_decay, mask), *free
+    return _downhill(listing, state_dtype)
 
 
 @recipe
@@ -172,33 +187,19 @@ def schedule_free_radam(
         factors = jnp.where(is_reliable(step), factor(step), before)
         return value_at(learning_rate, step + 1) * factors
 
-    bracket = adaptive(
+    listing = (
         second_moment(b2),
         debias(b2=b2),
         per_weight_rate(eps),
         radam_rectifier(b2, threshold=_THRESHOLD, rectify=False),
-        state_dtype=state_dtype,
+        add_weight_decay(weight_decay, mask),
+        schedule_free(rectified, b1, weight_power=weight_power, step_power=step_power),
     )
-    free = _free(rectified, b1, 0, weight_power, step_power, state_dtype)
-    return bracket, decoupled_weight_decay(weight_decay, mask), *free
+    return _downhill(listing, state_dtype)
 
 
 _THRESHOLD = 4.0
 
 
-def _free(
-    learning_rate: Hyperparameter,
-    b1: Hyperparameter,
-    warmup_steps: int,
-    weight_power: Hyperparameter,
-    step_power: Hyperparameter,
-    state_dtype: DTypeLike | None,
-) -> Parts:
-    check_whole(0, warmup_steps=warmup_steps)
-    moved = schedule_free(
-        warmed_up(learning_rate, warmup_steps),
-        b1,
-        weight_power=weight_power,
-        step_power=step_power,
-    )
-    return adaptive(moved, state_dtype=state_dtype), optax.scale(-1.0)
+def _downhill(listing: tuple[Stage, ...], state_dtype: DTypeLike | None, *first: Any) -> Parts:
+    return *first, adaptive(*listing, state_dtype=state_dtype), optax.scale(-1.0)

@@ -17,12 +17,13 @@ from adaptive_opt.core.checks import (
     check_decay,
     check_nonnegative,
     check_positive,
+    is_zero,
     value_at,
 )
 from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep
-from adaptive_opt.core.trees import Tree, dtype_of, is_array, is_none, leaves_like, map_leaves
+from adaptive_opt.core.trees import Tree, is_array, is_none, leaves_like, map_leaves
 
 _BUFFERS = {"z", "b1", "averaged_steps", "largest_rate"}
 """What a state that averages so is known by."""
@@ -56,8 +57,8 @@ def schedule_free(
 
     State: ``z`` like the parameters, and a number ``b1`` for each of them; of the tree,
       ``averaged_steps``, the sum of the weights so far in units of the last one, and
-      ``largest_rate``. Of 16-bit parameters ``y`` is kept in float32 too: rounded, it would stand
-      still against an average of many steps.
+      ``largest_rate``. Of 16-bit parameters z is float32, but y, and with it x, is rounded at every
+      step, as with any optimizer: keep a master copy in float32.
 
     ValueError if params are not given to ``update``.
 
@@ -104,22 +105,14 @@ def _weight(steps: OpenStep, rate: Any, weight_power: Any, step_power: Any) -> j
 def _move(step: AdaptiveStep, learning_rate: Hyperparameter, c: Any, b1: Any) -> AdaptiveStep:
     """One array from y to the next y; ``q = z - x`` is ``(z - y) / b1`` with the b1 of before."""
     y = step.param
-    if _is_rounded(step):
-        y = step.recall("y", like=step.param, initial=step.param, dtype=step.width)
-    z = step.recall("z", like=step.param, initial=step.param)
+    z = step.recall("z", like=y, initial=y)
     b = step.recall("b1", like=jnp.ones((), step.width), initial=1.0)  # where y is z, of no effect
     moved, q = -step.at(learning_rate) * step.update, (z - y) / b
     step.keep("z", z + moved)
     step.keep("b1", jnp.asarray(b1, b.dtype))
     # Of y itself, as in the authors' code, and not the difference of two y, which are far larger.
     change = (1 - b1 * (1 - c)) * moved + (b - b1 + b1 * c) * q
-    if _is_rounded(step):
-        change = step.keep("y", y + change) - step.param
     return step.set(direction=-change).without("rate", "second_moment")
-
-
-def _is_rounded(step: AdaptiveStep) -> bool:
-    return dtype_of(step.inputs[1]).itemsize < 4
 
 
 def is_averaged(state: Any) -> bool:
@@ -130,27 +123,22 @@ def is_averaged(state: Any) -> bool:
 def averaged_params(buffers: Mapping[str, Tree], params: Tree) -> Tree:
     """x of every parameter: ``y - (1/b1 - 1)(z - y)``; None where nothing is kept of it."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
-    z, b1, held = (
-        leaves_like(structure, buffers[name]) if name in buffers else [None] * len(leaves)
-        for name in ("z", "b1", "y")
+    kept = leaves_like(structure, buffers["z"])
+    there = structure.unflatten(
+        y if is_array(z) else None for y, z in zip(leaves, kept, strict=True)
     )
-    found = []
-    for p, own_z, own_b1, own_y in zip(leaves, z, b1, held, strict=True):
-        if not is_array(own_z):
-            found.append(None)
-            continue
-        y = own_y if is_array(own_y) else p
-        found.append(map_leaves(lambda y, z, b: y - (1 / b - 1) * (z - y), y, y, own_z, own_b1))
-    return structure.unflatten(found)
+    return map_leaves(
+        lambda y, z, b1: y - (1 / b1 - 1) * (z - y), there, there, buffers["z"], buffers["b1"]
+    )
 
 
 def warmed_up(learning_rate: Hyperparameter, steps: int) -> Hyperparameter:
     """The learning rate times ``t / steps`` in the first steps; the authors' ``warmup_steps``."""
-    if steps == 0:
+    if is_zero(steps):
         return learning_rate
 
     def schedule(step: Any) -> Any:
-        rising = jnp.minimum(1.0, (step + 1) / jnp.asarray(steps, float))
+        rising = jnp.minimum(1.0, (step + 1) / jnp.maximum(jnp.asarray(steps, float), 1.0))
         return value_at(learning_rate, step + 1) * rising
 
     return schedule

@@ -31,8 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_opt.core.checks import Hyperparameter, check_nonnegative, is_number, value_at
+from adaptive_opt.core.checks import Hyperparameter, check_nonnegative, is_number, is_zero, value_at
 from adaptive_opt.core.describe import described
+from adaptive_opt.core.stage import WholeTree, stage
+from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 
 Mask = Tree | Callable[[Tree], Tree]
@@ -147,6 +149,39 @@ def decoupled_l1_decay(
     """
     check_nonnegative(l1=l1)
     return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
+
+
+@stage
+def add_weight_decay(weight_decay: Hyperparameter, mask: Mask | None = None) -> WholeTree:
+    """``decoupled_weight_decay`` as a stage, for lists that go on: ``d_t rate_t + wd_t x_t``.
+
+    Reads ``direction``, ``rate`` and ``param``, replaces ``direction``; rate and second moment are
+    not set after it. Remembers nothing. ``schedule_free`` needs the decay in front of it, inside of
+    the bracket, where 16-bit updates are still float32.
+
+    Args:
+      weight_decay, mask: see ``decoupled_weight_decay``.
+
+    ValueError if params are not given to ``update``, unless weight_decay is 0.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, add_weight_decay
+    >>> rule, x = adaptive(add_weight_decay(0.5)), jnp.array([4.0])
+    >>> print(rule.update(jnp.array([1.0]), rule.init(x), x)[0])
+    [3.]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def line(steps: OpenStep) -> OpenStep:
+        steps.each(lambda step: step.set(direction=step.update).without("rate", "second_moment"))
+        if steps.now.looking or is_zero(weight_decay):  # a mask need not bear a look
+            return steps
+        decay = decoupled_weight_decay(steps.at(weight_decay), mask)
+        updates, _ = decay.update(steps.direction, decay.init(steps.params), steps.params)
+        decayed = iter(jax.tree.leaves(updates))
+        return steps.each(lambda step: step.set(direction=next(decayed)))
+
+    return WholeTree(line)
 
 
 def with_decay(
