@@ -16,7 +16,8 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
                                           pytorch_optimizer
 =============  =========================  =======================================================
 
-All but "l2" take the decay off the old x. ``recipe.choices["decay"]`` says which forms a recipe
+All but "l2" take the decay off the old x; in Schedule-Free, x is the parameter y, and the step and
+the decay are those of its z. ``recipe.choices["decay"]`` says which forms a recipe
 has; every form that it has is recorded from public code, or, where no package has it, from parts of
 optax.
 """
