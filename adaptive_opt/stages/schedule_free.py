@@ -109,7 +109,7 @@ def _move(step: AdaptiveStep, learning_rate: Hyperparameter, c: Any, b1: Any) ->
     b = step.recall("b1", like=jnp.ones((), step.width), initial=1.0)  # where y is z, of no effect
     moved, q = -step.at(learning_rate) * step.update, (z - y) / b
     step.keep("z", z + moved)
-    step.keep("b1", jnp.asarray(b1, b.dtype))
+    step.keep("b1", jnp.array(b1, b.dtype, copy=True))  # each leaf its own
     # Of y itself, as in the authors' code, and not the difference of two y, which are far larger.
     change = (1 - b1 * (1 - c)) * moved + (b - b1 + b1 * c) * q
     return step.set(direction=-change).without("rate", "second_moment")
