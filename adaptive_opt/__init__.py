@@ -35,6 +35,7 @@ from adaptive_opt.recipes.matrices import hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.schedule_free import (
     schedule_free_adamw,
+    schedule_free_plus,
     schedule_free_radam,
     schedule_free_sgd,
 )
@@ -125,6 +126,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "schedule_free_sgd",
     "schedule_free_adamw",
     "schedule_free_radam",
+    "schedule_free_plus",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",

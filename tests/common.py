@@ -19,6 +19,7 @@ SHOWING = {
     "sgdw": {"convention": "torch"},  # whose learning rate may be a schedule
     "rmsprop": {"centered": True, "momentum": 0.9},
     "schedule_free_radam": {"silent_sgd_phase": False},  # which moves from the first step on
+    "schedule_free_plus": {"polyak": False},  # which needs no loss
 }
 """Settings with which a recipe shows all it has, where the defaults do not."""
 

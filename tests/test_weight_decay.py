@@ -81,7 +81,9 @@ def test_a_word_means_the_same_in_every_recipe(name, word, x64):
         return
     plain = run(optimizer_with(name, without, 0.0))
     for t, ((x, updates), (_, expected)) in enumerate(zip(history, plain, strict=True)):
-        factor = {"decoupled": LR * ETA[t], "independent": ETA[t], "constant": 1.0}[word]
+        rate = LR * ETA[t]
+        factors = {"decoupled": rate, "independent": ETA[t], "constant": 1.0, "corrected": rate**2}
+        factor = factors[word]
         decayed = expected["decays"] - factor * WD * x["decays"]
         np.testing.assert_allclose(updates["decays"], decayed, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(updates["stays"], expected["stays"], rtol=1e-12, atol=1e-14)

@@ -198,6 +198,79 @@ def schedule_free_radam(
     return _downhill(listing, state_dtype)
 
 
+@recipe
+def schedule_free_plus(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.95,
+    eps: Hyperparameter = 1e-8,
+    *,
+    polyak: bool = True,
+    inner_momentum: Hyperparameter = 0.9,
+    averaging_start: int = 0,
+    weight_power: Hyperparameter = 2.0,
+    step_power: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["corrected"] = "corrected",
+    axis_name: str | tuple[str, ...] | None = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> Parts:
+    """AdamC, Schedule-Free and Polyak's rate: ``z - lr_t (m^ / (sqrt(v^) + eps) + lr_t wd y)``.
+
+    ``lr_t`` is the learning rate times ``max(0, f + b1 g (z - x)) / (sqrt(pi / 2) |g|_1)``, so that
+    ``update`` needs the loss: ``update(gradients, state, params, value=loss)``. Defazio 2026,
+    arXiv:2605.19095. Equals the authors' ``AdamCScheduleFreePlusPaper`` with its ``polyak_beta=0``
+    (facebookresearch/schedule_free), but for the 1e-8 that is the least learning rate there; it
+    keeps one buffer more than AdamW, theirs three.
+
+    Use it as ``schedule_free_sgd``, which says what to evaluate with, for losses whose least value
+    is near 0. On several devices ``value`` is the mean over all of them.
+
+    Args:
+      learning_rate: a factor of Polyak's rate, 1 at first; a schedule for a warm-up.
+      b1: see ``schedule_free``, the authors' ``sf_beta1``; a schedule, to anneal it.
+      b2, eps, mask, state_dtype: see ``adam``.
+      polyak: False: the learning rate is like AdamW's, and no loss is needed.
+      inner_momentum: the decay of Adam's first moment.
+      averaging_start: the average starts after so many steps, once or twice the warm-up; the
+        authors' ``c_warmup``.
+      weight_power, step_power: see ``schedule_free_sgd``.
+      weight_decay: of y, at least 0; 20 or 50, say, where AdamW's is 0.1.
+      decay: "corrected": times the learning rate, Polyak's included, twice.
+      axis_name: under ``shard_map`` or ``pmap`` the axes that split the parameters, see
+        ``second_moment``.
+
+    State: ``mu``, ``nu``, and that of ``schedule_free``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import schedule_free_plus
+    >>> optimizer, x = schedule_free_plus(1.0), jnp.array([3.0])
+    >>> loss, g = jnp.abs(x[0]), jnp.array([1.0])
+    >>> print((x + optimizer.update(g, optimizer.init(x), x, value=loss)[0]).round(3))
+    [0.606]
+    """
+    listing = (
+        first_moment(inner_momentum),
+        second_moment(b2),
+        debias(inner_momentum, b2),
+        per_weight_rate(eps),
+        schedule_free(
+            learning_rate,
+            b1,
+            weight_power=weight_power,
+            step_power=step_power,
+            averaging_start=averaging_start,
+            polyak=polyak,
+            weight_decay=weight_decay,
+            mask=mask,
+            axis_name=axis_name,
+        ),
+    )
+    return _downhill(listing, state_dtype)
+
+
 _THRESHOLD = 4.0
 
 

@@ -6,6 +6,7 @@ where gradients are taken: the parameters that are trained are ``y``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from adaptive_opt.core.checks import (
     check_decay,
     check_nonnegative,
     check_positive,
+    check_whole,
     is_zero,
     value_at,
 )
@@ -24,6 +26,8 @@ from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.core.trees import Tree, is_array, is_none, leaves_like, map_leaves
+from adaptive_opt.stages.moments import over
+from adaptive_opt.stages.weight_decay import Mask, decayed
 
 _BUFFERS = {"z", "b1", "averaged_steps", "largest_rate"}
 """What a state that averages so is known by."""
@@ -36,6 +40,11 @@ def schedule_free(
     *,
     weight_power: Hyperparameter = 2.0,
     step_power: Hyperparameter = 0.0,
+    averaging_start: int = 0,
+    polyak: bool = False,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> WholeTree:
     """The step of Schedule-Free, with the learning rate in it: from ``y_t`` to ``y_{t+1}``.
 
@@ -43,7 +52,7 @@ def schedule_free(
     + (1 - b1) z_{t+1}``, where u is the update as it stands and ``c_t = w_t / (w_1 + ... + w_t)``
     with ``w_t = t^q (the largest lr so far)^p``. Reads ``direction``, ``rate`` and ``param``,
     replaces ``direction`` by ``y_t - y_{t+1}``, which ends the list: what follows is
-    ``optax.scale(-1.0)`` and no learning rate. Weight decay belongs in front. Schedule-Free
+    ``optax.scale(-1.0)`` and no learning rate. Decoupled decay belongs in front. Schedule-Free
     (Defazio et al. 2024, arXiv:2405.15682), as in facebookresearch/schedule_free.
 
     x is not kept but calculated, by :func:`evaluation_params`.
@@ -54,13 +63,20 @@ def schedule_free(
       b1: between 0 and 1, how near y is to the average; a number or a schedule.
       weight_power: p, at least 0: steps of a larger learning rate weigh more.
       step_power: q, at least 0: later steps weigh more.
+      averaging_start: for so many steps x is z, and no weight is counted.
+      polyak: the learning rate is multiplied by Polyak's rate ``max(0, f + b1 g (z - x)) / (sqrt(pi
+        / 2) |g|_1)`` over the whole tree, with the loss ``f = value`` at y. The least loss is taken
+        for 0. Schedule-Free+ (Defazio 2026, arXiv:2605.19095).
+      weight_decay, mask: a decay of y that is multiplied by this learning rate twice: ``z - lr_t (u
+        + lr_t wd y)``.
+      axis_name: for Polyak's rate; see ``second_moment``.
 
     State: ``z`` like the parameters, and a number ``b1`` for each of them; of the tree,
       ``averaged_steps``, the sum of the weights so far in units of the last one, and
       ``largest_rate``. Of 16-bit parameters z is float32, but y, and with it x, is rounded at every
       step, as with any optimizer: keep a master copy in float32.
 
-    ValueError if params are not given to ``update``.
+    ValueError if params, or under ``polyak`` one number ``value``, are not given to ``update``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adaptive, evaluation_params, schedule_free
@@ -73,18 +89,52 @@ def schedule_free(
     >>> print(y, evaluation_params(state, y))  # z is 3, then 2
     [2.25] [2.5]
     """
-    check_nonnegative(learning_rate=learning_rate, weight_power=weight_power, step_power=step_power)
+    check_nonnegative(learning_rate=learning_rate, weight_power=weight_power)
+    check_nonnegative(step_power=step_power, weight_decay=weight_decay)
+    check_whole(0, averaging_start=averaging_start)
     check_decay(b1=b1)
     check_positive(b1=b1)
 
     def line(steps: OpenStep) -> OpenStep:
-        weight = _weight(steps, steps.at(learning_rate), weight_power, step_power)
-        return steps.each(lambda step: _move(step, learning_rate, step.at(weight), step.at(b1)))
+        rate = steps.at(learning_rate)
+        if polyak:
+            rate = rate * _polyak(steps, b1, axis_name)
+        c = _weight(steps, rate, weight_power, step_power, averaging_start)
+        strength = 0.0 if is_zero(weight_decay) else steps.at(weight_decay) * rate
+        decayed(steps, strength, mask)
+        return steps.each(lambda step: _move(step, step.at(rate), step.at(c), step.at(b1)))
 
     return WholeTree(line)
 
 
-def _weight(steps: OpenStep, rate: Any, weight_power: Any, step_power: Any) -> jax.Array:
+def _polyak(
+    steps: OpenStep, b1: Hyperparameter, axis_name: str | tuple[str, ...] | None
+) -> jax.Array:
+    """How far it is to a loss of 0 along the gradient; 0 without a gradient."""
+    value = jnp.asarray(steps.extra("value"), steps.width)
+    if value.shape:
+        raise ValueError(
+            f"schedule_free needs value= to be one number, the loss, got the shape {value.shape}."
+            " Give its mean."
+        )
+
+    def ahead(step: AdaptiveStep) -> jax.Array:
+        z, b = _recall(step)
+        return jnp.real(jnp.conj(step.gradient) * (z - step.param)) * (step.at(b1) / b)
+
+    inner = over(steps, steps.leaves(ahead), "sum", axis_name)
+    length = over(steps, steps.leaves(lambda step: jnp.abs(step.gradient)), "sum", axis_name)
+    gap = jnp.maximum(value + inner, 0)
+    return jnp.where(length > 0, gap / (jnp.where(length > 0, length, 1) * _GAUSSIAN), 0)
+
+
+_GAUSSIAN = math.sqrt(math.pi / 2)
+"""The standard deviation of normal numbers is so many times their mean size."""
+
+
+def _weight(
+    steps: OpenStep, rate: Any, weight_power: Any, step_power: Any, averaging_start: Any
+) -> jax.Array:
     """``c_t``: of the newest iterate in the average.
 
     The sum of weights is kept in units of the last one: of equal weights it is a whole number,
@@ -98,21 +148,26 @@ def _weight(steps: OpenStep, rate: Any, weight_power: Any, step_power: Any) -> j
     lasting = jnp.where(largest > 0, before / jnp.where(largest > 0, largest, 1), 1) ** p
     lasting = lasting * ((t - 1) / t) ** steps.at(step_power)
     total = 1 + steps.recall("averaged_steps", like=scalar) * lasting
-    steps.keep("averaged_steps", jnp.where(counts, total, 0))
-    return jnp.where(counts, 1 / total, 0)
+    started = steps.count > averaging_start
+    steps.keep("averaged_steps", jnp.where(counts & started, total, 0))
+    return jnp.where(started, jnp.where(counts, 1 / total, 0), 1)
 
 
-def _move(step: AdaptiveStep, learning_rate: Hyperparameter, c: Any, b1: Any) -> AdaptiveStep:
+def _recall(step: AdaptiveStep) -> tuple[jax.Array, jax.Array]:
+    """z, and the b1 with which y was made of it; at first, where y is z, of no effect."""
+    z = step.recall("z", like=step.param, initial=step.param)
+    return z, step.recall("b1", like=jnp.ones((), step.width), initial=1.0)
+
+
+def _move(step: AdaptiveStep, rate: Any, c: Any, b1: Any) -> AdaptiveStep:
     """One array from y to the next y; ``q = z - x`` is ``(z - y) / b1`` with the b1 of before."""
-    y = step.param
-    z = step.recall("z", like=y, initial=y)
-    b = step.recall("b1", like=jnp.ones((), step.width), initial=1.0)  # where y is z, of no effect
-    moved, q = -step.at(learning_rate) * step.update, (z - y) / b
+    z, b = _recall(step)
+    moved, q = -rate * step.direction, (z - step.param) / b
     step.keep("z", z + moved)
     step.keep("b1", jnp.array(b1, b.dtype, copy=True))  # each leaf its own
     # Of y itself, as in the authors' code, and not the difference of two y, which are far larger.
     change = (1 - b1 * (1 - c)) * moved + (b - b1 + b1 * c) * q
-    return step.set(direction=-change).without("rate", "second_moment")
+    return step.set(direction=-change)
 
 
 def is_averaged(state: Any) -> bool:

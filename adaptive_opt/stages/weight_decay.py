@@ -14,12 +14,13 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
 "constant"     ``x - lr_t u - wd x``      times neither; AdaBoundW of AdaBound's authors,
                                           ``fixed_decay=True`` in adabelief-pytorch and
                                           pytorch_optimizer
+"corrected"    ``x - lr_t (u + lr_t wd    times the learning rate twice; AdamC (arXiv:2506.02285)
+               x)``                       in Schedule-Free+, see ``corrected_weight_decay``
 =============  =========================  =======================================================
 
 All but "l2" take the decay off the old x; in Schedule-Free, x is the parameter y, and the step and
-the decay are those of its z. ``recipe.choices["decay"]`` says which forms a recipe
-has; every form that it has is recorded from public code, or, where no package has it, from parts of
-optax.
+the decay are those of its z. ``recipe.choices["decay"]`` says which forms a recipe has; every form
+that it has is recorded from public code, or, where no package has it, from parts of optax.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
 
-Decay: TypeAlias = Literal["l2", "decoupled", "independent", "constant"]
+Decay: TypeAlias = Literal["l2", "decoupled", "independent", "constant", "corrected"]
 """Where weight decay enters, and what it is multiplied by: see the module."""
 
 
@@ -174,15 +175,20 @@ def add_weight_decay(weight_decay: Hyperparameter, mask: Mask | None = None) -> 
     check_nonnegative(weight_decay=weight_decay)
 
     def line(steps: OpenStep) -> OpenStep:
-        steps.each(lambda step: step.set(direction=step.update).without("rate", "second_moment"))
-        if steps.now.looking or is_zero(weight_decay):  # a mask need not bear a look
-            return steps
-        decay = decoupled_weight_decay(steps.at(weight_decay), mask)
-        updates, _ = decay.update(steps.direction, decay.init(steps.params), steps.params)
-        decayed = iter(jax.tree.leaves(updates))
-        return steps.each(lambda step: step.set(direction=next(decayed)))
+        return decayed(steps, steps.at(weight_decay), mask)
 
     return WholeTree(line)
+
+
+def decayed(steps: OpenStep, strength: Any, mask: Mask | None) -> OpenStep:
+    """The step with its update as the direction, plus the decay of so much."""
+    steps.each(lambda step: step.set(direction=step.update).without("rate", "second_moment"))
+    if steps.now.looking or is_zero(strength):  # a mask need not bear a look
+        return steps
+    decay = decoupled_weight_decay(strength, mask)
+    updates, _ = decay.update(steps.direction, decay.init(steps.params), steps.params)
+    new = iter(jax.tree.leaves(updates))
+    return steps.each(lambda step: step.set(direction=next(new)))
 
 
 def with_decay(

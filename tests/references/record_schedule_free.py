@@ -21,14 +21,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import BOTH, HERE, LR, WEIGHTS, Row, commit, gradients, load, schedule, torch_options
+from record import (
+    BOTH,
+    HERE,
+    LR,
+    STEPS,
+    WEIGHTS,
+    Row,
+    commit,
+    gradients,
+    load,
+    schedule,
+    torch_options,
+)
 from record_family import wide
 
 AUTHORS, EVERY = "facebookresearch/schedule_free", 50
 THEIRS = {"weight_power": "weight_lr_power", "step_power": "r"}
 
 
-def run(make: Callable[[list[Any]], torch.optim.Optimizer]) -> Callable[..., dict[str, np.ndarray]]:
+def losses() -> np.ndarray:
+    """Of three orders in units of the gradient: at times Polyak's rate is 0."""
+    sizes = 10 ** np.random.default_rng(20260527).uniform(-1.5, 1.5, STEPS)
+    return sizes * np.abs(gradients()).sum(axis=1)
+
+
+def plain(optimizer: Any, t: int) -> None:
+    optimizer.step()
+
+
+def with_loss(optimizer: Any, t: int) -> None:
+    optimizer.step_func(losses()[t])
+
+
+def run(
+    make: Callable[[list[Any]], torch.optim.Optimizer], step: Callable[[Any, int], None] = plain
+) -> Callable[..., dict[str, np.ndarray]]:
     def path(g: np.ndarray, start: np.ndarray, factor: Callable[[int], float]) -> Any:
         y = torch.nn.Parameter(torch.tensor(start))
         optimizer = make([y])
@@ -38,7 +66,7 @@ def run(make: Callable[[list[Any]], torch.optim.Optimizer]) -> Callable[..., dic
         for t, gradient in enumerate(g):
             group["lr"] = base * factor(t)
             y.grad = torch.tensor(gradient)
-            optimizer.step()
+            step(optimizer, t)
             trained.append(y.detach().numpy().copy())
             optimizer.eval()
             averaged.append(y.detach().numpy().copy())
@@ -89,6 +117,35 @@ def rows(checkouts: pathlib.Path) -> Iterator[Row]:
                 run(make),
                 label.endswith("schedule"),
             )
+    yield from plus(folder)
+
+
+def plus(folder: pathlib.Path) -> Iterator[Row]:
+    """With ``polyak_beta=0``: with another the code keeps the corrected norm as the average."""
+    file, name = "adamc_schedulefree_plus_paper", "AdamCScheduleFreePlusPaper"
+    optimizer = load(folder / f"{file}.py", name)
+    defaults = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "inner_momentum": 0.9}
+    far = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "inner_momentum": 0.5}
+    far |= {"weight_power": 1.0, "step_power": 2.0, "averaging_start": 30}
+    theirs = THEIRS | {"b1": "sf_beta1", "averaging_start": "c_warmup"}
+    for label, h in {
+        "defaults": defaults,
+        "far": far,
+        "far-decay-schedule": far | {"weight_decay": 20.0},
+    }.items():
+
+        def make(p: list[Any], h: Any = h) -> Any:
+            own = {theirs.get(k, k): v for k, v in h.items() if k not in ("b2", "inner_momentum")}
+            return optimizer(p, lr=LR, betas=(h["inner_momentum"], h["b2"]), **own)
+
+        yield Row(
+            f"schedule-free-plus-{label}",
+            f"{AUTHORS} schedulefree/{file}.py {name}",
+            "schedule_free_plus",
+            {"learning_rate": LR} | h,
+            run(make, with_loss),
+            label.endswith("schedule"),
+        )
 
 
 def main() -> None:
@@ -96,9 +153,10 @@ def main() -> None:
     parser.add_argument("--checkouts", type=pathlib.Path, required=True)
     checkouts = parser.parse_args().checkouts
     g = gradients()
-    arrays, manifest = {"gradients": g}, []
+    arrays, manifest = {"gradients": g, "losses": losses()}, []
     for row in rows(checkouts):
-        decays = "weight_decay" in row.arguments
+        # The decay of Schedule-Free+ is too small for such differences until something has moved.
+        decays = "weight_decay" in row.arguments and row.recipe != "schedule_free_plus"
         start = np.linspace(-1e-4, 1e-4, WEIGHTS) if decays else np.zeros(WEIGHTS)
         record = row.run(g, start, schedule if row.scheduled else (lambda t: 1.0))
         updates = np.diff(np.concatenate([start[None], record["parameters"]]), axis=0)
@@ -110,6 +168,7 @@ def main() -> None:
         manifest.append(
             {name: known[name] for name in ("name", "source", "recipe", "arguments", "scheduled")}
             | {"version": commit(checkouts / "schedule_free"), "parameters_every": EVERY}
+            | ({"losses": "losses"} if row.recipe == "schedule_free_plus" else {})
         )
     np.savez_compressed(HERE / "schedule_free.npz", **arrays)
     (HERE / "schedule_free.json").write_text(json.dumps(manifest, indent=1) + "\n")
