@@ -24,6 +24,7 @@ from adaptive_opt import (
     open_step,
     schedule_free,
     schedule_free_adamw,
+    schedule_free_plus,
     schedule_free_radam,
     schedule_free_sgd,
     sgd,
@@ -235,3 +236,66 @@ def test_bad_settings_and_missing_parameters_are_refused():
     free = adaptive(schedule_free(0.1))
     with pytest.raises(ValueError, match="schedule_free needs the parameters"):
         free.update(x, free.init(x))
+
+
+def test_polyaks_rate_is_the_way_to_a_loss_of_zero_over_the_whole_tree(x64):
+    """By the authors' formula, with the sequences side by side; no step where the loss is below."""
+    rng = np.random.default_rng(7)
+    shapes = {"a": 3, "b": 2}
+    start = {name: rng.standard_normal(n) for name, n in shapes.items()}
+    optimizer = adaptive(schedule_free(0.5, 0.8, polyak=True))
+    y, state = dict(start), optimizer.init({k: jnp.asarray(v) for k, v in start.items()})
+    rates, largest = [], 0.0
+    x, z = dict(start), dict(start)
+    averaged = 0.0
+    for loss in (2.0, 0.5, -5.0, 1.0):
+        g = {name: rng.standard_normal(n) for name, n in shapes.items()}
+        ahead = sum(0.8 * np.sum(g[k] * (z[k] - x[k])) for k in shapes)
+        length = np.sqrt(np.pi / 2) * sum(np.abs(g[k]).sum() for k in shapes)
+        rates.append(0.5 * max(0, loss + ahead) / length)
+        largest = max(largest, rates[-1])
+        averaged += largest**2
+        z = {k: z[k] - rates[-1] * g[k] for k in shapes}
+        x = {k: x[k] + largest**2 / averaged * (z[k] - x[k]) for k in shapes}
+        uphill, state = optimizer.update(g, state, y, value=loss)
+        y = {k: y[k] - uphill[k] for k in shapes}
+        for k in shapes:
+            np.testing.assert_allclose(y[k], 0.8 * x[k] + 0.2 * z[k], rtol=1e-12, atol=1e-14)
+    assert rates[2] == 0 < min(rates[0], rates[1], rates[3])
+
+
+def test_polyaks_rate_needs_one_loss_and_no_gradient_no_rate():
+    x = jnp.ones(2)
+    free = schedule_free_plus(1.0)
+    with pytest.raises(ValueError, match=r"schedule_free needs value: .* value=\.\.\."):
+        free.update(x, free.init(x), x)
+    with pytest.raises(
+        ValueError, match=r"value= to be one number, .* shape \(2,\)\. Give its mean"
+    ):
+        free.update(x, free.init(x), x, value=x)
+    updates, _ = free.update(jnp.zeros(2), free.init(x), x, value=1.0)
+    assert not np.any(updates)
+
+
+def test_before_the_average_starts_it_is_the_newest_iterate():
+    params, gradients = normal_tree(), list(gradient_trees(3))
+    trained, state, _ = train(
+        schedule_free_plus(0.1, polyak=False, averaging_start=3), params, gradients
+    )
+    found, z = evaluation_params(state, trained), optax.tree.get(state, "z")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, z)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), trained, z)
+
+
+def test_the_decay_stage_minds_its_mask_and_no_other_parameters():
+    params = {"decays": jnp.ones(2), "stays": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    mask = {"decays": True, "stays": False}
+    for given in (mask, lambda tree: {name: name == "decays" for name in tree}):
+        for free in (
+            schedule_free_adamw(0.5, weight_decay=0.1, mask=given),
+            schedule_free_plus(0.5, weight_decay=0.1, mask=given, polyak=False),
+        ):
+            updates, _ = free.update(zeros, free.init(params), params)
+            assert np.all(updates["decays"] < 0)
+            assert not np.any(updates["stays"])

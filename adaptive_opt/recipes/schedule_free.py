@@ -222,8 +222,8 @@ def schedule_free_plus(
     ``lr_t`` is the learning rate times ``max(0, f + b1 g (z - x)) / (sqrt(pi / 2) |g|_1)``, so that
     ``update`` needs the loss: ``update(gradients, state, params, value=loss)``. Defazio 2026,
     arXiv:2605.19095. Equals the authors' ``AdamCScheduleFreePlusPaper`` with its ``polyak_beta=0``
-    (facebookresearch/schedule_free), but for the 1e-8 that is the least learning rate there; it
-    keeps one buffer more than AdamW, theirs three.
+    (facebookresearch/schedule_free), whose learning rate, however, is at least eps. It keeps one
+    buffer more than AdamW, theirs three.
 
     Use it as ``schedule_free_sgd``, which says what to evaluate with, for losses whose least value
     is near 0. On several devices ``value`` is the mean over all of them.

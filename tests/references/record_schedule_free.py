@@ -131,7 +131,8 @@ def plus(folder: pathlib.Path) -> Iterator[Row]:
     for label, h in {
         "defaults": defaults,
         "far": far,
-        "far-decay-schedule": far | {"weight_decay": 20.0},
+        # Their learning rate is eps at least; this one's has no such floor.
+        "far-decay-schedule": far | {"weight_decay": 20.0, "eps": 1e-8},
     }.items():
 
         def make(p: list[Any], h: Any = h) -> Any:
