@@ -74,7 +74,8 @@ def schedule_free(
     State: ``z`` like the parameters, and a number ``b1`` for each of them; of the tree,
       ``averaged_steps``, the sum of the weights so far in units of the last one, and
       ``largest_rate``. Of 16-bit parameters z is float32, but y, and with it x, is rounded at every
-      step, as with any optimizer: keep a master copy in float32.
+      step, as with any optimizer: keep a master copy in float32. A ``state_dtype`` of 16 bits, or
+      ``low_memory``, rounds z alike.
 
     ValueError if params, or under ``polyak`` one number ``value``, are not given to ``update``.
 

@@ -26,7 +26,7 @@ that it has is recorded from public code, or, where no package has it, from part
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -185,8 +185,8 @@ def decayed(steps: OpenStep, strength: Any, mask: Mask | None) -> OpenStep:
     steps.each(lambda step: step.set(direction=step.update).without("rate", "second_moment"))
     if steps.now.looking or is_zero(strength):  # a mask need not bear a look
         return steps
-    decay = decoupled_weight_decay(strength, mask)
-    updates, _ = decay.update(steps.direction, decay.init(steps.params), steps.params)
+    decay, params = decoupled_weight_decay(strength, mask), cast(Any, steps.params)
+    updates, _ = decay.update(steps.direction, decay.init(params), params)
     new = iter(jax.tree.leaves(updates))
     return steps.each(lambda step: step.set(direction=next(new)))
 
