@@ -1,4 +1,4 @@
-"""Optimizers without a schedule of the learning rate: Schedule-Free SGD, AdamW and RAdam.
+"""Optimizers without a schedule of the learning rate: Schedule-Free SGD, AdamW, RAdam and Plus.
 
 The arguments that are not explained are those of ``recipes.adam``, which see.
 """
