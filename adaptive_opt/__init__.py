@@ -34,6 +34,12 @@ from adaptive_opt.recipes.differences import adan, mars
 from adaptive_opt.recipes.matrices import hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.scaled import adam_atan2, adamp, lamb, lars, novograd, stableadamw
+from adaptive_opt.recipes.schedule_free import (
+    schedule_free_adamw,
+    schedule_free_plus,
+    schedule_free_radam,
+    schedule_free_sgd,
+)
 from adaptive_opt.recipes.successors import (
     adabelief,
     ademamix,
@@ -64,6 +70,7 @@ from adaptive_opt.stages.directions import (
     lion_direction,
     sign_direction,
 )
+from adaptive_opt.stages.inner_decay import add_weight_decay
 from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
 from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball
 from adaptive_opt.stages.moments import (
@@ -93,9 +100,9 @@ from adaptive_opt.stages.rates import (
     scale_rate,
     uniform_rate,
 )
+from adaptive_opt.stages.schedule_free import schedule_free
 from adaptive_opt.stages.tensors import (
     clip_gradient_norm,
-    inner_weight_decay,
     norm_moment,
     rms_bound,
     trust_ratio,
@@ -159,6 +166,10 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adamp",
     "muon",
     "hidden_matrices",
+    "schedule_free_sgd",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_plus",
     # Optimizers: what came before and beside.
     "sgd",
     "sgdw",
@@ -242,10 +253,11 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "norm_moment",
     "rms_bound",
     "radial_projection",
-    "inner_weight_decay",
+    "add_weight_decay",
     "ahead_of",
     "orthogonalize",
     "scale_by_shape",
+    "schedule_free",
     # Stages that change a finished update, in a bracket or behind any optimizer.
     "behind",
     "cautious",

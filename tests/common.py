@@ -18,6 +18,8 @@ SHOWING = {
     "sgd": {"momentum": 0.9},
     "sgdw": {"convention": "torch"},  # whose learning rate may be a schedule
     "rmsprop": {"centered": True, "momentum": 0.9},
+    "schedule_free_radam": {"silent_sgd_phase": False},  # which moves from the first step on
+    "schedule_free_plus": {"polyak": False},  # which needs no loss
 }
 """Settings with which a recipe shows all it has, where the defaults do not."""
 
@@ -75,13 +77,25 @@ EACH_OFTEN_ONCE = [
 """Every recipe often, its further conventions among the slow tests; for ``parametrize``."""
 
 PER_TENSOR = tuple(
-    name for name in REGISTERED if "axis_name" in _arguments(name) and name != "rmsprop"
+    name
+    for name in REGISTERED
+    if "axis_name" in _arguments(name) and "polyak" not in _arguments(name) and name != "rmsprop"
 )
 """The recipes that look at each tensor as a whole; where devices have parts of it, by axis_name."""
 
-NEED_PARAMS = (
-    "ranger",
+START_AT_PARAMS = {"ranger": "slow"} | {
+    name: "z" for name in REGISTERED if name.startswith("schedule_free")
+}
+"""The recipes that keep where they started, under what name; their update needs the parameters."""
+
+LOOK_AT_PARAMS = (
+    *START_AT_PARAMS,
     *(n for n in REGISTERED if {"trust_mask", "wd_ratio"} & {*_arguments(n)}),
+)
+"""The recipes that look at the length of parameters, or keep them."""
+
+NEED_PARAMS = (
+    *LOOK_AT_PARAMS,
     *(
         n
         for n in REGISTERED

@@ -74,10 +74,10 @@ def there_and_back(optimizer, **handed):
 
 
 def one_update(optimizer):
-    params = normal_tree()
+    params, optimizer = normal_tree(), optax.with_extra_args_support(optimizer)
     state = optimizer.init(params)
     for seed in (1, 2):
-        updates, state = optimizer.update(normal_tree(seed), state, params)
+        updates, state = optimizer.update(normal_tree(seed), state, params, value=1.0)
     return updates, state
 
 

@@ -1,8 +1,9 @@
 """The recipes equal the public implementations their docstrings name: float64, 1e-12, every step.
 
 The trajectories in tests/references were recorded by the scripts next to them: record.py (core),
-record_family.py (family, one_cycle), record_successors.py (successors) and record_matrices.py
-(matrices, with gradients of their own). Every manifest is read.
+record_family.py (family, one_cycle), record_successors.py (successors), record_schedule_free.py
+(schedule_free) and record_matrices.py (matrices, with gradients of their own). Every manifest is
+read.
 """
 
 from __future__ import annotations
@@ -85,17 +86,18 @@ def keras_adamw(recipe: str, arguments: dict) -> optax.GradientTransformationExt
     return getattr(adaptive_opt, recipe)(**arguments, **form, decay="independent", schedule=eta)
 
 
-def trajectory(optimizer, gradients, start):
+def trajectory(optimizer, gradients, start, losses=None):
     """The parameters after every step, and every update."""
 
-    def step(carry, gradient):
-        x, state = carry
-        update, state = optimizer.update(gradient, state, x)
+    def step(carry, given):
+        (x, state), (gradient, loss) = carry, given
+        update, state = optimizer.update(gradient, state, x, value=loss)
         x = optax.apply_updates(x, update)
         return (x, state), (x, update)
 
     start = jnp.asarray(start)
-    return jax.lax.scan(step, (start, optimizer.init(start)), jnp.asarray(gradients))[1]
+    given = jnp.asarray(gradients), None if losses is None else jnp.asarray(losses)
+    return jax.lax.scan(step, (start, optimizer.init(start)), given)[1]
 
 
 def largest_so_far(values: np.ndarray) -> np.ndarray:
@@ -111,7 +113,8 @@ def test_recipe_equals_the_recorded_implementation(table, row, recorded, x64):
     )
     optimizer, shape = optimizer_of(row, len(gradients)), row.get("shape", start.shape)
     steps = gradients.reshape(-1, *shape)
-    made = jax.jit(lambda g, s: trajectory(optimizer, g, s))(steps, start.reshape(shape))
+    losses = arrays[row["losses"]] if "losses" in row else None
+    made = jax.jit(lambda g, s: trajectory(optimizer, g, s, losses))(steps, start.reshape(shape))
     x, u = (values.reshape(gradients.shape) for values in made)
     assert x.dtype == u.dtype == np.float64
     every = row["parameters_every"]

@@ -14,7 +14,9 @@ import optax
 import pytest
 from common import (
     ADAMS,
+    LOOK_AT_PARAMS,
     RECIPES,
+    START_AT_PARAMS,
     assert_bit_equal,
     buffers_of,
     gradient_trees,
@@ -58,7 +60,9 @@ def test_state_dtype_is_the_dtype_of_every_moment_and_rates_stay_wide(recipe):
     state = RECIPES[recipe](1e-3, state_dtype=jnp.bfloat16).init(jnp.ones(2))
     assert buffers_of(state)
     for name, buffer in buffers_of(state).items():
-        wide = name in ("rate_ema", "momentum_product", "mu_weight")
+        wide = name in (
+            *("rate_ema", "momentum_product", "mu_weight", "averaged_steps", "largest_rate", "b1"),
+        )
         assert buffer.dtype == (jnp.float32 if wide else jnp.bfloat16)
     if recipe in ("adam", "adamw"):
         both = RECIPES[recipe](1e-3, mu_dtype=jnp.float16, state_dtype=jnp.bfloat16)
@@ -83,6 +87,18 @@ def test_a_zero_gradient_gives_a_zero_update_whatever_eps(x64):
             assert all(np.isfinite(updates).all() for _, updates in history)
 
 
+OF_GRADIENTS = [
+    "mu",
+    "mu_slow",
+    "velocity",
+    "previous_gradient",
+    "mean_gradient",
+    "change_ema",
+    "slow",
+    "z",
+]
+
+
 def test_complex_gradients_have_real_second_moments(x64):
     for dtype in (jnp.complex64, jnp.complex128):
         gradients = [jnp.asarray([1 + 2j, -3j, 0], dtype) * (t + 1) for t in range(20)]
@@ -90,7 +106,7 @@ def test_complex_gradients_have_real_second_moments(x64):
             params, state, history = train(recipe(1e-2), jnp.ones(3, dtype), gradients)
             assert params.dtype == history[0][1].dtype == dtype
             for field, buffer in buffers_of(state).items():
-                if field not in ("mu", "previous_gradient", "velocity", "mean_gradient", "slow"):
+                if field not in OF_GRADIENTS:
                     assert buffer.dtype == jnp.finfo(dtype).dtype
             if name == "adam":
                 expected = train(optax.adam(1e-2), jnp.ones(3, dtype), gradients)[2]
@@ -142,7 +158,7 @@ def test_a_leaf_without_gradient_is_left_alone_and_so_are_its_buffers(recipe):
     for name, old in buffers_of(state).items():
         if isinstance(old, dict):
             assert_bit_equal(kept[name]["b"], old["b"])
-            if name not in ("previous_gradient", "slow"):
+            if name not in ("previous_gradient", "slow", "b1"):
                 assert np.any(kept[name]["a"] != old["a"])
     full, _ = optimizer.update(both, state, params)
     if "tree" not in recipe:
@@ -200,8 +216,8 @@ def test_shapes_are_enough_to_initialise(recipe):
     optimizer = RECIPES[recipe](1e-3)
     params = normal_tree()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    if recipe == "ranger":  # whose slow weights are those it is given
-        assert buffers_of(optimizer.init(shapes))["slow"] == shapes
+    if recipe in START_AT_PARAMS:  # what it keeps is what it is given
+        assert buffers_of(optimizer.init(shapes))[START_AT_PARAMS[recipe]] == shapes
     else:
         assert_bit_equal(optimizer.init(shapes), optimizer.init(params))
     assert_bit_equal(jax.jit(optimizer.init)(params), optimizer.init(params))
@@ -252,7 +268,7 @@ def test_numpy_numbers_are_numbers(recipe):
         actual = train(optimizer, normal_tree(), gradients)
         assert_bit_equal(actual[0], expected[0])
         assert_bit_equal(actual[1], expected[1])
-    if "weight_decay" in h and recipe not in ("ranger",):
+    if "weight_decay" in h and recipe not in LOOK_AT_PARAMS:
         still = RECIPES[recipe](1e-3, weight_decay=np.float64(0))
         still.update(jnp.ones(1), still.init(jnp.ones(1)))  # needs no parameters
 

@@ -11,9 +11,9 @@ from common import gradient_trees, normal_tree, train
 
 from adaptive_opt import (
     adaptive,
+    add_weight_decay,
     adopt,
     decoupled_weight_decay,
-    inner_weight_decay,
     lamb,
     radial_projection,
     trust_ratio,
@@ -30,7 +30,7 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_a_mask_holds_inside_a_bracket_where_it_holds_outside(mask):
-    inside, outside = adaptive(inner_weight_decay(0.5, mask)), decoupled_weight_decay(0.5, mask)
+    inside, outside = adaptive(add_weight_decay(0.5, mask)), decoupled_weight_decay(0.5, mask)
     frozen = STILL | {"dense": {"kernel": None, "none": None}}
     # optax.masked asks a function about the gradients too, which need not have the shapes.
     for still in (STILL,) if callable(mask) else (STILL, frozen):

@@ -51,10 +51,17 @@ def run(optimizer, gradient_of=lambda x, g: g):
     state, history = optimizer.init(x), []
     for g in gradients_of_run():
         gradient = {name: gradient_of(x[name], g) if MASK[name] else g for name in MASK}
+        before = stepping(state)
         updates, state = optimizer.update(gradient, state, x)
-        history.append((x, updates))
+        after = stepping(state)
+        history.append((x, updates if after is None else optax.tree.sub(after, before)))
         x = optax.apply_updates(x, updates)
     return history
+
+
+def stepping(state):
+    """Schedule-Free's z, which the step and the decay are taken off; elsewhere it is x itself."""
+    return optax.tree.get(state, "z")
 
 
 def optimizer_with(name, word, weight_decay):
@@ -74,6 +81,7 @@ def decayed_update(word, t, x, plain):
         "decoupled": LR * ETA[t],
         "independent": ETA[t],
         "constant": 1.0,
+        "corrected": (LR * ETA[t]) ** 2,
         "clipped": LR * ETA[t] * clip_of_stableadamw(t),
     }[word]
     return plain - factor * WD * x

@@ -201,7 +201,8 @@ class Bracket:
         check_seen(self.watches, state.buffers)
         kept = {name: buffer for name, buffer in state.buffers.items() if name not in observers}
         if set(self.names) != set(kept):  # of some leaf; these may keep others
-            check_names(self.lines, init_shapes(self.lines, updates), kept)
+            known = updates if params is None else params
+            check_names(self.lines, init_shapes(self.lines, known), kept)
         seen = {}
         if self.watches:
             step = OpenStep(now, updates, params)

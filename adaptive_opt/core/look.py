@@ -5,6 +5,7 @@ A schedule and a collective are stood in for during the look: neither need exist
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +123,8 @@ def init_buffers(
 
 def init_shapes(lines: Sequence[Any], params: Tree) -> dict[str, Tree]:
     """The same for shapes, of which nothing is made."""
-    return jax.eval_shape(lambda: init_buffers(lines, jax.tree.map(_abstract, params)))
+    abstract = jax.tree.map(_abstract, params)
+    return jax.eval_shape(functools.partial(init_buffers, lines), abstract)
 
 
 def _abstract(x: Any) -> Any:
@@ -139,6 +141,8 @@ def _initial(name: str, spec: Spec | None, param: Any, state_dtype: DTypeLike | 
         return None
     dtype = spec.dtype(name, state_dtype)
     if spec.initial is PARAM:
+        if isinstance(param, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(param.shape, dtype)  # of what is still to come
         return jnp.array(param, dtype, copy=True)
     if spec.is_like_gradient:
         return jnp.full_like(param, spec.initial, dtype=dtype)

@@ -15,12 +15,12 @@ from adaptive_opt.core.observe import Observers
 from adaptive_opt.core.recipe import recipe
 from adaptive_opt.recipes.successors import Parts
 from adaptive_opt.stages.directions import atan2_direction
+from adaptive_opt.stages.inner_decay import add_weight_decay
 from adaptive_opt.stages.moments import debias, first_moment, heavy_ball, second_moment
 from adaptive_opt.stages.projections import radial_projection
 from adaptive_opt.stages.rates import apply_rate, per_weight_rate, uniform_rate
 from adaptive_opt.stages.tensors import (
     AxisName,
-    inner_weight_decay,
     norm_moment,
     rms_bound,
     trust_ratio,
@@ -71,7 +71,7 @@ def stableadamw(
     """
     adam = first_moment(b1), second_moment(b2), debias(b1, b2), per_weight_rate(eps)
     bound = rms_bound(eps, threshold, axis_name=axis_name)
-    inner = inner_weight_decay(weight_decay, mask, times="rms_factor")
+    inner = add_weight_decay(weight_decay, mask, times="rms_factor")
     bracket = adaptive(*adam, bound, apply_rate(), inner, state_dtype=state_dtype)
     return with_decay(decay, weight_decay, mask, bracket, learning_rate)
 
@@ -124,7 +124,7 @@ def novograd(
         norm_moment(b2, axis_name=axis_name),
         per_weight_rate(eps, eps_root),
         apply_rate(),
-        inner_weight_decay(weight_decay, mask),
+        add_weight_decay(weight_decay, mask),
         momentum,
         state_dtype=state_dtype,
     )
@@ -181,7 +181,7 @@ def lamb(
         *corrected,
         per_weight_rate(eps),
         apply_rate(),
-        inner_weight_decay(weight_decay, mask),
+        add_weight_decay(weight_decay, mask),
         trust_ratio(
             largest=10.0 if convention == "cybertronai" else None,
             mask=trust_mask,
@@ -331,7 +331,7 @@ def adamp(
      [-0.01  1.  ]]
     """
     projection = radial_projection(delta, wd_ratio, eps, channels=channels, axis_name=axis_name)
-    inner = inner_weight_decay(weight_decay, mask, times="projected_decay")
+    inner = add_weight_decay(weight_decay, mask, times="projected_decay")
     bracket = adaptive(
         first_moment(b1),
         second_moment(b2),

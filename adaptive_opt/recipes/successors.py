@@ -33,6 +33,7 @@ from adaptive_opt.stages.averages import (
     yogi_moment,
 )
 from adaptive_opt.stages.directions import clip_direction, lion_direction
+from adaptive_opt.stages.inner_decay import add_weight_decay
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     debias,
@@ -46,7 +47,6 @@ from adaptive_opt.stages.rates import (
     per_weight_rate,
     radam_rectifier,
 )
-from adaptive_opt.stages.tensors import inner_weight_decay
 from adaptive_opt.stages.weight_decay import (
     Mask,
     with_decay,
@@ -299,7 +299,7 @@ def adopt(
     0.999
     """
     clip = (clip_direction(fourth_root),) if convention == "reference" else ()
-    inner = inner_weight_decay(weight_decay, mask, times="moves")
+    inner = add_weight_decay(weight_decay, mask, times="moves")
     bracket = adaptive(
         previous_second_moment(b2),
         floored_rate(eps),

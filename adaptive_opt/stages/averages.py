@@ -156,7 +156,7 @@ def previous_second_moment(
     The gradient is divided by what does not depend on it, which is why ADOPT converges at any b2.
     The first gradient only fills ``v_1 = |g_1|^2``: its direction is 0. Reads ``gradient`` and
     ``direction``, sets ``second_moment``, in which there is nothing to debias, and ``direction``;
-    leaves as a note whether the step moves, for ``inner_weight_decay``.
+    leaves as a note whether the step moves, for ``add_weight_decay``.
     ADOPT (Taniguchi et al. 2024, arXiv:2411.02853, Algorithm 2).
 
     Args:

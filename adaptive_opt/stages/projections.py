@@ -30,7 +30,7 @@ def radial_projection(
     or else over the whole of it, with n the number of weights of a channel or of the tensor; then
     ``d - x/|x| <x/|x|, d>``, by channel or over the whole. Only for tensors of two or more
     dimensions. Reads ``gradient`` and ``direction``, replaces ``direction``; leaves as a note for
-    ``inner_weight_decay`` by what its decay is multiplied. Remembers nothing. AdamP (Heo et al.
+    ``add_weight_decay`` by what its decay is multiplied. Remembers nothing. AdamP (Heo et al.
     2020, arXiv:2006.08217, Algorithm 2).
 
     Args:

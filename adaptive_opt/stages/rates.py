@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import (
@@ -330,12 +331,32 @@ def simple_average_length(b2: Any, count: Any) -> jax.Array:
     return jnp.where(x < 0.5, early, 2 / (1 - b2) - 1 - 2 * t / jnp.expm1(x))
 
 
+def rectification(
+    b2: Hyperparameter, threshold: Hyperparameter
+) -> tuple[optax.Schedule, optax.Schedule]:
+    """Whether the second moment can be relied on, and RAdam's r_t where it can; schedules."""
+
+    def is_reliable(step: Any) -> Any:
+        count = step + 1
+        length = simple_average_length(value_at(b2, count), count)
+        return length >= value_at(threshold, count)
+
+    def factor(step: Any) -> Any:
+        count, b = step + 1, value_at(b2, step + 1)
+        rho = jnp.where(is_reliable(step), simple_average_length(b, count), 5.0)
+        limit = jnp.where(is_reliable(step), 2 / (1 - b) - 1, 5.0)
+        return jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
+
+    return is_reliable, factor
+
+
 @stage
 def radam_rectifier(
     b2: Hyperparameter,
     *,
     threshold: Hyperparameter = 5.0,
     unrectified_rate: Hyperparameter = 1.0,
+    rectify: bool = True,
 ) -> OneArray:
     """The rate times RAdam's ``r_t`` once the second moment can be relied on; a fixed rate before.
 
@@ -350,6 +371,7 @@ def radam_rectifier(
       threshold: at least 4, below which r_t is not defined; 5 in every public implementation.
       unrectified_rate: the rate below the threshold: 1 follows the direction (PyTorch, optax), 0
         stands still (the authors' code).
+      rectify: whether the rate is multiplied by r_t; False where a learning rate has it already.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, per_weight_rate, radam_rectifier, second_moment
@@ -362,19 +384,11 @@ def radam_rectifier(
     check_at_least(4, threshold=threshold)
     check_nonnegative(unrectified_rate=unrectified_rate)
 
-    def is_reliable(step: Any) -> Any:
-        count = step + 1
-        length = simple_average_length(value_at(b2, count, "b2"), count)
-        return length >= value_at(threshold, count, "threshold")
-
-    def factor(step: Any) -> Any:
-        count, b = step + 1, value_at(b2, step + 1, "b2")
-        rho = jnp.where(is_reliable(step), simple_average_length(b, count), 5.0)
-        limit = jnp.where(is_reliable(step), 2 / (1 - b) - 1, 5.0)
-        return jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)
+    is_reliable, factor = rectification(b2, threshold)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        rectified, fixed = step.rate * step.at(factor), step.at(unrectified_rate)
+        rectified = step.rate * step.at(factor) if rectify else step.rate
+        fixed = step.at(unrectified_rate)
         return step.limit(rate=jnp.where(step.at(is_reliable), rectified, fixed))
 
     return line

@@ -15,15 +15,14 @@ from adaptive_opt.core.checks import (
     check_decay,
     check_nonnegative,
     check_positive,
-    is_number,
 )
 from adaptive_opt.core.finite import root, squarable, summable
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.tree import OpenStep, leaves_of_params
-from adaptive_opt.core.trees import is_none
+from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.stages.inner_decay import flags
 from adaptive_opt.stages.moments import absolute_square, over
-from adaptive_opt.stages.weight_decay import Mask, refuse_one_bool
+from adaptive_opt.stages.weight_decay import Mask
 
 AxisName = str | tuple[str, ...] | None
 
@@ -111,7 +110,7 @@ def rms_bound(
     ``rate_t / max(1, r_t / threshold)`` with ``r_t`` the root mean square of ``g_t / sqrt(max(v_t,
     eps^2))`` over the tensor: 1 while the gradients are what they were. Reads ``gradient``,
     ``second_moment`` and ``rate``, replaces ``rate``; leaves the factor as a note for
-    ``inner_weight_decay``. Remembers nothing. Adafactor's update clipping (Shazeer & Stern 2018,
+    ``add_weight_decay``. Remembers nothing. Adafactor's update clipping (Shazeer & Stern 2018,
     arXiv:1804.04235, section 6) in the form of StableAdamW (Wortsman et al. 2023,
     arXiv:2304.13013, Algorithm 2).
 
@@ -137,60 +136,6 @@ def rms_bound(
         return step.limit(rate=step.rate * factor).note(rms_factor=factor)
 
     return line
-
-
-@stage
-def inner_weight_decay(
-    weight_decay: Hyperparameter, mask: Mask | None = None, *, times: str | None = None
-) -> WholeTree:
-    """Weight decay between two stages: ``d_t + wd_t x_t``.
-
-    For what comes after it in the bracket, a momentum or a bound; elsewhere there is
-    ``decoupled_weight_decay``. Reads and replaces ``direction``; put ``apply_rate`` before it.
-    Remembers nothing.
-
-    Args:
-      weight_decay: at least 0, or a schedule.
-      mask: which parameters decay; see :func:`optax.masked`.
-      times: a note of an earlier stage by which the decay is multiplied.
-
-    >>> import jax.numpy as jnp
-    >>> from adaptive_opt import adaptive, inner_weight_decay
-    >>> rule, x = adaptive(inner_weight_decay(0.5)), jnp.array([4.0])
-    >>> print(rule.update(jnp.array([1.0]), rule.init(x), x)[0])
-    [3.]
-    """
-    check_nonnegative(weight_decay=weight_decay)
-
-    def line(steps: OpenStep) -> OpenStep:
-        if is_number(weight_decay) and float(weight_decay) == 0:  # needs no parameters then
-            return steps
-        for step, decays in zip(steps.steps, flags(mask, steps), strict=True):
-            if step is not None and decays:
-                factor = 1.0 if times is None else step.noted(times)
-                decay = step.at(weight_decay) * factor * step.param
-                step.set(direction=step.direction + decay)
-        return steps
-
-    return WholeTree(line)
-
-
-def flags(mask: Mask | None, steps: OpenStep) -> list[bool]:
-    """For every leaf whether a mask holds there; a mask may be a prefix, or a function."""
-    if mask is None or steps.now.looking or steps.params is None:
-        return [True] * len(steps.steps)
-    held = mask(steps.params) if callable(mask) else mask
-    refuse_one_bool(held, steps.params)
-    try:
-        whole = jax.tree.broadcast(held, steps.params, is_leaf=is_none)
-    except ValueError:
-        raise ValueError(
-            f"the mask of {steps.now.stage} must be a tree of bools like the parameters, a prefix"
-            f" of it, or a function that makes one; got {jax.tree.structure(held)} for parameters"
-            f" of {jax.tree.structure(steps.params)}."
-        ) from None
-    of_leaves = leaves_of_params(whole, steps.structure, steps.steps)
-    return [bool(flag) for flag in of_leaves]
 
 
 @stage

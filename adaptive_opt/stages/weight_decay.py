@@ -23,11 +23,14 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
                                           what comes behind, a momentum, a trust ratio, a projection
                                           or a first step that does not move, acts on it too;
                                           NovoGrad, LAMB, AdamP, ADOPT
+"corrected"    ``x - lr_t (u + lr_t wd    times the learning rate twice; AdamC (arXiv:2506.02285)
+               x)``                       in Schedule-Free+, see ``corrected_weight_decay``
 =============  =========================  =======================================================
 
-All but "l2", "after" and "proximal" take the decay off the old x. ``recipe.choices["decay"]`` says
-which forms a recipe has; every form that it has is recorded from public code, or, where no package
-has it, from parts of optax.
+All but "l2", "after" and "proximal" take the decay off the old x. In Schedule-Free, x is the
+parameter y, and the step and the decay are those of its z. ``recipe.choices["decay"]`` says which
+forms a recipe has; every form that it has is recorded from public code, or, where no package has
+it, from parts of optax.
 """
 
 from __future__ import annotations
@@ -49,7 +52,15 @@ Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
 
 Decay: TypeAlias = Literal[
-    "l2", "decoupled", "independent", "constant", "after", "proximal", "clipped", "inner"
+    "l2",
+    "decoupled",
+    "independent",
+    "constant",
+    "corrected",
+    "after",
+    "proximal",
+    "clipped",
+    "inner",
 ]
 """Where weight decay enters, and what it is multiplied by: see the module."""
 

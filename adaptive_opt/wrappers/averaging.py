@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from adaptive_opt.core.trees import (
     path_at,
     wide,
 )
+from adaptive_opt.stages.schedule_free import averaged_params, is_averaged
 
 
 class ParameterEmaState(NamedTuple):
@@ -117,9 +119,9 @@ def evaluation_params(state: Any, params: Tree) -> Tree:
     """The parameters to evaluate, export or predict with, whatever the optimizer.
 
     The average of ``parameter_ema``, the slow weights of ``lookahead`` and ``ranger``, the averaged
-    iterates of ``optax.contrib.schedule_free``; the parameters themselves for all others. Where one
-    of them is inside another, the outer one counts. In a ``partition`` or in ``ParameterGroups``
-    each group has its own; frozen parameters stay.
+    iterates of ``schedule_free`` and of ``optax.contrib.schedule_free``; the parameters themselves
+    for all others. Where one of them is inside another, the outer one counts. In a ``partition`` or
+    in ``ParameterGroups`` each group has its own; frozen parameters stay.
 
     Args:
       state: the optimizer's state, however deep in wrappers and chains.
@@ -163,6 +165,8 @@ def _evaluations(state: Any) -> Iterator[Callable[[Tree], Tree]]:
     for part in jax.tree.leaves(state, is_leaf=_averages):
         if hasattr(part, "evaluation"):
             yield part.evaluation
+        elif is_averaged(part):
+            yield functools.partial(averaged_params, part)
         elif _averages(part):
             yield lambda params, part=part: optax.contrib.schedule_free_eval_params(
                 part, _where(part.z, params, optax.MaskedNode())
@@ -179,4 +183,5 @@ def _where(kept: Tree, params: Tree, otherwise: Any) -> Tree:
 
 
 def _averages(x: Any) -> bool:
-    return hasattr(x, "evaluation") or isinstance(x, optax.contrib.ScheduleFreeState)
+    of_optax = isinstance(x, optax.contrib.ScheduleFreeState)
+    return hasattr(x, "evaluation") or of_optax or is_averaged(x)
