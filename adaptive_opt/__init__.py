@@ -33,11 +33,13 @@ from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, di
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.matrices import hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
+from adaptive_opt.recipes.soap import soap
 from adaptive_opt.recipes.successors import adabelief, lion
 from adaptive_opt.sharding.state import init_sharded, state_shardings
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.directions import diffgrad_friction, lion_direction
+from adaptive_opt.stages.eigenbasis import eigenbasis, into_eigenbasis, out_of_eigenbasis
 from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
 from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball, trust_ratio
 from adaptive_opt.stages.moments import (
@@ -68,6 +70,7 @@ from adaptive_opt.stages.rates import (
 )
 from adaptive_opt.stages.weight_decay import (
     cautious_weight_decay,
+    decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
@@ -114,6 +117,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adabelief",
     "lion",
     "muon",
+    "soap",
     "hidden_matrices",
     # Optimizers: what came before and beside.
     "sgd",
@@ -185,6 +189,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ahead_of",
     "orthogonalize",
     "scale_by_shape",
+    "eigenbasis",
+    "into_eigenbasis",
+    "out_of_eigenbasis",
     # Stages that change a finished update, in a bracket or behind any optimizer.
     "behind",
     "cautious",
@@ -196,6 +203,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "decoupled_weight_decay",
     "decoupled_l1_decay",
     "cautious_weight_decay",
+    "decay_after_step",
     "scale_by_learning_rate",
     # Seeing what it does.
     "telemetry",

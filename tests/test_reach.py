@@ -163,10 +163,11 @@ def test_recipes_are_per_weight_but_for_three(name):
         "rmsprop of the tree": ("tree", "second_moment"),
         "ranger": ("tensor", "centralize"),
         "muon": ("tensor", "orthogonalize"),
+        "soap": ("tensor", "eigenbasis"),
     }
     own = name.split(" (")[0]
     assert (result.scope, result.place) == wider.get(own, ("weight", ""))
-    assert result.is_cut_freely == (own not in ("ranger", "muon"))
+    assert result.is_cut_freely == (own not in ("ranger", "muon", "soap"))
 
 
 def by_rank(params):

@@ -22,6 +22,7 @@ from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
 from adaptive_opt.stages.weight_decay import (
     cautious_weight_decay,
+    decay_after_step,
     decoupled_l1_decay,
     decoupled_weight_decay,
     l2_regularization,
@@ -75,6 +76,7 @@ OURS: dict[str, Callable[..., Any]] = {
         decoupled_weight_decay,
         decoupled_l1_decay,
         cautious_weight_decay,
+        decay_after_step,
         scale_by_learning_rate,
     )
 } | {"ParameterGroups": parameter_groups}

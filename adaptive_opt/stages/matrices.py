@@ -35,6 +35,12 @@ def sides(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> tuple[int, int]:
             f" {x.shape}. Give vectors and scalars an optimizer of their own: muon(...) does, or"
             " ParameterGroups."
         )
+    check_whole_arrays(step, axis_name)
+    return x.shape[-2], x.shape[-1]
+
+
+def check_whole_arrays(step: AdaptiveStep, axis_name: Axes) -> None:
+    """A device that may hold only a part of an array multiplies no matrices."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if manual and axis_name != () and not step.now.looking:
         raise ValueError(
@@ -42,7 +48,6 @@ def sides(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> tuple[int, int]:
             f" {', '.join(map(str, manual))}, a device may hold only a part. Give axis_name=() if"
             " every device has the whole; else use jit, which sees whole arrays."
         )
-    return x.shape[-2], x.shape[-1]
 
 
 @stage

@@ -16,9 +16,10 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
                                           pytorch_optimizer
 =============  =========================  =======================================================
 
-All but "l2" take the decay off the old x. ``recipe.choices["decay"]`` says which forms a recipe
-has; every form that it has is recorded from public code, or, where no package has it, from parts of
-optax.
+All but "l2" take the decay off the old x. "decoupled-after" is "decoupled" of the new one: ``y -
+lr_t wd y`` with ``y = x - lr_t u``, as SOAP's authors do. ``recipe.choices["decay"]`` says which
+forms a recipe has; every form that it has is recorded from public code, or, where no package has
+it, from parts of optax.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
 Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
 
-Decay: TypeAlias = Literal["l2", "decoupled", "independent", "constant"]
+Decay: TypeAlias = Literal["l2", "decoupled", "independent", "constant", "decoupled-after"]
 """Where weight decay enters, and what it is multiplied by: see the module."""
 
 
@@ -149,6 +150,44 @@ def decoupled_l1_decay(
     return _decay(lambda u, x, *, s: u + s * jnp.sign(x), l1, mask, learning_rate)
 
 
+@described
+def decay_after_step(
+    weight_decay: Hyperparameter,
+    mask: Mask | None = None,
+    *,
+    learning_rate: Hyperparameter | None = None,
+    proximal: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Decays the value that the step leads to: ``(x_t + u_t) (1 - wd_t)``, or by ``/ (1 + wd_t)``.
+
+    Comes last, behind the learning rate and its sign, and returns the update that leads there.
+    Every other decay here is taken off the old x. With ``learning_rate`` the strength is ``lr_t
+    wd_t``.
+
+    Args:
+      weight_decay: at least 0, per step (and, with learning_rate, per unit of it); a number or a
+        schedule.
+      mask: which parameters decay; see :func:`optax.masked`.
+      learning_rate: a number or a schedule.
+      proximal: divide by ``1 + wd``, the proximal step of the penalty ``wd/2 |x|^2``, which cannot
+        overshoot (Adan). Otherwise multiply by ``1 - wd`` (LaProp).
+
+    State: as that of ``decoupled_weight_decay``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import decay_after_step
+    >>> decay, x = decay_after_step(0.5), jnp.array([4.0])
+    >>> print(decay.update(jnp.array([-1.0]), decay.init(x), x)[0].round(4))
+    [-2.5]
+    """
+    check_nonnegative(weight_decay=weight_decay)
+
+    def combine(u: jax.Array, x: jax.Array, *, s: Any) -> jax.Array:
+        return (u - s * x) / (1 + s) if proximal else u - s * (x + u)
+
+    return _decay(combine, weight_decay, mask, learning_rate)
+
+
 def with_decay(
     decay: Decay,
     weight_decay: Hyperparameter | None,
@@ -180,6 +219,10 @@ def with_decay(
     if decay == "l2":
         l2 = () if weight_decay is None else (l2_regularization(weight_decay, mask),)
         return *l2, bracket, last
+    if decay == "decoupled-after":
+        if weight_decay is None:
+            return bracket, last
+        return bracket, last, decay_after_step(weight_decay, mask, learning_rate=learning_rate)
     if spent:
         times = {"decoupled": learning_rate, "independent": eta, "constant": None}[decay]
         return bracket, *_decays(weight_decay, l1, mask, times), last
