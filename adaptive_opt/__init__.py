@@ -31,7 +31,7 @@ from adaptive_opt.memory.single_pass import (
 from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
-from adaptive_opt.recipes.matrices import hidden_matrices, muon
+from adaptive_opt.recipes.matrices import adamh, hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.soap import soap
 from adaptive_opt.recipes.successors import adabelief, lion
@@ -117,6 +117,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adabelief",
     "lion",
     "muon",
+    "adamh",
     "soap",
     "hidden_matrices",
     # Optimizers: what came before and beside.

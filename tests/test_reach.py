@@ -164,10 +164,11 @@ def test_recipes_are_per_weight_but_for_three(name):
         "ranger": ("tensor", "centralize"),
         "muon": ("tensor", "orthogonalize"),
         "soap": ("tensor", "eigenbasis"),
+        "adamh": ("tensor", "hyperball"),
     }
     own = name.split(" (")[0]
     assert (result.scope, result.place) == wider.get(own, ("weight", ""))
-    assert result.is_cut_freely == (own not in ("ranger", "muon", "soap"))
+    assert result.is_cut_freely == (own not in ("ranger", "muon", "soap", "adamh"))
 
 
 def by_rank(params):

@@ -21,6 +21,8 @@ WORDS = {name: adaptive_opt.RECIPES[name].choices["decay"] for name in REGISTERE
 EVERY_WORD = [(name, word) for name, words in WORDS.items() for word in words]
 LR, ETA, WD = 0.25, (1.0, 0.5, 0.125), 0.5
 MASK = {"decays": True, "stays": False}
+OF_VECTORS = ("adamh",)
+"""Whose decay is of the rest: on a sphere nothing decays."""
 
 
 def parameters(name):
@@ -42,9 +44,10 @@ def eta(step):
 def run(optimizer, gradient_of=lambda x, g: g):
     """The parameters before every step, and the updates; compiled as a whole it takes longer."""
     rng = np.random.default_rng(3)
-    x = {name: jnp.asarray(rng.standard_normal((3, 1))) for name in MASK}  # a matrix, for muon
+    shape = (3,) if describe(optimizer).name in OF_VECTORS else (3, 1)  # a matrix, for muon
+    x = {name: jnp.asarray(rng.standard_normal(shape)) for name in MASK}
     state, history = optimizer.init(x), []
-    for g in rng.standard_normal((3, 3, 1)):
+    for g in rng.standard_normal((3, *shape)):
         gradient = {name: gradient_of(x[name], g) if MASK[name] else g for name in MASK}
         updates, state = optimizer.update(gradient, state, x)
         history.append((x, updates))
@@ -56,6 +59,8 @@ def optimizer_with(name, word, weight_decay):
     course = {"learning_rate": lambda step: LR * eta(step)}
     if word == "independent":
         course = {"learning_rate": LR, "schedule": eta}
+    if "rest_learning_rate" in parameters(name):
+        course["rest_learning_rate"] = course["learning_rate"]
     return RECIPES[name](**course, decay=word, weight_decay=weight_decay, mask=MASK)
 
 

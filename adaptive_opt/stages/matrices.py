@@ -27,7 +27,9 @@ Layout = Literal["in-out", "out-in"]
 Axes = tuple[()] | None
 
 
-def sides(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> tuple[int, int]:
+def sides(
+    step: AdaptiveStep, x: jax.Array, axis_name: str | tuple[str, ...] | None
+) -> tuple[int, int]:
     """The last two lengths of an array, which a stage takes for a matrix."""
     if x.ndim < 2:
         raise ValueError(
@@ -39,7 +41,7 @@ def sides(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
-def check_whole_arrays(step: AdaptiveStep, axis_name: Axes) -> None:
+def check_whole_arrays(step: AdaptiveStep, axis_name: str | tuple[str, ...] | None) -> None:
     """A device that may hold only a part of an array multiplies no matrices."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if manual and axis_name != () and not step.now.looking:

@@ -3,7 +3,8 @@
     pip install -r tests/references/requirements.txt
     git clone https://github.com/KellerJordan/Muon
     git clone https://github.com/nikhilvyas/SOAP
-    python tests/references/record_matrices.py --checkouts . [muon soap]
+    wget https://raw.githubusercontent.com/marin-community/marin/COMMIT/lib/levanter/src/levanter/optim/adamh.py
+    python tests/references/record_matrices.py --checkouts . [muon soap adamh]
 
 Like record.py, into ``matrices.npz`` and ``matrices.json``, with gradients of their own for each
 shape and the parameters of every fiftieth step. What the codes calculate in bfloat16 or float32 is
@@ -12,6 +13,9 @@ named stay as they are.
 
 SOAP's first basis is of one gradient: along an axis with fewer products than its length, the
 eigenvectors of 0 are anybody's. So the shapes are such that there are enough, or that axis is off.
+
+Of Levanter's AdamH ``scale_by_adamh`` is run, which needs no more than optax: the file's other
+imports are stood in for. COMMIT is below.
 """
 
 from __future__ import annotations
@@ -20,13 +24,18 @@ import argparse
 import contextlib
 import json
 import pathlib
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 from record import HERE, LR, STEPS, Row, commit, installed, load, schedule
 
+MARIN, MARIN_COMMIT = "marin-community/marin", "00843426942b191a6a4ccc10a399cb8aee4249c1"
 JORDAN, VYAS, EVERY = "KellerJordan/Muon", "nikhilvyas/SOAP", 50
 SHAPES = {"tall": (5, 3), "wide": (3, 5), "square": (4, 4), "cube": (2, 3, 4), "vector": (5,)}
 
@@ -143,7 +152,57 @@ class DecaysBefore:
         self.optimizer.step()
 
 
-METHODS = {"muon": muon, "soap": soap}
+def adamh(checkouts: pathlib.Path) -> Iterator[Row]:
+    scale_by_adamh = of_levanter(checkouts / "adamh.py")
+    far = {"b1": 0.8, "b2": 0.9, "eps": 1e-3}
+    # An update is a small difference of points on the sphere: where a schedule begins, exact to
+    # 1e-12 only at a learning rate that is not too small.
+    sets = {"defaults": ({"b1": 0.9, "b2": 0.95, "eps": 1e-8}, LR), "far": (far, 10 * LR)}
+    for label, (h, lr) in sets.items():
+
+        def path(
+            g: np.ndarray, start: np.ndarray, factor: Any, reset: bool, h: Any = h, lr: float = lr
+        ) -> Any:
+            x, rows, state = jnp.asarray(start), [], scale_by_adamh(**h).init(start)
+            for t, gradient in enumerate(g):
+                by = scale_by_adamh(learning_rate=lr * factor(t), **h)
+                updates, state = by.update(gradient, state, x)
+                x = x + updates
+                rows.append(np.array(x))
+            return np.stack(rows)
+
+        ours = {"learning_rate": lr} | (h if label == "far" else {})
+        for shape in ("tall", "square", "cube"):
+            source, scheduled = f"{MARIN} scale_by_adamh", label == "far"
+            yield Row(f"adamh-{label}-{shape}", source, "adamh", ours, path, scheduled)
+
+    def of_the_rest(g: np.ndarray, start: np.ndarray, factor: Any, reset: bool) -> Any:
+        reference, x, rows = optax.adamw(LR, **far, weight_decay=0.1), jnp.asarray(start), []
+        state = reference.init(x)
+        for gradient in g:
+            updates, state = reference.update(gradient, state, x)
+            x = x + updates
+            rows.append(np.array(x))
+        return np.stack(rows)
+
+    ours = {"learning_rate": 1.0, "rest_learning_rate": LR, **far, "weight_decay": 0.1}
+    yield Row("adamh-far-vector", "optax.adamw", "adamh", ours, of_the_rest)
+
+
+def of_levanter(file: pathlib.Path) -> Any:
+    """``scale_by_adamh`` of a file whose other imports are stood in for."""
+    config = type("OptimizerConfig", (), {"register_subclass": lambda _: lambda made: made})
+    for name, values in {
+        "chex": {"Array": Any},
+        "haliax.nn": {"Linear": None},
+        "levanter.optim.config": {"OptimizerConfig": config},
+        "levanter.utils.jax_utils": {"leaf_key_paths": None},
+    }.items():
+        sys.modules[name] = types.SimpleNamespace(**values)
+    return load(file, "scale_by_adamh")
+
+
+METHODS = {"muon": muon, "soap": soap, "adamh": adamh}
 CHECKOUTS = {JORDAN: "Muon", VYAS: "SOAP"}
 
 
@@ -153,11 +212,15 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
     given = parser.parse_args()
     checkouts, methods = given.checkouts, given.methods or [*METHODS]
-    versions = installed("torch") | {
-        name: commit(checkouts / folder)
-        for name, folder in CHECKOUTS.items()
-        if (checkouts / folder).exists()
-    }
+    versions = (
+        installed("torch", "optax")
+        | {MARIN: MARIN_COMMIT}
+        | {
+            name: commit(checkouts / folder)
+            for name, folder in CHECKOUTS.items()
+            if (checkouts / folder).exists()
+        }
+    )
     with np.load(HERE / "matrices.npz") as stored:
         arrays = dict(stored)
     manifest = json.loads((HERE / "matrices.json").read_text())
@@ -167,14 +230,14 @@ def main() -> None:
         shape = SHAPES[kind]
         g = gradients(shape)
         factor = schedule if row.scheduled else (lambda t: 1.0)
-        decays = "weight_decay" in row.arguments
-        start = np.linspace(-1e-4, 1e-4, g[0].size).reshape(shape) if decays else np.zeros(shape)
+        moves = "weight_decay" in row.arguments or row.recipe == "adamh"  # depends on where it is
+        start = np.linspace(-1e-4, 1e-4, g[0].size).reshape(shape) if moves else np.zeros(shape)
         parameters = row.run(g, start, factor, reset=False)
         steps = np.diff(np.concatenate([start[None], parameters]), axis=0)
         record = {
             "start": start,
             "parameters": parameters[EVERY - 1 :: EVERY],
-            "updates": steps if decays else row.run(g, start, factor, reset=True),
+            "updates": steps if moves else row.run(g, start, factor, reset=True),
         }
         arrays |= {f"gradients of {kind}": g}
         arrays |= {f"{row.name}/{key}": value for key, value in record.items()}
