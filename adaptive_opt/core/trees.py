@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import DTypeLike
 
 Tree: TypeAlias = Any
@@ -222,16 +223,21 @@ def leaves_like(structure: Any, tree: Tree) -> list[Any]:
 
 def _first_difference(structure: Any, tree: Tree) -> str:
     """The first path that is in one tree and not in the other."""
-    leaves = structure.unflatten([0] * structure.num_leaves)
-    mine, other = (
-        {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(t)[0]}
-        for t in (leaves, jax.tree.map(lambda _: 0, tree, is_leaf=is_none))
-    )
+
+    def paths(tree: Tree) -> set[str]:
+        with_paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_stands_for_a_leaf)[0]
+        return {jax.tree_util.keystr(path) for path, _ in with_paths}
+
+    mine, other = paths(structure.unflatten([0] * structure.num_leaves)), paths(tree)
     only = sorted(mine - other) or sorted(other - mine)
     if not only:
         return f"the type of a container: {structure} and {jax.tree.structure(tree)}"
     where = "the gradients" if mine - other else "the other"
     return f"{only[0] or 'the root'}, which only {where} has"
+
+
+def _stands_for_a_leaf(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def path_at(tree: Tree, index: int) -> str:
