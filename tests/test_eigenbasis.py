@@ -106,7 +106,7 @@ def test_parts_of_arrays_and_an_unknown_limit_are_refused():
         out_specs=replicated,
         check_vma=False,
     )
-    with pytest.raises(ValueError, match=r"eigenbasis multiplies whole matrices"):
+    with pytest.raises(ValueError, match=r"eigenbasis takes whole matrices"):
         per_device(x)
     injected = optax.inject_hyperparams(soap)(0.1, max_precond_dim=8)
     with pytest.raises(TypeError, match=r"max_precond_dim .* static_args"):

@@ -137,8 +137,8 @@ WRAPPERS = {
         flatten,
     )
 }
-# Flat parameters are one vector, of which a kernel's rows have no mean of their own.
-DIFFERENT = {("flatten", "ranger")}
+# Flat parameters are one vector, which is no matrix, and has no rows with a mean of their own.
+DIFFERENT = {("flatten", name) for name in ("ranger", "muon", "adamh", "soap")}
 
 
 # Those that all the others are like.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adaptive_opt.core.checks import Hyperparameter, check_decay, check_whole, is_fixed
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.stages.matrices import Axes, check_whole_arrays
+from adaptive_opt.stages.matrices import Axes, check_products, check_whole_arrays
 
 MAX_PRECOND_DIM = 10_000
 """The authors': hidden layers are below it, most vocabularies above."""
@@ -54,8 +54,9 @@ def eigenbasis(
 
     Buffers: ``gram_0``, ``basis_0``, and so on: for every such axis two square arrays, in float32
       at least, whatever ``state_dtype`` is.
-    Errors: ValueError under ``shard_map`` or ``pmap``, unless ``axis_name=()``. TypeError for a
-      max_precond_dim that is an array: it decides which buffers there are.
+    Errors: ValueError under ``shard_map`` or ``pmap``, unless ``axis_name=()``, and for an array
+      that is split over explicit axes of a mesh. TypeError for a max_precond_dim that is an array:
+      it decides which buffers there are.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, eigenbasis, into_eigenbasis
@@ -82,6 +83,7 @@ def eigenbasis(
         axes = [i for i, n in enumerate(gradient.shape) if turned and n <= longest]
         if axes:
             check_whole_arrays(step, axis_name)
+            check_products(step, gradient)
         bases = {}
         for axis in axes:
             product = _gram(gradient, axis)

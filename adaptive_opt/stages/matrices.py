@@ -42,13 +42,23 @@ def sides(
 
 
 def check_whole_arrays(step: AdaptiveStep, axis_name: str | tuple[str, ...] | None) -> None:
-    """A device that may hold only a part of an array multiplies no matrices."""
+    """A device that may hold only a part of an array takes it for no matrix."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if manual and axis_name != () and not step.now.looking:
         raise ValueError(
-            f"{step.now.stage} multiplies whole matrices, but inside shard_map or pmap, over"
+            f"{step.now.stage} takes whole matrices, but inside shard_map or pmap, over"
             f" {', '.join(map(str, manual))}, a device may hold only a part. Give axis_name=() if"
             " every device has the whole; else use jit, which sees whole arrays."
+        )
+
+
+def check_products(step: AdaptiveStep, x: jax.Array) -> None:
+    """Of arrays that are split over explicit axes, somebody must say how a product is split."""
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        raise ValueError(
+            f"{step.now.stage} multiplies whole matrices, but the array{step.memory.where()} is"
+            f" split over explicit axes of its mesh, as {jax.typeof(x).sharding.spec}. Give the"
+            " mesh axes of the type Auto, or replicate the gradients."
         )
 
 
@@ -120,6 +130,7 @@ def orthogonalize(
     def line(step: AdaptiveStep) -> AdaptiveStep:
         x = step.direction
         rows, columns = sides(step, x, axis_name)
+        check_products(step, x)
         x = x.mT if rows > columns else x
         norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
         x = x / (norm + eps if eps_is == "added" else jnp.maximum(norm, eps))
