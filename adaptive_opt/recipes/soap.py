@@ -65,7 +65,8 @@ def soap(
       state_dtype: of ``mu`` and ``nu``; see ``adam``.
 
     State: ``mu``, in the space of the parameters, ``nu``, in that of the bases, and ``gram_0``,
-      ``basis_0``, ... for every axis.
+      ``basis_0``, ... for every axis. ``optax.tree.map_params``, which asks for the state of one
+      placeholder, knows only that of trees whose longest shape has two axes.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import soap
