@@ -36,7 +36,8 @@ def steps(optimizer, params, gradients):
 
 
 OFTEN = ("adamod", "diffmod", "radam", "nadamw")
-SELDOM = sorted(set(RECIPES) - {*OFTEN, "ranger", "rmsprop of the tree"})
+WHOLE = "ranger", "rmsprop of the tree", "muon", "adamh", "soap"  # which nobody packs
+SELDOM = sorted(set(RECIPES) - {*OFTEN, *WHOLE})
 
 
 @pytest.mark.parametrize(
