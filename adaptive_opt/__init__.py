@@ -31,7 +31,7 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
-from adaptive_opt.recipes.matrices import hidden_matrices, muon
+from adaptive_opt.recipes.matrices import adamh, hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.scaled import adam_atan2, adamp, lamb, lars, novograd, stableadamw
 from adaptive_opt.recipes.schedule_free import (
@@ -40,6 +40,7 @@ from adaptive_opt.recipes.schedule_free import (
     schedule_free_radam,
     schedule_free_sgd,
 )
+from adaptive_opt.recipes.soap import soap
 from adaptive_opt.recipes.successors import (
     adabelief,
     ademamix,
@@ -70,6 +71,7 @@ from adaptive_opt.stages.directions import (
     lion_direction,
     sign_direction,
 )
+from adaptive_opt.stages.eigenbasis import eigenbasis, into_eigenbasis, out_of_eigenbasis
 from adaptive_opt.stages.inner_decay import add_weight_decay
 from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
 from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball
@@ -165,6 +167,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "adam_atan2",
     "adamp",
     "muon",
+    "adamh",
+    "soap",
     "hidden_matrices",
     "schedule_free_sgd",
     "schedule_free_adamw",
@@ -258,6 +262,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "orthogonalize",
     "scale_by_shape",
     "schedule_free",
+    "eigenbasis",
+    "into_eigenbasis",
+    "out_of_eigenbasis",
     # Stages that change a finished update, in a bracket or behind any optimizer.
     "behind",
     "cautious",

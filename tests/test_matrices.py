@@ -10,6 +10,7 @@ import pytest
 from common import assert_bit_equal, gradient_trees, normal_tree, train
 
 from adaptive_opt import (
+    adamh,
     adamw,
     adaptive,
     hidden_matrices,
@@ -50,6 +51,35 @@ def test_singular_values_end_near_one_and_a_stack_is_its_matrices():
         np.testing.assert_allclose(turned.T, alone, rtol=1e-4, atol=1e-5)
     nothing, _ = rule.update(stack * 0, rule.init(stack))
     assert not np.any(nothing)
+
+
+def test_adamh_keeps_every_matrix_on_its_own_sphere_and_leaves_the_rest_to_adamw():
+    shapes = {"kernel": (5, 4), "stack": (3, 4, 2), "bias": (4,)}
+    params, gradients = normal_tree(shapes=shapes), list(gradient_trees(4, shapes=shapes))
+    given = {"b1": 0.8, "b2": 0.9, "eps": 1e-6}
+    mine, state, _ = train(adamh(0.3, rest_learning_rate=0.1, **given), params, gradients)
+    for name, alone in [("kernel", params["kernel"]), ("stack", params["stack"])]:
+        norms, began = (jnp.linalg.norm(x, axis=(-2, -1)) for x in (mine[name], alone))
+        np.testing.assert_allclose(norms, began, rtol=1e-6)
+        assert jnp.linalg.norm(mine[name] - alone) > 0.3 * jnp.linalg.norm(alone)
+    for i in range(3):
+        own = train(adamh(0.3, **given), params["stack"][i], [g["stack"][i] for g in gradients])[0]
+        np.testing.assert_allclose(mine["stack"][i], own, rtol=1e-5, atol=1e-6)
+    rest = adamw(0.1, **given, weight_decay=0.0)
+    theirs, _, _ = train(rest, params["bias"], [g["bias"] for g in gradients])
+    assert_bit_equal(mine["bias"], theirs)
+    radius = state.inner_states["matrices"].inner_state[0].buffers["radius"]
+    assert {name: jnp.shape(radius[name]) for name in ("kernel", "stack")} == {
+        "kernel": (1, 1),
+        "stack": (3, 1, 1),
+    }
+
+
+def test_adamh_leaves_a_matrix_of_zeros_and_what_has_no_gradient():
+    x, optimizer = jnp.ones((2, 2)), adamh(0.1)
+    for point, gradient in ((0 * x, x), (x, 0 * x)):
+        updates, _ = optimizer.update(gradient, optimizer.init(point), point)
+        np.testing.assert_allclose(updates, 0 * x, atol=1e-7)
 
 
 def test_names_tell_the_hidden_matrices():

@@ -208,7 +208,22 @@ EXCEPTIONS = [
         "looks for the state of optax.adagrad",
     ),
     (
-        r"sharding: .*test_state_sharding_type_.*our muon",
+        r"test_optimi\w+ .*'our adamh'.*_setup_(matrix|mixed)",
+        AssertionError,
+        "a matrix stays on the sphere where it began, and one of zeros at zero",
+    ),
+    (
+        r"test_optimi\w+ .*'our adamh'.*(_parabola, dtype=jax|'mechanize'.*_setup_parabola)",
+        AssertionError,
+        "vectors have a learning rate of their own, which is too small for so few steps",
+    ),
+    (
+        r"test_optimi\w+ .*'our soap'.*_setup_(parabola|rosenbrock)",
+        ValueError,
+        "tree.map_params asks one placeholder for the state; of vectors there are fewer buffers",
+    ),
+    (
+        r"sharding: .*test_state_sharding_type_.*our (muon|soap)",
         ValueError,
         "no matrix is multiplied that is split over explicit axes",
     ),

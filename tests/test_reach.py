@@ -164,6 +164,8 @@ def test_recipes_are_per_weight_but_for_those_that_say_so(name):
         "rmsprop of the tree": ("tree", "second_moment"),
         "ranger": ("tensor", "centralize"),
         "muon": ("tensor", "orthogonalize"),
+        "soap": ("tensor", "eigenbasis"),
+        "adamh": ("tensor", "hyperball"),
     }
     own = name.split(" (")[0]
     if own in PER_TENSOR:
@@ -171,7 +173,7 @@ def test_recipes_are_per_weight_but_for_those_that_say_so(name):
         assert result.place in STAGES or result.place in adaptive_opt.__all__
         return
     assert (result.scope, result.place) == wider.get(own, ("weight", ""))
-    assert result.is_cut_freely == (own not in ("ranger", "muon"))
+    assert result.is_cut_freely == (own not in ("ranger", "muon", "soap", "adamh"))
 
 
 def by_rank(params):

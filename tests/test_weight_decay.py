@@ -21,6 +21,8 @@ WORDS = {name: adaptive_opt.RECIPES[name].choices["decay"] for name in REGISTERE
 EVERY_WORD = [(name, word) for name, words in WORDS.items() for word in words]
 LR, ETA, WD = 0.25, (1.0, 0.5, 0.125), 0.5
 MASK = {"decays": True, "stays": False}
+OF_VECTORS = ("adamh",)
+"""Whose decay is of the rest: on a sphere nothing decays."""
 
 
 def parameters(name):
@@ -39,17 +41,19 @@ def eta(step):
     return jnp.asarray(ETA)[step]
 
 
-def gradients_of_run():
+def gradients_of_run(shape=(3, 1)):
     """They grow, so that StableAdamW slows the tensor down."""
-    return np.random.default_rng(4).standard_normal((3, 3, 1)) * np.array([1, 2, 4])[:, None, None]
+    numbers = np.random.default_rng(4).standard_normal((3, 3, 1))
+    return (numbers * np.array([1, 2, 4])[:, None, None]).reshape(3, *shape)
 
 
 def run(optimizer, gradient_of=lambda x, g: g):
     """The parameters before every step, and the updates; compiled as a whole it takes longer."""
     rng = np.random.default_rng(3)
-    x = {name: jnp.asarray(rng.standard_normal((3, 1))) for name in MASK}  # a matrix, for muon
+    shape = (3,) if describe(optimizer).name in OF_VECTORS else (3, 1)  # a matrix, for muon
+    x = {name: jnp.asarray(rng.standard_normal(shape)) for name in MASK}
     state, history = optimizer.init(x), []
-    for g in gradients_of_run():
+    for g in gradients_of_run(shape):
         gradient = {name: gradient_of(x[name], g) if MASK[name] else g for name in MASK}
         before = stepping(state)
         updates, state = optimizer.update(gradient, state, x)
@@ -68,6 +72,8 @@ def optimizer_with(name, word, weight_decay):
     course = {"learning_rate": lambda step: LR * eta(step)}
     if word == "independent":
         course = {"learning_rate": LR, "schedule": eta}
+    if "rest_learning_rate" in parameters(name):
+        course["rest_learning_rate"] = course["learning_rate"]
     return RECIPES[name](**course, decay=word, weight_decay=weight_decay, mask=MASK)
 
 
@@ -75,6 +81,8 @@ def decayed_update(word, t, x, plain):
     """What the word makes of the update without decay, by the table of the words."""
     if word == "after":
         return (x + plain) * (1 - WD) - x
+    if word == "decoupled-after":  # at SOAP's first step nothing moves at all
+        return (x + plain) * (1 - (LR * ETA[t] * WD if t else 0)) - x
     if word == "proximal":
         return (x + plain) / (1 + LR * ETA[t] * WD) - x
     factor = {

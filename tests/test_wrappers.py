@@ -138,7 +138,7 @@ WRAPPERS = {
     )
 }
 # Flat parameters are one vector, which is no matrix, and has no rows with a mean of their own.
-DIFFERENT = {("flatten", name) for name in ("ranger", "muon")}
+DIFFERENT = {("flatten", name) for name in ("ranger", "muon", "adamh", "soap")}
 
 
 # Those that all the others are like.

@@ -29,6 +29,7 @@ class WrongOrder(ValueError):  # noqa: N818 (says what it is)
 class Correction(NamedTuple):
     """Of how many steps ahead, and whether in optax's arithmetic, which rounds ``b`` first.
 
+    Less than 0 ahead: the average has not seen the first gradients.
     ``1 - b^t`` with ``b`` in float32 is off by 7e-6 at 0.999 and of no use at 0.99999999; as
     ``-expm1(t log b)`` it is right to rounding.
     """
@@ -123,6 +124,8 @@ class Now:
         count, b = self.count, self.at(decay)
         for _ in range(which.ahead):
             count = optax.safe_increment(count)
+        if which.ahead < 0:
+            count = jnp.maximum(count + which.ahead, 1)
         with jax.numpy_dtype_promotion("standard"):
             t = jnp.asarray(count, float)
             return 1 - b**t if which.as_in_optax else one_minus_power(b, t)

@@ -162,7 +162,9 @@ def lines_of(given: Any) -> tuple[Any, ...] | None:
     return made.lines if made is not None and made.lines else None
 
 
-_SHOWN_WHERE_CHOSEN = ("name", "dtype", "scope", "reduce", "axis_name", "initial", "as_in_optax")
+_SHOWN_WHERE_CHOSEN = (
+    *("name", "dtype", "scope", "reduce", "axis_name", "initial", "as_in_optax", "unseen"),
+)
 
 
 def _without_defaults(settings: Mapping[str, Any], signature: inspect.Signature) -> dict[str, Any]:

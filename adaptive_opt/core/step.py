@@ -186,10 +186,15 @@ class AdaptiveStep(Remembering):
         decay: Hyperparameter,
         *,
         as_in_optax: bool = False,
+        unseen: int = 0,
     ) -> Any:
-        """``1 - decay^t``, which the average in this field owes for its start at zero, once."""
+        """``1 - decay^t``, which the average in this field owes for its start at zero, once.
+
+        Of an average that has not seen the first gradients, as many as are ``unseen``, t counts the
+        others.
+        """
         self.pay(field, decay)
-        return self.at(self.now.correction(decay, Correction(0, as_in_optax)))
+        return self.at(self.now.correction(decay, Correction(-unseen, as_in_optax)))
 
     def pay(self, field: Literal["direction", "second_moment"], decay: Hyperparameter) -> None:
         """The average in this field is corrected for its start at zero, in whatever way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -30,8 +31,9 @@ _ENCODERS: dict[str, Callable[..., Any]] = {
 }
 _WIDE = "wide"
 
-# Slow weights are parameters, and a variance is a small difference of two averages.
-_ALWAYS_WIDE: dict[str, str] = dict.fromkeys(("slow", "mean_gradient"), _WIDE)
+# Slow weights are parameters, a variance is a small difference of two averages, a basis is
+# orthogonal, and the small eigenvalues of a Gram matrix are lost first.
+_ALWAYS_WIDE: dict[str, str] = dict.fromkeys(("slow", "mean_gradient", "gram", "basis"), _WIDE)
 _SIGNED: tuple[str, ...] = ("mu", "velocity", "trace", "previous_gradient")
 _SQUARES: tuple[str, ...] = ("nu", "nu_max", "sum_of_squares")
 _SIGNED_IN_8_BITS: dict[str, str] = dict.fromkeys(_SIGNED, "int8")
@@ -41,6 +43,9 @@ _DEFAULTS = {
     "8-bit": _ALWAYS_WIDE | _SIGNED_IN_8_BITS | _SQUARES_IN_8_BITS,
 }
 """What is not kept in bfloat16."""
+
+_AXIS = re.compile(r"_\d+$")
+"""The number of the axis in the name of a buffer: ``basis_0``."""
 
 _NEAREST = ("nu_max", "previous_gradient")
 """What is no average is rounded to the nearest: a maximum of random roundings would drift upwards,
@@ -79,10 +84,11 @@ def low_memory(
 
     Args:
       inner: any optax transformation; extra arguments of ``update`` are passed on to it.
-      storage: "bfloat16", for everything but slow weights and centered RMSprop's ``mean_gradient``;
-        or "8-bit": "int8" for ``mu``, ``velocity``, ``trace``, ``previous_gradient``, "sqrt8" for
-        ``nu``, ``nu_max``, ``sum_of_squares``, the rest as with "bfloat16". AdaMod's ``rate_ema``
-        does not bear 8 bits: its mean is dominated by a few first rates.
+      storage: "bfloat16", for everything but slow weights, centered RMSprop's ``mean_gradient``
+        and SOAP's Gram matrices and bases; or "8-bit": "int8" for ``mu``, ``velocity``, ``trace``,
+        ``previous_gradient``, "sqrt8" for ``nu``, ``nu_max``, ``sum_of_squares``, the rest as with
+        "bfloat16". AdaMod's ``rate_ema`` does not bear 8 bits: its mean is dominated by a few first
+        rates.
       buffers: for single buffers another storage, by name: ``{"rate_ema": "wide", "nu": "int8"}``;
         the name is a key of ``AdaptiveState.buffers``, or a field of another state (``mu`` of
         optax's ``ScaleByAdamState``). Names of parameters do not count.
@@ -140,7 +146,8 @@ def low_memory(
             )
         if dtype == jnp.bfloat16:
             return codecs.own_bits(x)
-        storage = named.get(_name(path), "bfloat16")
+        name = str(_name(path))
+        storage = named.get(name, named.get(_AXIS.sub("", name), "bfloat16"))
         if dtype != jnp.float32 or x.size < min_size or storage == _WIDE:
             return x
         # A constant that XLA sees it calculates itself, slowly.

@@ -1,4 +1,4 @@
-"""Optimizers of matrices, with another for the rest: Muon."""
+"""Optimizers of matrices, with another for the rest: Muon, AdamH."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from adaptive_opt.core.recipe import recipe
 from adaptive_opt.core.trees import Tree, path_of
 from adaptive_opt.recipes.adam import adamw
 from adaptive_opt.stages.matrices import Axes, Layout, ahead_of, orthogonalize, scale_by_shape
-from adaptive_opt.stages.moments import first_moment
+from adaptive_opt.stages.modifiers import hyperball
+from adaptive_opt.stages.moments import debias, first_moment, second_moment
+from adaptive_opt.stages.rates import per_weight_rate
 from adaptive_opt.stages.weight_decay import Mask, with_decay
 
 NOT_HIDDEN = re.compile(r"embed|head|output|vocab|wte|wpe|logits", re.IGNORECASE)
@@ -122,6 +124,84 @@ def muon(
         state_dtype=state_dtype,
     )
 
+    return _each_its_own(
+        {"matrices": of_matrices, "rest": of_the_rest}, matrices or hidden_matrices
+    )
+
+
+@recipe
+def adamh(
+    learning_rate: Hyperparameter,
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.95,
+    eps: Hyperparameter = 1e-8,
+    *,
+    matrices: Mask | None = None,
+    rest_learning_rate: Hyperparameter = 6e-4,
+    weight_decay: Hyperparameter = 0.0,
+    mask: Mask | None = None,
+    decay: Literal["decoupled"] = "decoupled",
+    axis_name: Axes = None,
+    observers: Observers = (),
+    state_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Matrices by Adam on the sphere where they began, the rest by Adam: ``R unit(x - lr R
+    unit(u))``.
+
+    ``u`` is Adam's direction, ``R = |x_0|``, see ``hyperball``. Hyperball optimization (Wen et al.
+    2025, arXiv:2606.16899). Equals ``scale_by_adamh`` of Levanter (marin-community/marin,
+    ``optim/adamh.py``) for arrays of two and three axes. That takes the norm of today's x for R,
+    the same but for rounding, divides by norms of at least 1e-10, and makes a NaN of a matrix of
+    zeros, which here stays as it is. Its clipping of gradients is not copied: put
+    ``optax.clip_by_global_norm`` in front.
+
+    Use it in place of AdamW for hidden matrices: with one learning rate for all widths, and no
+    weight decay to tune.
+
+    Args:
+      learning_rate: of the matrices, an angle, in units of their norm; about ``sqrt(lr wd)`` of an
+        AdamW.
+      b1, b2, eps: see ``adam``; of both.
+      matrices: which parameters are matrices, as a mask; default: ``hidden_matrices``. Arrays of
+        more than two axes are stacks of matrices in their last two.
+      rest_learning_rate: of Adam for the rest.
+      weight_decay, mask: of the rest, see ``adamw``: on a sphere nothing decays.
+      decay: "decoupled": times the learning rate of the rest and its schedule.
+      axis_name: see ``orthogonalize``.
+      observers: they look at the matrices.
+      state_dtype: see ``adam``.
+
+    State: that of ``optax.partition``, with ``mu`` and ``nu`` for all, ``radius`` for matrices.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adamh
+    >>> x = {"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.zeros(1)}
+    >>> optimizer = adamh(1.0, rest_learning_rate=0.125)
+    >>> g = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.ones(1)}
+    >>> updates, state = optimizer.update(g, optimizer.init(x), x)
+    >>> print((x["kernel"] + updates["kernel"]).round(4), updates["bias"].round(4))
+    [[ 0.7071 -0.7071]] [-0.125]
+    """
+    on_the_sphere = adaptive(
+        first_moment(b1),
+        second_moment(b2),
+        debias(b1, b2),
+        per_weight_rate(eps),
+        hyperball(learning_rate, scope="matrix", axis_name=axis_name),
+        *told(observers, {"learning_rate": learning_rate, "b1": b1}, ()),
+        state_dtype=state_dtype,
+    )
+    of_matrices = optax.chain(on_the_sphere, optax.scale(-1.0))
+    of_the_rest = adamw(
+        rest_learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        decay=decay,
+        state_dtype=state_dtype,
+    )
     return _each_its_own(
         {"matrices": of_matrices, "rest": of_the_rest}, matrices or hidden_matrices
     )

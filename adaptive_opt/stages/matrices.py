@@ -27,7 +27,9 @@ Layout = Literal["in-out", "out-in"]
 Axes = tuple[()] | None
 
 
-def sides(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> tuple[int, int]:
+def sides(
+    step: AdaptiveStep, x: jax.Array, axis_name: str | tuple[str, ...] | None
+) -> tuple[int, int]:
     """The last two lengths of an array, which a stage takes for a matrix."""
     if x.ndim < 2:
         raise ValueError(
@@ -35,14 +37,19 @@ def sides(step: AdaptiveStep, x: jax.Array, axis_name: Axes) -> tuple[int, int]:
             f" {x.shape}. Give vectors and scalars an optimizer of their own: muon(...) does, or"
             " ParameterGroups."
         )
+    check_whole_arrays(step, axis_name)
+    return x.shape[-2], x.shape[-1]
+
+
+def check_whole_arrays(step: AdaptiveStep, axis_name: str | tuple[str, ...] | None) -> None:
+    """A device that may hold only a part of an array takes it for no matrix."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if manual and axis_name != () and not step.now.looking:
         raise ValueError(
-            f"{step.now.stage} multiplies whole matrices, but inside shard_map or pmap, over"
+            f"{step.now.stage} takes whole matrices, but inside shard_map or pmap, over"
             f" {', '.join(map(str, manual))}, a device may hold only a part. Give axis_name=() if"
             " every device has the whole; else use jit, which sees whole arrays."
         )
-    return x.shape[-2], x.shape[-1]
 
 
 def check_products(step: AdaptiveStep, x: jax.Array) -> None:

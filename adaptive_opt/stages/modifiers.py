@@ -19,6 +19,7 @@ from adaptive_opt.core.checks import (
 )
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.stages.matrices import sides
 from adaptive_opt.stages.moments import absolute_square, over
 from adaptive_opt.stages.tensors import AxisName, norm
 from adaptive_opt.stages.weight_decay import agreement
@@ -103,7 +104,11 @@ def clip_update_rms(threshold: Hyperparameter = 1.0, *, axis_name: AxisName = No
 
 @stage
 def hyperball(
-    learning_rate: Hyperparameter, *, name: str = "radius", axis_name: AxisName = None
+    learning_rate: Hyperparameter,
+    *,
+    scope: Literal["tensor", "matrix"] = "tensor",
+    name: str = "radius",
+    axis_name: AxisName = None,
 ) -> OneArray:
     """A step on the sphere on which a parameter began: ``x_{t+1} = R unit(x - lr R unit(u_t))``.
 
@@ -118,8 +123,9 @@ def hyperball(
 
     Args:
       learning_rate: in units of R, at least 0.
-      name: the name of its buffer: one real scalar per parameter, R.
-      axis_name: see ``cautious``.
+      scope: what has a sphere of its own: every "tensor", or every "matrix" in its last two axes.
+      name: the name of its buffer: one real scalar per parameter, or per matrix, R.
+      axis_name: see ``cautious``; of the scope "matrix", ``orthogonalize``.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, hyperball
@@ -128,15 +134,23 @@ def hyperball(
     [[ 0.7071 -0.7071]]
     """
     check_nonnegative(learning_rate=learning_rate)
+    choose("scope", scope, {"tensor": 0, "matrix": 0})
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         x, u = step.param, step.update
+        if scope == "matrix":
+            sides(step, x, axis_name)
+
+        def length(a: jax.Array) -> jax.Array:
+            if scope == "matrix":
+                return jnp.sqrt(jnp.sum(absolute_square(a), axis=(-2, -1), keepdims=True))
+            return norm(step, a, axis_name)
 
         def unit(a: jax.Array) -> jax.Array:
-            length = norm(step, a, axis_name)
-            return a / jnp.where(length > 0, length, 1)
+            own = length(a)
+            return a / jnp.where(own > 0, own, 1)
 
-        now = norm(step, x, axis_name)
+        now = length(x)
         radius = step.remember(name, lambda kept, _: kept, now, initial=lambda first: first)
         landed = radius * unit(x - step.at(learning_rate) * radius * unit(u))
         return step.set(direction=x - landed).without("rate", "second_moment")

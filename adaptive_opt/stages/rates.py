@@ -17,6 +17,7 @@ from adaptive_opt.core.checks import (
     check_decay,
     check_nonnegative,
     check_positive,
+    check_whole,
     given,
     value_at,
 )
@@ -146,7 +147,9 @@ def scale_rate(factor: Hyperparameter) -> OneArray:
 
 
 @stage
-def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = None) -> OneArray:
+def debias_rate(
+    b1: Hyperparameter | None = None, b2: Hyperparameter | None = None, *, unseen: int = 0
+) -> OneArray:
     """Bias corrections in the rate: ``rate_t / (1 - b1^t)`` and ``rate_t * sqrt(1 - b2^t)``.
 
     Reads and replaces ``rate``; from here on it is values. Remembers nothing. In place of
@@ -158,6 +161,7 @@ def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = No
     Args:
       b1: the decay given to ``first_moment``, in [0, 1), or a schedule of it.
       b2: the decay given to ``second_moment``, likewise.
+      unseen: how many of the first gradients the averages have not seen; t counts the others.
 
     ValueError if neither is given, or if there is no such average, or it is corrected already.
 
@@ -171,14 +175,15 @@ def debias_rate(b1: Hyperparameter | None = None, b2: Hyperparameter | None = No
     if b1 is None and b2 is None:
         raise ValueError("debias_rate needs b1, b2 or both, the decays of the averages.")
     check_decay(**given(b1=b1, b2=b2))
+    check_whole(0, unseen=unseen)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         if b1 is not None:
             # Not rate / c1: XLA writes (x / y) / c1 as x / (y c1), or not, as it likes.
-            inverse = 1 / step.correction("direction", b1)
+            inverse = 1 / step.correction("direction", b1, unseen=unseen)
             step = step.set(rate=step.raw("rate") * inverse)
         if b2 is not None:
-            scale = jnp.sqrt(step.correction("second_moment", b2))
+            scale = jnp.sqrt(step.correction("second_moment", b2, unseen=unseen))
             step = step.set(rate=step.raw("rate") * scale)
         return step
 

@@ -15,6 +15,8 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
                                           ``fixed_decay=True`` in adabelief-pytorch and
                                           pytorch_optimizer
 "after"        ``(x - lr_t u) (1 - wd)``  off the new x, times neither; LaProp's authors
+"decoupled-    ``(x - lr_t u) (1 - lr_t   "decoupled", off the new x; SOAP's authors
+after"         wd)``
 "proximal"     ``(x - lr_t u) / (1 +      the proximal step of ``wd/2 |x|^2``: never overshoots;
                lr_t wd)``                 Adan
 "clipped"      ``x - f_t lr_t (u + wd     "decoupled", with a learning rate that the recipe has
@@ -27,10 +29,10 @@ What ``decay=`` means, the same in every recipe. ``u`` is what the bracket makes
                x)``                       in Schedule-Free+, see ``corrected_weight_decay``
 =============  =========================  =======================================================
 
-All but "l2", "after" and "proximal" take the decay off the old x. In Schedule-Free, x is the
-parameter y, and the step and the decay are those of its z. ``recipe.choices["decay"]`` says which
-forms a recipe has; every form that it has is recorded from public code, or, where no package has
-it, from parts of optax.
+"l2" is part of the gradient; "after", "decoupled-after" and "proximal" take the decay off the new
+x, the others off the old one. In Schedule-Free, x is the parameter y, and the step and the decay
+are those of its z. ``recipe.choices["decay"]`` says which forms a recipe has; every form that it
+has is recorded from public code, or, where no package has it, from parts of optax.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ Decay: TypeAlias = Literal[
     "constant",
     "corrected",
     "after",
+    "decoupled-after",
     "proximal",
     "clipped",
     "inner",
@@ -247,18 +250,12 @@ def with_decay(
         return *l2, bracket, last
     if decay in ("clipped", "inner"):
         return bracket, last
-    if decay in ("after", "proximal"):
-        times = learning_rate if decay == "proximal" else None
-        after = (
-            ()
-            if weight_decay is None
-            else (
-                decay_after_step(
-                    weight_decay, mask, learning_rate=times, proximal=decay == "proximal"
-                ),
-            )
-        )
-        return bracket, last, *after
+    if decay in ("after", "decoupled-after", "proximal"):
+        if weight_decay is None:
+            return bracket, last
+        times, proximal = None if decay == "after" else learning_rate, decay == "proximal"
+        after = decay_after_step(weight_decay, mask, learning_rate=times, proximal=proximal)
+        return bracket, last, after
     if spent:
         times = {"decoupled": learning_rate, "independent": eta, "constant": None}[decay]
         return bracket, *_decays(weight_decay, l1, mask, times), last
