@@ -30,8 +30,12 @@ WITH_SUMS = ("rmsprop of the tree", "ranger", *PER_TENSOR)
 """Not elementwise: one rate for the tree; gradients less their mean; norms of tensors; matrices."""
 ELEMENTWISE = {name: o for name, o in OPTIMIZERS.items() if name not in WITH_SUMS}
 FEW = "adamw", "amsgrad", "adabound", "diffmod", "nadam", "rmsprop of the tree", "ranger", "lamb"
-BY_HAND = {name: RECIPES[name](1e-2, axis_name=()) for name in ("rmsprop of the tree", *PER_TENSOR)}
-"""For shard_map and pmap, where every device has the whole tree."""
+
+
+def by_hand(optimizers):
+    """Those for shard_map and pmap, where every device has the whole tree."""
+    told = {name: {"axis_name": ()} for name in ("rmsprop of the tree", *PER_TENSOR)}
+    return {name: RECIPES[name](1e-2, **told.get(name, {})) for name in optimizers}
 
 
 def draw(seed, size=lambda shape: 1.0, shapes=SHAPES):

@@ -71,7 +71,7 @@ def test_every_recipe_prints_its_own_name_and_its_stages():
     for name, make in RECIPES.items():
         text = str(describe(make(1e-3)))
         assert text.startswith(f"{name.split()[0]}(learning_rate=0.001")
-        if name in ADAMS:
+        if name in ADAMS and name != "adan":  # whose b2 is of the changes
             b2 = inspect.signature(make).parameters["b2"].default
             assert f"moment(b2={b2}" in text
         assert "object at" not in text

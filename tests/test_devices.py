@@ -15,7 +15,6 @@ import numpy as np
 import optax
 import pytest
 from devices import (
-    BY_HAND,
     FEW,
     FULLY_SHARDED,
     KINDS,
@@ -23,6 +22,7 @@ from devices import (
     OPTIMIZERS,
     WITH_SUMS,
     batches,
+    by_hand,
     init_all,
     loss_of,
     loss_on,
@@ -106,7 +106,7 @@ def test_jit_with_named_shardings_equals_one_device(kind, layout, optimizers, on
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_equals_one_device(check_vma, optimizers, one_device):
-    mesh, by_hand = mesh_of(), optimizers | BY_HAND
+    mesh, theirs = mesh_of(), by_hand(optimizers)
 
     def mean(gradients):
         if check_vma:  # jax.grad of replicated parameters has added them up
@@ -114,7 +114,7 @@ def test_shard_map_equals_one_device(check_vma, optimizers, one_device):
         return jax.lax.pmean(gradients, "data")
 
     step = jax.shard_map(
-        functools.partial(train_all, by_hand, reduce=mean),
+        functools.partial(train_all, theirs, reduce=mean),
         mesh=mesh,
         in_specs=(P(), P(), P("data")),
         out_specs=P(),
@@ -122,8 +122,8 @@ def test_shard_map_equals_one_device(check_vma, optimizers, one_device):
     )
     with jax.enable_x64(True):
         params = whole(parameters(), mesh)
-        state = init_all(by_hand, init_sharded, params)
-        check(train(jax.jit(step), dict.fromkeys(by_hand, params), state), one_device)
+        state = init_all(theirs, init_sharded, params)
+        check(train(jax.jit(step), dict.fromkeys(theirs, params), state), one_device)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -163,17 +163,17 @@ def test_shard_map_with_sharded_parameters_equals_one_device(check_vma, optimize
 
 
 def test_pmap_with_replicated_state_equals_one_device(optimizers, one_device):
-    by_hand = optimizers | BY_HAND
+    theirs = by_hand(optimizers)
     step = jax.pmap(
-        functools.partial(train_all, by_hand, reduce=lambda g: jax.lax.pmean(g, "data")),
+        functools.partial(train_all, theirs, reduce=lambda g: jax.lax.pmean(g, "data")),
         axis_name="data",
     )
     with jax.enable_x64(True):
         params = on_every_device(parameters())
-        state = jax.pmap(lambda p: init_all(by_hand, lambda o, p: o.init(p), p))(params)
+        state = jax.pmap(lambda p: init_all(theirs, lambda o, p: o.init(p), p))(params)
         result = train(
             step,
-            dict.fromkeys(by_hand, params),
+            dict.fromkeys(theirs, params),
             state,
             lambda batch: [x.reshape(8, -1, 8) for x in batch],
         )

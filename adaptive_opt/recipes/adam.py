@@ -318,9 +318,9 @@ def _once_rectified(
 
     def schedule(step: Any) -> Any:
         count = step + 1
-        length = simple_average_length(value_at(b2, count), count)
-        reliable = length >= value_at(threshold, count)
-        return jnp.where(reliable, value_at(weight_decay, count), 0.0)
+        length = simple_average_length(value_at(b2, count, "b2"), count)
+        reliable = length >= value_at(threshold, count, "threshold")
+        return jnp.where(reliable, value_at(weight_decay, count, "weight_decay"), 0.0)
 
     return schedule
 

@@ -185,7 +185,7 @@ def schedule_free_radam(
     def rectified(step: Any) -> Any:
         before = 0.0 if silent_sgd_phase else 1.0
         factors = jnp.where(is_reliable(step), factor(step), before)
-        return value_at(learning_rate, step + 1) * factors
+        return value_at(learning_rate, step + 1, "learning_rate") * factors
 
     listing = (
         second_moment(b2),

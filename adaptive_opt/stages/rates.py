@@ -343,11 +343,11 @@ def rectification(
 
     def is_reliable(step: Any) -> Any:
         count = step + 1
-        length = simple_average_length(value_at(b2, count), count)
-        return length >= value_at(threshold, count)
+        length = simple_average_length(value_at(b2, count, "b2"), count)
+        return length >= value_at(threshold, count, "threshold")
 
     def factor(step: Any) -> Any:
-        count, b = step + 1, value_at(b2, step + 1)
+        count, b = step + 1, value_at(b2, step + 1, "b2")
         rho = jnp.where(is_reliable(step), simple_average_length(b, count), 5.0)
         limit = jnp.where(is_reliable(step), 2 / (1 - b) - 1, 5.0)
         return jnp.sqrt((rho - 4) / (limit - 4) * (rho - 2) / (limit - 2) * limit / rho)

@@ -196,6 +196,6 @@ def warmed_up(learning_rate: Hyperparameter, steps: int) -> Hyperparameter:
 
     def schedule(step: Any) -> Any:
         rising = jnp.minimum(1.0, (step + 1) / jnp.maximum(jnp.asarray(steps, float), 1.0))
-        return value_at(learning_rate, step + 1) * rising
+        return value_at(learning_rate, step + 1, "learning_rate") * rising
 
     return schedule
