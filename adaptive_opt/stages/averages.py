@@ -217,6 +217,6 @@ def slow_average(
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         slow = step.average(name, step.gradient, b3, dtype=dtype)
-        return step.set(direction=step.direction + step.at(alpha) * slow)
+        return step.set(direction=step.direction + step.at(alpha) * squarable(slow))
 
     return line
