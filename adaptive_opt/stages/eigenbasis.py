@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from adaptive_opt.core.checks import Hyperparameter, check_decay, check_whole, is_fixed
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.trees import branch
 from adaptive_opt.stages.matrices import Axes, check_products, check_whole_arrays
 
 MAX_PRECOND_DIM = 10_000
@@ -176,8 +177,11 @@ def _renewed(basis: jax.Array, gram: jax.Array, count: jax.Array, every: Any) ->
 
     since = count - 2  # the basis begins after the first gradient
     is_due = (since > 0) & (since % jnp.asarray(every, count.dtype) == 0)
-    which = jnp.where(since == 0, 1, jnp.where(is_due, 2, 0))
-    return jax.lax.switch(which, [lambda: basis, eigenvectors, after_a_power_iteration])
+
+    def later() -> jax.Array:
+        return branch(is_due, after_a_power_iteration, lambda: basis)
+
+    return branch(since == 0, eigenvectors, later)
 
 
 def _bases(step: AdaptiveStep) -> dict[int, jax.Array]:
