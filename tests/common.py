@@ -76,6 +76,18 @@ EACH_OFTEN_ONCE = [
 ]
 """Every recipe often, its further conventions among the slow tests; for ``parametrize``."""
 
+REPRESENTATIVE = (
+    *("adamw", "diffmod", "nadam", "rmsprop of the tree", "novograd", "schedule_free_adamw"),
+    *("muon", "adamh", "soap", "ranger"),
+)
+"""A recipe of every kind of state, which is what wrappers, containers and transforms see of one."""
+
+FEW_OFTEN = [
+    name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow)
+    for name in RECIPES
+]
+"""Those often, every other recipe among the slow tests; for ``parametrize``."""
+
 PER_TENSOR = tuple(
     name
     for name in REGISTERED

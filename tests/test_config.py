@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import assert_bit_equal, normal_tree
+from common import REPRESENTATIVE, assert_bit_equal, normal_tree
 
 from adaptive_opt import (
     RECIPES,
@@ -110,7 +110,9 @@ def test_every_recipe_in_every_choice(name, argument, value):
     assert str(describe(make(name, **settings))) == str(describe(RECIPES[name](**settings)))
 
 
-@pytest.mark.parametrize("name", [n for n in RECIPES if _is_ours(RECIPES[n])])
+@pytest.mark.parametrize(
+    "name", [n for n in RECIPES if n in REPRESENTATIVE and _is_ours(RECIPES[n])]
+)
 def test_every_recipe_gives_the_same_bits(name):
     there_and_back_to_the_bit(RECIPES[name](np.float32(1e-2)))
 

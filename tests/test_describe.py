@@ -6,9 +6,10 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
-from common import ADAMS, RECIPES
+from common import ADAMS, RECIPES, REPRESENTATIVE
 
 from adaptive_opt import (
     adam,
@@ -76,6 +77,22 @@ def test_every_recipe_prints_its_own_name_and_its_stages():
             assert f"moment(b2={b2}" in text
         assert "object at" not in text
         assert len(describe(make(1e-3)).stages()) >= 3 or name in ("sgd",)
+
+
+def test_every_kind_of_state_is_represented():
+    """By the types of its nodes, and by dtypes and shapes, like the parameters or not."""
+    params = {shape: jax.ShapeDtypeStruct(shape, np.float32) for shape in ((3, 2), (5,))}
+
+    def kind(name):
+        state = jax.eval_shape(RECIPES[name](1e-2).init, params)
+        nodes = jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_fields"))
+        leaves = {
+            (leaf.shape if leaf.shape == () else leaf.shape in params, leaf.dtype.kind)
+            for leaf in jax.tree.leaves(state)
+        }
+        return frozenset(leaves), frozenset(map(type, nodes))
+
+    assert {kind(name) for name in RECIPES} == {kind(name) for name in REPRESENTATIVE}
 
 
 def test_schedules_arrays_and_tracers_print_readably():

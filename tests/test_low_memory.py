@@ -236,6 +236,7 @@ def test_checkpoints_resume_bit_for_bit(storage):
         )
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("axes", [("x",), (None, "x")])
 def test_a_sharded_state_stays_sharded_without_communication(axes):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -327,6 +328,7 @@ def test_bfloat16_arrays_of_the_optimizer_inside_are_left_alone(inner, storage):
     assert_bit_equal(codecs.decoded(ours.inner_state), plain)
 
 
+@pytest.mark.compiles
 def test_a_state_with_arrays_of_its_own_is_saved_mapped_and_donated(tmp_path):
     optimizer = low_memory(optax.sgd(1e-2, momentum=0.9))
     params = {"half": OWN, "whole": jnp.ones(SHAPE)}

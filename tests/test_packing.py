@@ -238,6 +238,7 @@ def test_groups_survive_in_parameters_and_checkpoints(params):
     assert jax.tree.structure(packing.pack(expected)) == jax.tree.structure(result)
 
 
+@pytest.mark.compiles
 def test_a_training_step_sees_the_ordinary_tree_and_works_in_place(params):
     def loss(params, factor):
         return sum(jnp.sum((factor * leaf - 1) ** 2) for leaf in jax.tree.leaves(params))

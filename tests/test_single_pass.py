@@ -19,6 +19,7 @@ import adaptive_opt
 from adaptive_opt import adamod, describe, single_pass, single_pass_stands_aside
 from benchmarks import hand_fused
 
+pytestmark = pytest.mark.compiles
 HERE = pathlib.Path(__file__).parent
 
 # Where the compiled forms differ, XLA divides by a scalar in one and multiplies by its inverse in

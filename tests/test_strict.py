@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import EACH_OFTEN_ONCE, EVERY_CONVENTION
+from common import EACH_OFTEN_ONCE, EVERY_CONVENTION, FEW_OFTEN
 
 from adaptive_opt import (
     adam,
@@ -52,14 +52,17 @@ def strict():
         yield
 
 
-def assert_takes_two_steps(make, x64):
+def parameters(*dtypes):
     """In one tree, a matrix and a vector; the zeros are for ``jax_debug_nans``."""
-    dtypes = (np.float64,) if x64 else (np.float32, np.complex64, jnp.bfloat16)
-    params = {
+    return {
         f"{shape}{np.dtype(dtype)}": jnp.ones(shape, dtype).at[0].set(0)
         for dtype in dtypes
         for shape in ((2, 3), (3,))
     }
+
+
+def assert_takes_two_steps(make, x64):
+    params = parameters(*((np.float64,) if x64 else (np.float32, np.complex64, jnp.bfloat16)))
     with strict():
         optimizer = make()
         state = optimizer.init(params)
@@ -73,7 +76,23 @@ def assert_takes_two_steps(make, x64):
 
 
 @pytest.mark.parametrize("name", EACH_OFTEN_ONCE)
-def test_every_recipe_is_strict(name):
+def test_every_recipe_is_traced_strictly(name):
+    """Promotion, ranks and leaks are seen while tracing."""
+    params = parameters(np.float32, np.complex64, jnp.bfloat16)
+    with strict():
+        optimizer = EVERY_CONVENTION[name](1e-2)
+        state = jax.eval_shape(optimizer.init, params)
+        updates, after = jax.eval_shape(optimizer.update, params, state, params)
+    assert avals(updates) == avals(params)
+    assert avals(after) == avals(state)
+
+
+def avals(tree):
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", FEW_OFTEN)
+def test_every_recipe_takes_strict_steps(name):
     assert_takes_two_steps(lambda: EVERY_CONVENTION[name](1e-2), x64=False)
 
 

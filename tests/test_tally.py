@@ -242,6 +242,7 @@ def temporaries(optimizer, params):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("params", [MANY, GIANT], ids=["many leaves", "a giant"])
 def test_temporaries_are_at_most_a_byte_for_each_weight(params):
     size = sum(x.size for x in params.values())

@@ -345,6 +345,7 @@ def test_under_scan_with_the_gradients_computed_in_the_loop_it_is_equal_to_round
     assert read_telemetry(watched)["step"] == 50
 
 
+@pytest.mark.compiles
 def test_it_looks_at_every_nth_step_and_otherwise_takes_a_branch_that_does_nothing():
     optimizer = adamod(1e-3, observers=telemetry(every=3))
     params = normal_tree()

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import EACH_OFTEN_ONCE, EVERY_CONVENTION, RECIPES, assert_bit_equal, normal_tree
+from common import (
+    EVERY_CONVENTION,
+    FEW_OFTEN,
+    RECIPES,
+    assert_bit_equal,
+    normal_tree,
+)
 
 from adaptive_opt import (
     AdaptiveStep,
@@ -100,6 +106,7 @@ def compiled_in(steps):
     return len(programs)
 
 
+@pytest.mark.compiles
 def test_outside_of_a_trace_no_leaf_is_compiled_by_itself():
     optimizer, x = RECIPES["adamod"](1e-3), normal_tree()
     state = optimizer.init(x)
@@ -138,7 +145,8 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("name", [*EACH_OFTEN_ONCE, *WRAPPED])
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", [*FEW_OFTEN, *WRAPPED])
 def test_a_loop_that_is_not_compiled_compiles_nothing_from_the_fourth_step_on(name):
     make = WRAPPED.get(name) or functools.partial(EVERY_CONVENTION[name], 1e-3)
     optimizer, gradients = make(), normal_tree(1)
@@ -155,6 +163,7 @@ def test_a_loop_that_is_not_compiled_compiles_nothing_from_the_fourth_step_on(na
     assert compiled_in(lambda: steps(2)) == 0
 
 
+@pytest.mark.compiles
 def test_where_optax_leaves_a_condition_to_xla_it_compiles_at_every_step():
     """What the wrappers here do not."""
     optimizer, x = optax.apply_if_finite(optax.sgd(1e-3), 3), jnp.ones(2)

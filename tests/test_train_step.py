@@ -38,6 +38,7 @@ OFTEN = ("adam", "diffmod", "nadamw", "rmsprop", "ranger")
 SELDOM = sorted(set(RECIPES) - set(OFTEN))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "name", [*OFTEN, *(pytest.param(n, marks=pytest.mark.slow) for n in SELDOM)]
 )
@@ -51,6 +52,7 @@ def test_every_array_is_written_where_it_was(name):
     )
 
 
+@pytest.mark.compiles
 @without_the_option
 def test_the_other_order_is_what_it_saves_from():
     optimizer, params = adamw(1e-3), jnp.ones(1 << 14)

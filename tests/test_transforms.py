@@ -11,6 +11,7 @@ import pytest
 from common import (
     EACH_OFTEN_ONCE,
     EVERY_CONVENTION,
+    FEW_OFTEN,
     RECIPES,
     assert_bit_equal,
     buffers_of,
@@ -21,7 +22,7 @@ from common import (
 
 from adaptive_opt import rmsprop, sgd
 
-EACH = pytest.mark.parametrize("recipe", RECIPES)
+EACH = pytest.mark.parametrize("recipe", FEW_OFTEN)
 
 
 @EACH
@@ -150,7 +151,7 @@ def test_donated_buffers_are_reused(recipe):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
 
 
-@EACH
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_step_lowers_for_cpu_cuda_and_tpu(recipe):
     optimizer = RECIPES[recipe](optax.cosine_decay_schedule(1e-2, 100))
     params = {"w": jnp.ones((8, 128), jnp.bfloat16), "b": jnp.ones(128)}

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import ADAMS, CONVENTIONS, RECIPES, assert_bit_equal
+from common import ADAMS, CONVENTIONS, FEW_OFTEN, RECIPES, REPRESENTATIVE, assert_bit_equal
 
 from adaptive_opt import adam, adamw, decay_mask, lookahead, ranger, rmsprop
 
-EACH = pytest.mark.parametrize("recipe", RECIPES)
+EACH = pytest.mark.parametrize("recipe", FEW_OFTEN)
 # One with decay, one with four buffers, one with a scalar for a tree, one with slow weights.
 FEW = ("adamw", "diffmod", "rmsprop of the tree", "ranger")
 
 
-def few(recipe, *values):
-    return pytest.param(*values, recipe, marks=() if recipe in FEW else pytest.mark.slow)
+def few(recipe, *values, often=FEW):
+    return pytest.param(*values, recipe, marks=() if recipe in often else pytest.mark.slow)
 
 
 FEW_AND_SLOWLY_EACH = pytest.mark.parametrize("recipe", [few(recipe) for recipe in RECIPES])
@@ -147,8 +147,11 @@ FIRST = ("multi_steps", "conditionally_mask", "flatten")
 
 @pytest.mark.parametrize(
     ("wrapper", "recipe"),
-    [(wrapper, recipe) for wrapper in FIRST for recipe in RECIPES]
-    + [few(recipe, wrapper) for wrapper in WRAPPERS if wrapper not in FIRST for recipe in RECIPES],
+    [
+        few(recipe, wrapper, often=REPRESENTATIVE if wrapper in FIRST else FEW)
+        for wrapper in WRAPPERS
+        for recipe in RECIPES
+    ],
 )
 def test_inside_a_wrapper_a_recipe_takes_the_steps_it_takes_alone(wrapper, recipe):
     tx, gradients, n = WRAPPERS[wrapper](recipe, trees(1, STEPS))

@@ -48,6 +48,7 @@ def varying(params):
     return jax.lax.pcast(params, "data", to="varying")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("gradients", ["mean", "sum"])
 def test_shard_map_reduces_and_scatters_the_gradients(check_vma, gradients):
@@ -121,6 +122,7 @@ def test_pmap_gives_every_device_its_part():
     np.testing.assert_allclose(updates, np.stack([right] * 8), rtol=1e-5)
 
 
+@pytest.mark.compiles
 def test_under_jit_updates_are_gathered_and_the_state_never_is():
     """XLA:CPU does not turn all-reduce and slice into a reduce-scatter, as other backends do."""
     mesh = mesh_of()
