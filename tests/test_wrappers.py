@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import ADAMS, CONVENTIONS, FEW_OFTEN, RECIPES, REPRESENTATIVE, assert_bit_equal
+from common import (
+    ADAMS,
+    CONVENTIONS,
+    FEW_OFTEN,
+    PER_TENSOR,
+    RECIPES,
+    REPRESENTATIVE,
+    assert_bit_equal,
+)
 
 from adaptive_opt import adam, adamw, decay_mask, lookahead, ranger, rmsprop
 
@@ -138,7 +146,7 @@ WRAPPERS = {
     )
 }
 # Flat parameters are one vector, which is no matrix, and has no rows with a mean of their own.
-DIFFERENT = {("flatten", name) for name in ("ranger", "muon", "adamh", "soap")}
+DIFFERENT = {("flatten", name) for name in ("ranger", *PER_TENSOR)}
 
 
 # Those that all the others are like.
@@ -151,6 +159,7 @@ FIRST = ("multi_steps", "conditionally_mask", "flatten")
         few(recipe, wrapper, often=REPRESENTATIVE if wrapper in FIRST else FEW)
         for wrapper in WRAPPERS
         for recipe in RECIPES
+        if wrapper != "flatten" or recipe in REPRESENTATIVE or recipe not in PER_TENSOR
     ],
 )
 def test_inside_a_wrapper_a_recipe_takes_the_steps_it_takes_alone(wrapper, recipe):
