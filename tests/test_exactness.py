@@ -60,6 +60,9 @@ def optimizer_of(row: dict, steps: int) -> optax.GradientTransformationExtraArgs
         arguments |= {"learning_rate": cycle.learning_rate, "b1": cycle.b1}
     if recipe.startswith("keras-adamw"):
         return keras_adamw(recipe.removeprefix("keras-adamw "), arguments)
+    if isinstance(arguments.get("learning_rate"), dict):
+        schedule = dict(arguments["learning_rate"])
+        arguments["learning_rate"] = getattr(adaptive_opt, schedule.pop("schedule"))(**schedule)
     around = {}
     if recipe.startswith("lookahead"):
         around = {name: arguments.pop(name) for name in ("sync_period", "slow_step_size")}
