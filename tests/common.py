@@ -90,7 +90,7 @@ START_AT_PARAMS = {"ranger": "slow"} | {
 
 LOOK_AT_PARAMS = (
     *START_AT_PARAMS,
-    *(n for n in REGISTERED if {"trust_mask", "wd_ratio"} & {*_arguments(n)}),
+    *(n for n in REGISTERED if {"trust_mask", "wd_ratio", "eps_scale"} & {*_arguments(n)}),
 )
 """The recipes that look at the length of parameters, or keep them."""
 
