@@ -76,7 +76,7 @@ from adaptive_opt.stages.eigenbasis import eigenbasis, into_eigenbasis, out_of_e
 from adaptive_opt.stages.factored import block_moment, blocks_by_name, factored_moment
 from adaptive_opt.stages.inner_decay import add_weight_decay
 from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
-from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball
+from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball, magma
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     centered_moment,
@@ -284,6 +284,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "trust_ratio",
     "clip_update_rms",
     "hyperball",
+    "magma",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",
