@@ -173,15 +173,17 @@ def block_moment(
         choose("blocks", blocks, dict.fromkeys(BLOCKS))
 
     def line(steps: OpenStep) -> OpenStep:
-        for step, word in zip(steps.steps, _words(blocks, steps), strict=True):
+        words = _words(blocks, steps)
+        for i, (step, word) in enumerate(zip(steps.steps, words, strict=True)):
             if step is None:
                 continue
             squares = absolute_square(step.gradient)
             if word != "weight":
                 check_whole_arrays(step, axis_name)
             if word == "head":
-                means, size, shape = _of_heads(step, squares, head_size, layout)
-                v = jnp.repeat(step.average(name, means, b2, dtype=dtype), size).reshape(shape)
+                means, shape = _of_heads(squares, head_size, layout, steps.where(i))
+                of_heads = step.average(name, means, b2, dtype=dtype)
+                v = jnp.repeat(of_heads, math.prod(shape) // max(means.size, 1)).reshape(shape)
                 step.set(second_moment=step.owing(v, b2))
             else:
                 means = jnp.mean(squares, axis=_averaged(squares.ndim, word), keepdims=True)
@@ -210,22 +212,19 @@ def _averaged(axes: int, word: str) -> tuple[int, ...]:
     return tuple(i for i in range(axes) if i != kept)
 
 
-def _of_heads(
-    step: AdaptiveStep, x: jax.Array, head_size: int | None, layout: Layout
-) -> tuple[jax.Array, int, tuple[int, ...]]:
-    """The mean of every head, its size, and the shape of one number for each output."""
+def _of_heads(x: jax.Array, head_size: int | None, layout: Layout, at: str) -> tuple[Any, Any]:
+    """The mean of every head, and the shape of one number for each output."""
     outputs = x.shape[:1] if layout == "out-in" else x.shape[1:]
     if x.ndim < 2 or head_size is None or math.prod(outputs) % head_size:
         raise ValueError(
-            f"{step.now.stage}: the array{step.memory.where()} of shape {x.shape} has"
-            f" {math.prod(outputs)} outputs in the layout {layout!r}, which head_size={head_size}"
-            ' must divide. Give head_size, or another word than "head" for its blocks.'
+            f"block_moment: the array{at} of shape {x.shape} has {math.prod(outputs)} outputs in"
+            f" the layout {layout!r}, which head_size={head_size} must divide. Give head_size, or"
+            ' another word than "head" for its blocks.'
         )
     if layout == "out-in":
-        heads, shape = x.reshape(outputs[0] // head_size, -1), (*outputs, *[1] * (x.ndim - 1))
-        return heads.mean(axis=1), head_size, shape
-    heads = x.reshape(x.shape[0], -1, head_size)
-    return heads.mean(axis=(0, 2)), head_size, (1, *outputs)
+        heads = x.reshape(outputs[0] // head_size, -1)
+        return heads.mean(axis=1), (*outputs, *[1] * (x.ndim - 1))
+    return x.reshape(x.shape[0], -1, head_size).mean(axis=(0, 2)), (1, *outputs)
 
 
 _BIAS = re.compile("bias")
