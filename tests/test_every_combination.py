@@ -227,7 +227,7 @@ def test_a_random_hundred_is_sound_and_what_is_refused_is_so_with_a_reason():
 def test_every_combination_is_sound_or_refused_with_a_reason(place):
     """Of one direction after the other. What is not compiled does the same, and takes minutes."""
     if place >= len(roles()["direction"]):
-        return
+        pytest.skip("there are fewer directions")
     others = [roles()[role] for role in ("second", "rate", "modifier")]
     for names in itertools.product([roles()["direction"][place]], *others):
         order = listed(*names)

@@ -55,14 +55,26 @@ def test_rows_and_columns_say_all_of_squares_of_rank_one(x64):
         np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
-def test_neither_silence_nor_squares_that_overflow_make_a_nan():
-    rule = adaptive(factored_moment(0.5, min_dim_size_to_factor=2), per_weight_rate(0.0))
-    state = rule.init(jnp.ones((2, 3)))
-    for gradient in (0.0, 1.0, 3e38, 0.0):  # 3e38 squared is infinite
-        updates, state = rule.update(jnp.full((2, 3), gradient), state)
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state)))
-    updates, _ = rule.update(jnp.full((2, 3), jnp.inf), state)
-    assert not jnp.isfinite(updates).any()  # what is broken stays so
+def test_silence_makes_no_nan_and_sums_of_squares_do_not_overflow():
+    moments = factored_moment(0.5, min_dim_size_to_factor=2), block_moment(0.5, "row")
+    for moment in moments:
+        rule = adaptive(moment, per_weight_rate(0.0))
+        state = rule.init(jnp.ones((2, 300)))
+        for gradient in (0.0, 1.0, 1e19, 0.0):  # 1e19 squared, 300 times, is infinite in float32
+            updates, state = rule.update(jnp.full((2, 300), gradient), state)
+            assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state)))
+
+
+def test_where_a_square_overflows_the_block_stands_still():
+    gradient = jnp.ones((2, 3)).at[0, 0].set(1e30)
+    moments = {
+        factored_moment(0.5, min_dim_size_to_factor=2): [0, 0],
+        block_moment(0.5, "row"): [0, 1],
+    }
+    for moment, expected in moments.items():
+        rule = adaptive(moment, per_weight_rate(0.0))
+        updates, _ = rule.update(gradient, rule.init(gradient))
+        assert (updates[:, 1] != 0).astype(int).tolist() == expected
 
 
 def test_a_step_of_adafactor_is_a_part_of_the_weights():

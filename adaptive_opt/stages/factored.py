@@ -65,6 +65,9 @@ def factored_moment(
       dtype: the buffers' dtype; default: the parameter's, float32 for 16-bit parameters. That of
         rows and columns is float32 at least.
 
+    Errors: TypeError for a min_dim_size_to_factor that is an array: it decides which buffers there
+      are. ValueError under ``shard_map`` or ``pmap`` for what is factored, unless ``axis_name=()``.
+
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, factored_moment, per_weight_rate
     >>> moment = factored_moment(0.0, min_dim_size_to_factor=2)
@@ -81,28 +84,30 @@ def factored_moment(
     choose("axes", axes, {"longest": 0, "last": 0})
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        g = step.gradient
-        squares = absolute_square(g) + step.at(eps)
-        factored = factored_axes(g.shape, min_dim_size_to_factor, axes)
+        squares = absolute_square(step.gradient) + step.at(eps)
+        factored = factored_axes(squares.shape, min_dim_size_to_factor, axes)
         if factored is None:
             return step.set(second_moment=step.average(name, squares, b2, dtype=dtype))
         check_whole_arrays(step, axis_name)
-        # A mean that overflows would make a NaN of the quotient; of a broken gradient it may.
-        most = largest_square(squares.dtype) / squares.size
-        squares = jnp.where(jnp.isfinite(g), jnp.minimum(squares, most), squares)
         down, along = factored
         rows, columns = (
-            step.average(
-                f"{name}_{which}", jnp.mean(squares, axis=axis, keepdims=True), b2, dtype=dtype
-            )
+            step.average(f"{name}_{which}", _mean(squares, (axis,)), b2, dtype=dtype)
             for which, axis in (("rows", along), ("columns", down))
         )
         mean = jnp.mean(rows, axis=down, keepdims=True)
         # The quotient first: a product of two small squares would be 0.
         v = rows / jnp.where(mean == 0, 1, mean) * columns
+        v = jnp.where(jnp.isinf(mean), jnp.inf, v)  # and no NaN where squares overflow
         return step.set(second_moment=step.owing(v, b2))
 
     return line
+
+
+def _mean(squares: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean over some axes, finite where all the squares are."""
+    most = largest_square(squares.dtype) / max(squares.size, 1)
+    bounded = jnp.where(jnp.isfinite(squares), jnp.minimum(squares, most), squares)
+    return jnp.mean(bounded, axis=axes, keepdims=True)
 
 
 def factored_axes(shape: tuple[int, ...], least: int, axes: FactoredAxes) -> tuple[int, int] | None:
@@ -156,6 +161,9 @@ def block_moment(
         that are averaged over; of heads, a vector.
       dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
 
+    Errors: ValueError for a word that is none, for a tree unlike the parameters, for outputs that
+      head_size does not divide, and under ``shard_map`` or ``pmap``, unless ``axis_name=()``.
+
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import adaptive, block_moment, per_weight_rate
     >>> rule, x = adaptive(block_moment(0.0, "row"), per_weight_rate(0.0)), jnp.zeros((2, 2))
@@ -185,8 +193,10 @@ def block_moment(
                 of_heads = step.average(name, means, b2, dtype=dtype)
                 v = jnp.repeat(of_heads, math.prod(shape) // max(means.size, 1)).reshape(shape)
                 step.set(second_moment=step.owing(v, b2))
+            elif word == "weight":
+                step.set(second_moment=step.average(name, squares, b2, dtype=dtype))
             else:
-                means = jnp.mean(squares, axis=_averaged(squares.ndim, word), keepdims=True)
+                means = _mean(squares, _averaged(squares.ndim, word))
                 step.set(second_moment=step.average(name, means, b2, dtype=dtype))
         return steps
 
@@ -206,8 +216,6 @@ def _words(blocks: Blocks, steps: OpenStep) -> list[str]:
 
 def _averaged(axes: int, word: str) -> tuple[int, ...]:
     """The axes over which a block reaches."""
-    if word == "weight":
-        return ()
     kept = {"row": 0, "column": axes - 1, "tensor": None}[word]
     return tuple(i for i in range(axes) if i != kept)
 
@@ -223,8 +231,9 @@ def _of_heads(x: jax.Array, head_size: int | None, layout: Layout, at: str) -> t
         )
     if layout == "out-in":
         heads = x.reshape(outputs[0] // head_size, -1)
-        return heads.mean(axis=1), (*outputs, *[1] * (x.ndim - 1))
-    return x.reshape(x.shape[0], -1, head_size).mean(axis=(0, 2)), (1, *outputs)
+        return _mean(heads, (1,)).ravel(), (*outputs, *[1] * (x.ndim - 1))
+    heads = x.reshape(x.shape[0], math.prod(outputs) // head_size, head_size)
+    return _mean(heads, (0, 2)).ravel(), (1, *outputs)
 
 
 _BIAS = re.compile("bias")
