@@ -31,6 +31,7 @@ from adaptive_opt.recipes.adam import adam, adamw, amsgrad, nadam, nadamw, radam
 from adaptive_opt.recipes.bounds import adabound, adamod, amsbound, diffgrad, diffmod
 from adaptive_opt.recipes.classics import adadelta, adagrad, adamax, rmsprop, sgd, sgdw
 from adaptive_opt.recipes.differences import adan, mars
+from adaptive_opt.recipes.factored import adafactor, adam_mini
 from adaptive_opt.recipes.matrices import adamh, hidden_matrices, muon
 from adaptive_opt.recipes.ranger import ranger
 from adaptive_opt.recipes.scaled import adam_atan2, adamp, lamb, lars, novograd, stableadamw
@@ -72,9 +73,10 @@ from adaptive_opt.stages.directions import (
     sign_direction,
 )
 from adaptive_opt.stages.eigenbasis import eigenbasis, into_eigenbasis, out_of_eigenbasis
+from adaptive_opt.stages.factored import block_moment, blocks_by_name, factored_moment
 from adaptive_opt.stages.inner_decay import add_weight_decay
 from adaptive_opt.stages.matrices import ahead_of, orthogonalize, scale_by_shape
-from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball
+from adaptive_opt.stages.modifiers import cautious, clip_update_rms, hyperball, magma
 from adaptive_opt.stages.moments import (
     amsgrad_max,
     centered_moment,
@@ -107,6 +109,7 @@ from adaptive_opt.stages.tensors import (
     clip_gradient_norm,
     norm_moment,
     rms_bound,
+    scale_by_parameter,
     trust_ratio,
 )
 from adaptive_opt.stages.weight_decay import (
@@ -130,8 +133,10 @@ from adaptive_opt.wrappers.lookahead import LookaheadState, lookahead
 from adaptive_opt.wrappers.schedules import (
     OneCycle,
     corrected_weight_decay,
+    growing_memory,
     normalized_weight_decay,
     one_cycle,
+    relative_step,
     warm_restarts,
 )
 from adaptive_opt.wrappers.train_step import train_step
@@ -166,6 +171,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "lars",
     "adam_atan2",
     "adamp",
+    "adafactor",
+    "adam_mini",
     "muon",
     "adamh",
     "soap",
@@ -209,6 +216,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "warm_restarts",
     "normalized_weight_decay",
     "corrected_weight_decay",
+    "growing_memory",
+    "relative_step",
     # Putting one together.
     "adaptive",
     "open_step",
@@ -255,7 +264,11 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "change_average",
     "clip_gradient_norm",
     "norm_moment",
+    "factored_moment",
+    "block_moment",
+    "blocks_by_name",
     "rms_bound",
+    "scale_by_parameter",
     "radial_projection",
     "add_weight_decay",
     "ahead_of",
@@ -271,6 +284,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "trust_ratio",
     "clip_update_rms",
     "hyperball",
+    "magma",
     # Before and after the stages.
     "l2_regularization",
     "decoupled_weight_decay",

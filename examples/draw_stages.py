@@ -101,7 +101,7 @@ def stages_table() -> str:
 
 def buffers_of(recipe: Callable[..., optax.GradientTransformation]) -> int:
     """How many numbers it keeps for a weight of a square matrix, as it comes."""
-    weights = jax.ShapeDtypeStruct((32, 32), np.float32)
+    weights = jax.ShapeDtypeStruct((128, 128), np.float32)
     state = jax.eval_shape(recipe(1e-3).init, weights)
     return sum(leaf.size for leaf in jax.tree.leaves(state)) // weights.size
 

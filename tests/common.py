@@ -18,6 +18,7 @@ SHOWING = {
     "sgd": {"momentum": 0.9},
     "sgdw": {"convention": "torch"},  # whose learning rate may be a schedule
     "rmsprop": {"centered": True, "momentum": 0.9},
+    "adam_mini": {"blocks": "row"},  # whatever the names
     "schedule_free_radam": {"silent_sgd_phase": False},  # which moves from the first step on
     "schedule_free_plus": {"polyak": False},  # which needs no loss
 }
@@ -102,7 +103,7 @@ START_AT_PARAMS = {"ranger": "slow"} | {
 
 LOOK_AT_PARAMS = (
     *START_AT_PARAMS,
-    *(n for n in REGISTERED if {"trust_mask", "wd_ratio"} & {*_arguments(n)}),
+    *(n for n in REGISTERED if {"trust_mask", "wd_ratio", "eps_scale"} & {*_arguments(n)}),
 )
 """The recipes that look at the length of parameters, or keep them."""
 

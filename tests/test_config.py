@@ -497,3 +497,18 @@ def test_a_header_builds_its_optimizer_again():
     check_checkpoint(header, other, other.init(params))
     with pytest.raises(ValueError, match="rebuild its optimizer: learning_rate is a function"):
         make(header)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tree"),
+    [
+        ("adamw", {"mask": [True, False]}),
+        ("lamb", {"trust_mask": [True, False]}),
+        ("muon", {"matrices": [True, False]}),
+        ("adam_mini", {"blocks": ["row", "weight"]}),
+    ],
+)
+def test_a_list_that_is_a_tree_comes_back_as_a_list(recipe, tree):
+    params = [jnp.ones((2, 2)), jnp.ones(2)]
+    optimizer = make(config(make(recipe, learning_rate=1e-3, **tree)))
+    optimizer.update(params, optimizer.init(params), params)

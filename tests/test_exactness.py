@@ -2,8 +2,8 @@
 
 The trajectories in tests/references were recorded by the scripts next to them: record.py (core),
 record_family.py (family, one_cycle), record_successors.py (successors), record_schedule_free.py
-(schedule_free) and record_matrices.py (matrices, with gradients of their own). Every manifest is
-read.
+(schedule_free), record_modifiers.py (modifiers) and record_matrices.py (matrices, with gradients of
+their own). Every manifest is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 
 import adaptive_opt
 from adaptive_opt import (
+    behind,
     lookahead,
     normalized_weight_decay,
     one_cycle,
@@ -60,6 +61,9 @@ def optimizer_of(row: dict, steps: int) -> optax.GradientTransformationExtraArgs
         arguments |= {"learning_rate": cycle.learning_rate, "b1": cycle.b1}
     if recipe.startswith("keras-adamw"):
         return keras_adamw(recipe.removeprefix("keras-adamw "), arguments)
+    if isinstance(arguments.get("learning_rate"), dict):
+        schedule = dict(arguments["learning_rate"])
+        arguments["learning_rate"] = getattr(adaptive_opt, schedule.pop("schedule"))(**schedule)
     around = {}
     if recipe.startswith("lookahead"):
         around = {name: arguments.pop(name) for name in ("sync_period", "slow_step_size")}
@@ -71,6 +75,9 @@ def optimizer_of(row: dict, steps: int) -> optax.GradientTransformationExtraArgs
         else:
             arguments["learning_rate"] = lambda count: lr * factors[count]
     optimizer = getattr(adaptive_opt, recipe)(**arguments)
+    if "modifiers" in row:
+        stages = [getattr(adaptive_opt, name)(**given) for name, given in row["modifiers"]]
+        optimizer = behind(optimizer, *stages)
     return lookahead(optimizer, **around) if around else optimizer
 
 

@@ -39,7 +39,7 @@ EXTREME, ALL, LATE = 24, 2600, slice(-12, None)
 
 # From the square of the largest float64 to ordinary numbers in 2,600 steps.
 SHORT = {"b1": 0.5, "b2": 0.7, "rho": 0.7, "b3": 0.5, "len_memory": 2, "momentum": 0.5}
-SHORT |= {"sync_period": 2, "rest_b1": 0.5, "rest_b2": 0.7}
+SHORT |= {"sync_period": 2, "rest_b1": 0.5, "rest_b2": 0.7, "decay_rate": 0.1}
 NEVER_FORGET = ("sum_of_squares", "nu_max", "z")
 """Buffers that only grow: one extreme gradient lowers the rate of its weight for good. And a place,
 to which one step far away leads, while the parameters stay where they are in this test."""

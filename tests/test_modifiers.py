@@ -24,6 +24,7 @@ from adaptive_opt import (
     first_moment,
     from_bytes,
     hyperball,
+    magma,
     make,
     per_weight_rate,
     scale_by_adam,
@@ -41,6 +42,7 @@ MODIFIERS = {
     "trust_ratio": trust_ratio(0.5, 1e-6),
     "clip_update_rms": clip_update_rms(0.5),
     "hyperball": hyperball(0.1),
+    "magma": magma(keep=0.7, seed=3),
 }
 
 

@@ -13,6 +13,7 @@ from adaptive_opt import (
     OpenStep,
     WholeTree,
     adaptive,
+    atan2_direction,
     close_step,
     first_moment,
     open_step,
@@ -159,3 +160,10 @@ def test_the_same_array_kept_twice_is_two_buffers():
         _, state = update(X, rule.init(X), X)
         arrays = [state.buffers["a"]["vector"], state.buffers["b"]["vector"], X["vector"]]
         assert len({x.unsafe_buffer_pointer() for x in arrays}) == 3
+
+
+def test_the_second_moment_of_which_a_rate_is_made_cannot_be_used_up():
+    used_up = second_moment(0.9), per_weight_rate(1e-8), atan2_direction()
+    message = r"atan2_direction uses up the second moment, but the rate of per_weight_rate .* Keep"
+    with pytest.raises(ValueError, match=message):
+        adaptive(*used_up)

@@ -74,6 +74,8 @@ def optimizer_with(name, word, weight_decay):
         course = {"learning_rate": LR, "schedule": eta}
     if "rest_learning_rate" in parameters(name):
         course["rest_learning_rate"] = course["learning_rate"]
+    if "multiply_by_parameter_scale" in parameters(name):
+        course["multiply_by_parameter_scale"] = False  # or the step depends on the parameters
     return RECIPES[name](**course, decay=word, weight_decay=weight_decay, mask=MASK)
 
 

@@ -106,7 +106,7 @@ OPTAX: dict[str, Callable[..., Any]] = {
     )
 } | {"MultiSteps": multi_steps}
 
-TREES = ("mask", "param_labels")
+TREES = ("mask", "trust_mask", "matrices", "blocks", "param_labels")
 """Arguments that are trees like the parameters, in which a list is no tuple."""
 NO_NUMBERS = (*TREES, "inner", "opt", "transforms", "schedule", "schedules", "boundaries", "axis",
               "cosine_kwargs", "boundaries_and_scales", "interpolate_type", "form",

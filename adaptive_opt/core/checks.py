@@ -108,6 +108,16 @@ def check_constant(**values: Any) -> None:
             raise TypeError(f"{name} must be a number and not a schedule, got {value!r}.")
 
 
+def check_fixed(decides: str, **values: Any) -> None:
+    """No value is an array, for it decides something that ``init`` and ``update`` must agree on."""
+    for name, value in values.items():
+        if not is_fixed(value):
+            raise TypeError(
+                f"{name} decides {decides}, and must be a Python number, got {value!r}. Name it in"
+                " static_args of optax.inject_hyperparams."
+            )
+
+
 def check_optimizer(wrapper: str, inner: Any) -> None:
     """What a wrapper is given is an optimizer, and not, say, the function that makes one."""
     if isinstance(inner, optax.MultiSteps):

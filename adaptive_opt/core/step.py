@@ -228,7 +228,8 @@ class AdaptiveStep(Remembering):
         if name not in self.notes and not self.now.lenient:
             raise WrongOrder(
                 f"{self.now.stage} reads the note {name!r}, which no stage before it has left;"
-                f" there are {', '.join(sorted(self.notes)) or 'none'}."
+                f" there are {', '.join(sorted(self.notes)) or 'none'}. Put {self.now.stage} after"
+                " the stage that leaves it."
             )
         self._read |= self._noted_from.get(name, set())  # it is made of what was read then
         return self.notes.get(name, self.values["gradient"])
@@ -257,6 +258,12 @@ class AdaptiveStep(Remembering):
 
     def without(self, *fields: Field) -> AdaptiveStep:
         """The step after some of its quantities have been used up."""
+        if "second_moment" in fields and "rate" not in fields and "rate" in self.values:
+            made = self._known["rate"].by
+            raise WrongOrder(
+                f"{self.now.stage} uses up the second moment, but the rate of {made} is still made"
+                f" of it. Keep one of the two, {self.now.stage} or {made}."
+            )
         for field in fields:
             if field == "rate" and field in self.values:
                 self.note(rate=self.rate)

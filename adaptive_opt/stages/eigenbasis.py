@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adaptive_opt.core.checks import Hyperparameter, check_decay, check_whole, is_fixed
+from adaptive_opt.core.checks import Hyperparameter, check_decay, check_fixed, check_whole
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.trees import branch
@@ -71,11 +71,7 @@ def eigenbasis(
     check_whole(1, precondition_frequency=precondition_frequency)
     if max_precond_dim is not None:
         check_whole(0, max_precond_dim=max_precond_dim)
-        if not is_fixed(max_precond_dim):
-            raise TypeError(
-                "max_precond_dim decides which buffers there are, and must be a Python number, got"
-                f" {max_precond_dim!r}. Name it in static_args of optax.inject_hyperparams."
-            )
+        check_fixed("which buffers there are", max_precond_dim=max_precond_dim)
     longest = MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
 
     def line(step: AdaptiveStep) -> AdaptiveStep:

@@ -10,7 +10,7 @@ from adaptive_opt.core.checks import Hyperparameter, check_nonnegative, is_zero
 from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep, leaves_of_params
-from adaptive_opt.core.trees import is_none
+from adaptive_opt.core.trees import Tree, is_none
 from adaptive_opt.stages.weight_decay import Mask, refuse_one_bool
 
 
@@ -66,13 +66,17 @@ def flags(mask: Mask | None, steps: OpenStep) -> list[bool]:
         return [True] * len(steps.steps)
     held = mask(steps.params) if callable(mask) else mask
     refuse_one_bool(held, steps.params)
+    return [bool(flag) for flag in for_every_leaf(held, steps, steps.params, "the mask", "bools")]
+
+
+def for_every_leaf(given: Tree, steps: OpenStep, like: Tree, what: str, kind: str) -> list[Any]:
+    """What a tree like the parameters, or a prefix of one, says of every leaf."""
     try:
-        whole = jax.tree.broadcast(held, steps.params, is_leaf=is_none)
+        whole = jax.tree.broadcast(given, like, is_leaf=is_none)
     except ValueError:
         raise ValueError(
-            f"the mask of {steps.now.stage} must be a tree of bools like the parameters, a prefix"
-            f" of it, or a function that makes one; got {jax.tree.structure(held)} for parameters"
-            f" of {jax.tree.structure(steps.params)}."
+            f"{what} of {steps.now.stage} must be a tree of {kind} like the parameters, a prefix"
+            f" of it, or a function that makes one; got {jax.tree.structure(given)} for parameters"
+            f" of {jax.tree.structure(like)}."
         ) from None
-    of_leaves = leaves_of_params(whole, steps.structure, steps.steps)
-    return [bool(flag) for flag in of_leaves]
+    return leaves_of_params(whole, steps.structure, steps.steps)

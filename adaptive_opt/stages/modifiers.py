@@ -1,4 +1,4 @@
-"""Stages that change a finished update: caution, clipping, a step on the sphere.
+"""Stages that change a finished update: caution, clipping, a step on the sphere, a toss of coins.
 
 Like ``trust_ratio`` they read ``direction`` and ``rate`` and nothing of how these were made. So
 they go into any bracket, and with ``behind(optimizer, ...)`` behind any optimizer.
@@ -10,15 +10,22 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adaptive_opt.core.checks import (
     Hyperparameter,
+    check_decay,
+    check_fixed,
+    check_fraction,
     check_nonnegative,
     check_positive,
+    check_whole,
     choose,
 )
-from adaptive_opt.core.stage import OneArray, stage
+from adaptive_opt.core.finite import root
+from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.stages.matrices import sides
 from adaptive_opt.stages.moments import absolute_square, over
 from adaptive_opt.stages.tensors import AxisName, norm
@@ -96,7 +103,7 @@ def clip_update_rms(threshold: Hyperparameter = 1.0, *, axis_name: AxisName = No
     check_positive(threshold=threshold)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        rms = jnp.sqrt(over(step, [absolute_square(step.update)], "mean", axis_name))
+        rms = root(over(step, [absolute_square(step.update)], "mean", axis_name))
         return step.limit(direction=step.direction / jnp.maximum(1, rms / step.at(threshold)))
 
     return line
@@ -143,7 +150,7 @@ def hyperball(
 
         def length(a: jax.Array) -> jax.Array:
             if scope == "matrix":
-                return jnp.sqrt(jnp.sum(absolute_square(a), axis=(-2, -1), keepdims=True))
+                return root(jnp.sum(absolute_square(a), axis=(-2, -1), keepdims=True))
             return norm(step, a, axis_name)
 
         def unit(a: jax.Array) -> jax.Array:
@@ -156,3 +163,71 @@ def hyperball(
         return step.set(direction=x - landed).without("rate", "second_moment")
 
     return line
+
+
+@stage
+def magma(
+    tau: Hyperparameter = 2.0,
+    keep: Hyperparameter = 0.5,
+    *,
+    b1: Hyperparameter = 0.9,
+    decay: Hyperparameter = 0.9,
+    seed: int = 0,
+    axis_name: AxisName = None,
+) -> WholeTree:
+    """Moves half of the tensors at a step, those in agreement further: ``d_t s_t z_t``.
+
+    ``z_t`` is 1 with the probability ``keep``, else 0, by a coin for each tensor and step. ``s_t``
+    is the average of ``sigmoid(cos(m_t, g_t) / tau)``, 1 before the first step, where ``m_t`` is
+    that of the gradients. Reads ``gradient`` and ``direction``, replaces ``direction``. Nothing
+    makes up for what is left out: in the mean an update is half of itself at first, and a third or
+    a quarter later. Magma (Joo et al. 2026, arXiv:2602.15322); its authors published no code.
+    Equals the package magma-optimizer, if that tosses the same coins.
+
+    Coins follow from the seed, the count and the tensor's place among the leaves. So a restored run
+    goes on with its own, and every device tosses the same.
+
+    Args:
+      tau: greater than 0: the higher, the less agreement matters.
+      keep: in [0, 1].
+      b1: decay of the average of gradients, in [0, 1).
+      decay: that of the average of agreements, in [0, 1).
+      seed: a whole number of at least 0. Give groups seeds of their own.
+      axis_name: see ``cautious``.
+
+    Buffers: ``mean_of_gradients``, one array per parameter, ``agreement``, one number.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, magma
+    >>> rule, x = adaptive(magma(keep=1.0, decay=0.0)), jnp.ones(2)
+    >>> print(rule.update(x, rule.init(x))[0].round(4))
+    [0.6225 0.6225]
+    """
+    check_positive(tau=tau)
+    check_fraction(keep=keep)
+    check_decay(b1=b1, decay=decay)
+    check_whole(0, seed=seed)
+    check_fixed("the coins", seed=seed)
+
+    def line(steps: OpenStep) -> OpenStep:
+        key = jax.random.fold_in(jax.random.key(int(seed), impl="threefry2x32"), steps.count)
+        for i, step in enumerate(steps.steps):
+            if step is None:
+                continue
+            g = step.gradient
+            m = step.average("mean_of_gradients", g, b1)
+            product = unit(step, m, axis_name).conj() * unit(step, g, axis_name)
+            cosine = over(step, [jnp.real(product)], "sum", axis_name)
+            now = jax.nn.sigmoid(cosine / step.at(tau))
+            agreed = step.average("agreement", now, decay, initial=1.0)
+            coin = jax.random.uniform(jax.random.fold_in(key, i), dtype=np.float32)
+            step.set(direction=step.direction * jnp.where(coin < step.at(keep), agreed, 0))
+        return steps
+
+    return WholeTree(line)
+
+
+def unit(step: AdaptiveStep, a: jax.Array, axis_name: AxisName) -> jax.Array:
+    """``a / |a|``, 0 for 0."""
+    length = norm(step, a, axis_name)
+    return a / jnp.where(length > 0, length, 1)

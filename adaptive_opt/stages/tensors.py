@@ -139,6 +139,39 @@ def rms_bound(
 
 
 @stage
+def scale_by_parameter(least: Hyperparameter = 1e-3, *, axis_name: AxisName = None) -> OneArray:
+    """The direction of a tensor in proportion to its weights: ``d_t max(RMS(x_t), least)``.
+
+    ``RMS`` is the root of the mean square over the tensor, so that a learning rate is a part of the
+    weights, whatever their size. Unlike ``trust_ratio`` it leaves the length of an update as it is.
+    Reads ``direction`` and ``param``, replaces ``direction``. Remembers nothing. Adafactor's
+    relative step size (Shazeer & Stern 2018, arXiv:1804.04235, section 8);
+    ``optax.scale_by_param_block_rms``.
+
+    Args:
+      least: at least 0, in the units of a weight, or a schedule: so that a tensor of zeros can
+        leave zero.
+      axis_name: see ``second_moment``.
+
+    ValueError if params are not given to ``update``.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import adaptive, scale_by_parameter
+    >>> rule, x = adaptive(scale_by_parameter()), jnp.array([4.0, -4.0])
+    >>> print(rule.update(jnp.array([0.5, 0.25]), rule.init(x), x)[0])
+    [2. 1.]
+    """
+    check_nonnegative(least=least)
+
+    def line(step: AdaptiveStep) -> AdaptiveStep:
+        square = over(step, [absolute_square(step.param)], "mean", axis_name)
+        size = jnp.maximum(root(summable(square)), step.at(least))
+        return step.set(direction=step.direction * size)
+
+    return line
+
+
+@stage
 def trust_ratio(
     coefficient: Hyperparameter = 1.0,
     eps: Hyperparameter = 0.0,

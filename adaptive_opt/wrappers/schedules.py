@@ -22,6 +22,7 @@ from jax.core import Tracer
 
 from adaptive_opt.core.checks import (
     check_at_least_one,
+    check_fraction,
     check_nonnegative,
     check_positive,
     check_whole,
@@ -405,3 +406,56 @@ def corrected_weight_decay(
     check_nonnegative(weight_decay=weight_decay)
     check_positive(peak=peak)
     return lambda step: weight_decay * (schedule(step) / peak)
+
+
+@_remembered
+@_registered("growing_memory")
+def growing_memory(exponent: float = 0.8, *, largest: float = 1.0) -> optax.Schedule:
+    """A decay of averages whose memory grows with the steps: ``min(1 - t^-exponent, largest)``.
+
+    t is 1 at the first step, whose decay is 0: such an average needs no correction for its start at
+    zero. Adafactor's second moment (Shazeer & Stern 2018, arXiv:1804.04235, section 7.2).
+
+    Args:
+      exponent: greater than 0; at 1 all gradients count the same.
+      largest: at most 1; below 1 the memory ends at about ``1 / (1 - largest)`` steps (Zhai et al.
+        2021, arXiv:2106.04560, section 3.4: 0.999).
+
+    >>> from adaptive_opt import growing_memory
+    >>> [round(float(growing_memory(0.5, largest=0.8)(step)), 4) for step in (0, 3, 99)]
+    [0.0, 0.5, 0.8]
+    """
+    check_positive(exponent=exponent)
+    check_fraction(largest=largest)
+
+    def schedule(step: Any) -> jax.Array:
+        t = jnp.asarray(step, float) + 1
+        return jnp.minimum(1 - t**-exponent, largest)
+
+    return schedule
+
+
+@_remembered
+@_registered("relative_step")
+def relative_step(largest: float = 1e-2, *, warmup: float | None = None) -> optax.Schedule:
+    """Adafactor's learning rate, in units of the parameters' size: ``min(largest, 1 / sqrt(t))``.
+
+    t is 1 at the first step. For ``adafactor``. Shazeer & Stern 2018, arXiv:1804.04235, section 9;
+    the default of Tensor2Tensor, Mesh TensorFlow and transformers (``relative_step=True``).
+
+    Args:
+      largest: positive.
+      warmup: how much the learning rate rises in a step, positive: ``min(warmup t, 1 / sqrt(t))``,
+        in place of ``largest``; 1e-6 in the paper, and in transformers (``warmup_init=True``).
+
+    >>> from adaptive_opt import relative_step
+    >>> [round(float(relative_step()(step)), 4) for step in (0, 39_999)]
+    [0.01, 0.005]
+    """
+    check_positive(largest=largest, **({} if warmup is None else {"warmup": warmup}))
+
+    def schedule(step: Any) -> jax.Array:
+        t = jnp.asarray(step, float) + 1
+        return jnp.minimum(largest if warmup is None else warmup * t, t**-0.5)
+
+    return schedule

@@ -4,7 +4,10 @@
     git clone https://github.com/KellerJordan/Muon
     git clone https://github.com/nikhilvyas/SOAP
     wget https://raw.githubusercontent.com/marin-community/marin/COMMIT/lib/levanter/src/levanter/optim/adamh.py
-    python tests/references/record_matrices.py --checkouts . [muon soap adamh]
+    pip install transformers
+    git clone https://github.com/google-research/big_vision
+    git clone https://github.com/zyushun/Adam-mini
+    python tests/references/record_matrices.py --checkouts . [muon soap adamh adafactor adam_mini]
 
 Like record.py, into ``matrices.npz`` and ``matrices.json``, with gradients of their own for each
 shape and the parameters of every fiftieth step. What the codes calculate in bfloat16 or float32 is
@@ -33,6 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+import transcribed
+from optax._src import factorized
 from record import HERE, LR, STEPS, Row, commit, entry_of, installed, load, schedule
 
 MARIN, MARIN_COMMIT = "marin-community/marin", "00843426942b191a6a4ccc10a399cb8aee4249c1"
@@ -202,8 +207,176 @@ def of_levanter(file: pathlib.Path) -> Any:
     return load(file, "scale_by_adamh")
 
 
-METHODS = {"muon": muon, "soap": soap, "adamh": adamh}
-CHECKOUTS = {JORDAN: "Muon", VYAS: "SOAP"}
+def run_transcribed(
+    make: Callable[[], transcribed.Step], lr: float = LR
+) -> Callable[..., np.ndarray]:
+    def path(g: np.ndarray, start: np.ndarray, factor: Any, reset: bool) -> Any:
+        step, x, rows = make(), start, []
+        for t, gradient in enumerate(g):
+            x = step(0 * x if reset else x, gradient, lr * factor(t))
+            rows.append(x)
+        return np.stack(rows)
+
+    return path
+
+
+def run_optax(make: Callable[[optax.Schedule], Any]) -> Callable[..., np.ndarray]:
+    def path(g: np.ndarray, start: np.ndarray, factor: Any, reset: bool) -> Any:
+        rates = jnp.asarray([LR * factor(t) for t in range(STEPS)])
+        optimizer, x, rows = make(lambda count: rates[count]), jnp.asarray(start), []
+        state = optimizer.init(x)
+        for gradient in g:
+            x = 0 * x if reset else x
+            updates, state = optimizer.update(jnp.asarray(gradient), state, x)
+            x = x + updates
+            rows.append(np.array(x))
+        return np.stack(rows)
+
+    return path
+
+
+WARMUP = {"schedule": "relative_step", "warmup": 1e-6}
+JNP_IN_FLOAT64 = types.SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})
+"""For a module that calculates a decay in float32, whatever the parameters are."""
+
+
+def adafactor(checkouts: pathlib.Path) -> Iterator[Row]:
+    from transformers.optimization import Adafactor
+
+    sys.modules |= {name: types.ModuleType(name) for name in ("big_vision", "big_vision.utils")}
+    factorized.jnp = JNP_IN_FLOAT64
+    big_vision = load(checkouts / "big_vision/big_vision/optax.py", "scale_by_adafactor")
+    big_vision.__globals__["jnp"] = JNP_IN_FLOAT64
+    small, far = {"min_dim_size_to_factor": 1}, {"b1": 0.8, "decay_rate": 0.6, "eps": 1e-3}
+    far |= {"threshold": 1.5, "eps_scale": 0.5}
+
+    def row(name: str, source: str, path: Any, h: dict[str, Any]) -> Row:
+        lr = {} if "learning_rate" in h else {"learning_rate": LR}
+        return Row(f"adafactor-{name}", source, "adafactor", lr | small | h, path, "far" in name)
+
+    def of_optax(lr: Any, h: dict[str, Any], decay: float | None = None) -> Any:
+        return optax.adafactor(
+            lr, 1, h.get("decay_rate", 0.8), clipping_threshold=h.get("threshold", 1.0),
+            momentum=h.get("b1"), dtype_momentum=jnp.float64, weight_decay_rate=decay,
+            eps=h.get("eps", 1e-30),
+        )  # fmt: skip
+
+    for shape in SHAPES:
+        path = run_optax(lambda lr: of_optax(lr, {}))
+        yield row(f"optax-defaults-{shape}", "optax.adafactor", path, {})
+    far_of_optax = {key: far[key] for key in far if key != "eps_scale"}
+    decays = {"weight_decay": 0.01, "decay": "constant"}
+    path = run_optax(lambda lr: of_optax(lr, far_of_optax, 0.01))
+    yield row("optax-far-wide", "optax.adafactor", path, far_of_optax | decays)
+
+    source = "tensorflow/mesh AdafactorOptimizer, transcribed"
+    for shape in ("tall", "vector"):
+        path = run_transcribed(lambda: transcribed.adafactor(0.0, 0.8, 1e-30, 1e-3, 1.0))
+        yield row(f"mesh-defaults-{shape}", source, path, {})
+    path = run_transcribed(lambda: transcribed.adafactor(0.8, 0.6, 1e-3, 0.5, 1.5), 10 * LR)
+    yield row("mesh-far-cube", source, path, far | {"learning_rate": 10 * LR})
+
+    source = "transformers.optimization.Adafactor"
+    own = run_relative(lambda x: Adafactor([x]))
+    warm = run_relative(lambda x: Adafactor([x], warmup_init=True))
+    for shape in ("tall", "cube"):
+        h = {"learning_rate": {"schedule": "relative_step"}, "axes": "last"}
+        yield row(f"transformers-defaults-{shape}", source, own, h)
+    h = {"learning_rate": WARMUP, "axes": "last"}
+    yield row("transformers-warmup-wide", source, warm, h)
+    off = {"relative_step": False, "scale_parameter": False, "weight_decay": 0.1}
+    theirs = {"eps": (1e-3, 0.5), "clip_threshold": 1.5, "decay_rate": -0.6, "beta1": 0.8}
+    h = far | {"axes": "last", "multiply_by_parameter_scale": False, "weight_decay": 0.1}
+    path = run(lambda x: Adafactor([x], lr=LR, **off, **theirs))
+    yield row("transformers-far-wide", source, path, h)
+
+    source = "google-research/big_vision scale_by_adafactor"
+
+    def of_big_vision(lr: Any, decay: float = 0.0, **h: Any) -> Any:
+        scaled = big_vision(1, dtype_momentum=jnp.float64, **h)
+        return optax.chain(
+            scaled, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(lr)
+        )
+
+    ours = {"convention": "big_vision"}
+    for shape in ("tall", "cube"):
+        path = run_optax(of_big_vision)
+        yield row(f"big_vision-defaults-{shape}", source, path, ours)
+    theirs = {"decay_rate": 0.6, "beta2_cap": 0.9, "clipping_threshold": 0.5, "momentum": 0.8}
+    h = {"decay_rate": 0.6, "largest_b2": 0.9, "threshold": 0.5, "b1": 0.8, "weight_decay": 0.1}
+    path = run_optax(lambda lr: of_big_vision(lr, 0.1, eps=1e-3, **theirs))
+    yield row("big_vision-far-wide", source, path, ours | h | {"eps": 1e-3})
+
+
+def run_relative(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[..., np.ndarray]:
+    """run for an optimizer that knows its learning rate itself."""
+
+    def path(g: np.ndarray, start: np.ndarray, factor: Any, reset: bool) -> Any:
+        x = torch.nn.Parameter(torch.tensor(start))
+        optimizer, rows = make(x), []
+        for gradient in g:
+            x.grad = torch.tensor(gradient)
+            optimizer.step()
+            rows.append(x.detach().numpy().copy())
+        return np.stack(rows)
+
+    return path
+
+
+def adam_mini(checkouts: pathlib.Path) -> Iterator[Row]:
+    authors = load(checkouts / "Adam-mini/adam_mini/adam_mini.py", "Adam_mini")
+    of_heads = {"blocks": "head", "head_size": 2}
+    names = {
+        "mlp.bias-vector": {"blocks": "weight"},
+        "mlp.weight-tall": {"blocks": "row"},
+        "wte.weight-wide": {"blocks": "row"},
+        "q_proj.weight-square": of_heads,
+        "norm.weight-vector": {"blocks": "tensor"},
+        "gate-cube": {"blocks": "tensor"},
+    }
+    far = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
+    for label, h in {"defaults": {}, "far": far}.items():
+        for name, ours in names.items():
+            if label == "far" and ("bias" in name or "norm" in name):  # which never decay
+                continue
+
+            def make(x: Any, name: str = name, h: dict[str, float] = h) -> torch.optim.Optimizer:
+                theirs = {key: h[key] for key in ("eps", "weight_decay") if key in h}
+                betas = h.get("b1", 0.9), h.get("b2", 0.999)
+                named = [(name.rsplit("-", 1)[0], x)]
+                return authors(named, LR, betas, **theirs, dim=4, n_heads=2, verbose=False)
+
+            ours = {"learning_rate": LR, "layout": "out-in"} | ours | h
+            source = "zyushun/Adam-mini Adam_mini"
+            yield Row(
+                f"adam_mini-{label}-{name}", source, "adam_mini", ours, run(make), label == "far"
+            )
+
+
+METHODS = {
+    "muon": muon,
+    "soap": soap,
+    "adamh": adamh,
+    "adafactor": adafactor,
+    "adam_mini": adam_mini,
+}
+CHECKOUTS = {
+    JORDAN: "Muon",
+    VYAS: "SOAP",
+    "google-research/big_vision": "big_vision",
+    "zyushun/Adam-mini": "Adam-mini",
+}
+
+
+def size_of_start(row: Row) -> float:
+    """0 where an update does not depend on the parameters; small where it is a small difference."""
+    given = row.arguments
+    if row.recipe == "adafactor" and given.get("convention") != "big_vision":
+        if given["learning_rate"] == WARMUP:
+            return 1e-9
+        if given.get("multiply_by_parameter_scale", True):
+            return 1.0  # a step has a part of the length of the weights
+    return 1e-4 if "weight_decay" in given or row.recipe == "adamh" else 0.0
 
 
 def main() -> None:
@@ -214,6 +387,8 @@ def main() -> None:
     checkouts, methods = given.checkouts, given.methods or [*METHODS]
     versions = (
         installed("torch", "optax")
+        | transcribed.COMMITS
+        | (installed("transformers") if "adafactor" in methods else {})
         | {MARIN: MARIN_COMMIT}
         | {
             name: commit(checkouts / folder)
@@ -230,8 +405,9 @@ def main() -> None:
         shape = SHAPES[kind]
         g = gradients(shape)
         factor = schedule if row.scheduled else (lambda t: 1.0)
-        moves = "weight_decay" in row.arguments or row.recipe == "adamh"  # depends on where it is
-        start = np.linspace(-1e-4, 1e-4, g[0].size).reshape(shape) if moves else np.zeros(shape)
+        size = size_of_start(row)
+        start = np.linspace(-size, size, g[0].size).reshape(shape)
+        moves = size > 0  # depends on where it is
         parameters = row.run(g, start, factor, reset=False)
         steps = np.diff(np.concatenate([start[None], parameters]), axis=0)
         record = {

@@ -16,6 +16,7 @@ COMMITS = {
     "google-research/albert": "6ca4dfd0d13495a0a0ed7931f452018e08f93ced",
     "facebookresearch/mae": "6a2ba402291005b003a70e99f7c87d1a2c376b0d",
     "NVIDIA/OpenSeq2Seq": "8681d381ed404fde516e2c1b823de5a213c59aba",
+    "tensorflow/mesh": "da907937e68aa421186f1178d71eb5f736fcb069",
     "tensorflow/addons": "23bd494cd4b13adccc0985fce6da65c6542f672e",
 }
 
@@ -85,5 +86,36 @@ def lars(momentum: float, trust_coefficient: float, weight_decay: float = 0.0) -
             dp = dp * (trust_coefficient * param_norm / update_norm)
         mu = mu * momentum + dp
         return x - lr * mu
+
+    return step
+
+
+def adafactor(
+    beta1: float, decay: float, epsilon1: float, epsilon2: float, threshold: float
+) -> Step:
+    """mesh_tensorflow/optimize.py, with axes of any length factored, none of them stacked."""
+    vr, vc, v, m, t = 0.0, 0.0, 0.0, 0.0, 0
+
+    def step(x, g, lr):
+        nonlocal vr, vc, v, m, t
+        decay_rate = 1.0 - (t + 1.0) ** -decay
+        t += 1
+        update_scale = max(np.sqrt(np.mean(np.square(x))), epsilon2) * lr
+        grad_squared, mixing_rate = np.square(g) + epsilon1, 1.0 - decay_rate
+        if g.ndim >= 2:
+            d0, d1 = sorted(range(g.ndim), key=lambda d: -g.shape[d])[:2]
+            vr = vr * decay_rate + grad_squared.mean(axis=d0, keepdims=True) * mixing_rate
+            vc = vc * decay_rate + grad_squared.mean(axis=d1, keepdims=True) * mixing_rate
+            long_term_mean = vr.mean(axis=d1, keepdims=True)
+            u = g * (1 / np.sqrt(vr / long_term_mean)) * (1 / np.sqrt(vc))
+        else:
+            v = v * decay_rate + grad_squared * mixing_rate
+            u = g * (1 / np.sqrt(v))
+        u = u / max(1.0, np.sqrt(np.mean(np.square(u))) / threshold)
+        subtrahend = u * update_scale
+        if beta1:
+            m = m * beta1 + subtrahend * (1.0 - beta1)
+            subtrahend = m
+        return x - subtrahend
 
     return step
