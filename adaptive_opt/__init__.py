@@ -117,6 +117,7 @@ from adaptive_opt.stages.weight_decay import (
     l2_regularization,
     scale_by_learning_rate,
 )
+from adaptive_opt.watching.range_test import RangeTest, lr_find
 from adaptive_opt.watching.reading import rate_histograms, read_telemetry
 from adaptive_opt.watching.sweep import Sweep, sweep
 from adaptive_opt.watching.telemetry import telemetry
@@ -283,6 +284,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "read_telemetry",
     "rate_histograms",
     "observer",
+    "lr_find",
     "sweep",
     # Saving, and moving in and out.
     "checkpoint_header",
@@ -313,5 +315,6 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "OneCycle",
     "Observation",
     "Sweep",
+    "RangeTest",
     "Description",
 ]

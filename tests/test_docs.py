@@ -32,6 +32,7 @@ TYPES = (
     "OneCycle",
     "Observation",
     "Sweep",
+    "RangeTest",
     "Description",
     "Group",
 )
