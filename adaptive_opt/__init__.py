@@ -135,6 +135,7 @@ from adaptive_opt.wrappers.schedules import (
     one_cycle,
     warm_restarts,
 )
+from adaptive_opt.wrappers.spikes import SkipSpikesState, skip_spikes
 from adaptive_opt.wrappers.train_step import train_step
 
 __version__ = "0.1.0"
@@ -188,6 +189,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "parameter_ema",
     "evaluation_params",
     "skip_nonfinite",
+    "skip_spikes",
     "ParameterGroups",
     "Group",
     "decay_mask",
@@ -311,6 +313,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ParameterEmaState",
     "BehindState",
     "SkipNonfiniteState",
+    "SkipSpikesState",
     "LowMemoryState",
     "OneCycle",
     "Observation",

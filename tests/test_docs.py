@@ -28,6 +28,7 @@ TYPES = (
     "ParameterEmaState",
     "BehindState",
     "SkipNonfiniteState",
+    "SkipSpikesState",
     "LowMemoryState",
     "OneCycle",
     "Observation",

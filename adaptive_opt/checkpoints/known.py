@@ -34,6 +34,7 @@ from adaptive_opt.wrappers.behind import behind
 from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import skip_nonfinite
 from adaptive_opt.wrappers.lookahead import lookahead
+from adaptive_opt.wrappers.spikes import skip_spikes
 
 Optimizer = optax.GradientTransformationExtraArgs
 Functions = Mapping[str, Any]
@@ -69,6 +70,7 @@ OURS: dict[str, Callable[..., Any]] = {
         parameter_ema,
         behind,
         skip_nonfinite,
+        skip_spikes,
         low_memory,
         single_pass,
         zero1,
