@@ -22,6 +22,7 @@ from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.memory.low_memory import LowMemoryState, low_memory
 from adaptive_opt.memory.packing import Packing
+from adaptive_opt.memory.plan import MemoryPlan, memory_plan
 from adaptive_opt.memory.single_pass import (
     enable_single_pass,
     single_pass,
@@ -123,6 +124,7 @@ from adaptive_opt.watching.sweep import Sweep, sweep
 from adaptive_opt.watching.telemetry import telemetry
 from adaptive_opt.wrappers.averaging import ParameterEmaState, evaluation_params, parameter_ema
 from adaptive_opt.wrappers.behind import BehindState, behind
+from adaptive_opt.wrappers.clipping import ClipByPreviousNormState, clip_by_previous_norm
 from adaptive_opt.wrappers.decay import decay_mask, decay_report
 from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import SkipNonfiniteState, skip_nonfinite
@@ -190,6 +192,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "evaluation_params",
     "skip_nonfinite",
     "skip_spikes",
+    "clip_by_previous_norm",
     "ParameterGroups",
     "Group",
     "decay_mask",
@@ -202,6 +205,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "zero1",
     # Speed and memory.
     "train_step",
+    "memory_plan",
     "single_pass",
     "enable_single_pass",
     "single_pass_stands_aside",
@@ -314,10 +318,12 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "BehindState",
     "SkipNonfiniteState",
     "SkipSpikesState",
+    "ClipByPreviousNormState",
     "LowMemoryState",
     "OneCycle",
     "Observation",
     "Sweep",
     "RangeTest",
+    "MemoryPlan",
     "Description",
 ]

@@ -29,11 +29,13 @@ TYPES = (
     "BehindState",
     "SkipNonfiniteState",
     "SkipSpikesState",
+    "ClipByPreviousNormState",
     "LowMemoryState",
     "OneCycle",
     "Observation",
     "Sweep",
     "RangeTest",
+    "MemoryPlan",
     "Description",
     "Group",
 )

@@ -31,6 +31,7 @@ from adaptive_opt.stages.weight_decay import (
 from adaptive_opt.watching.telemetry import telemetry
 from adaptive_opt.wrappers.averaging import parameter_ema
 from adaptive_opt.wrappers.behind import behind
+from adaptive_opt.wrappers.clipping import clip_by_previous_norm
 from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import skip_nonfinite
 from adaptive_opt.wrappers.lookahead import lookahead
@@ -71,6 +72,7 @@ OURS: dict[str, Callable[..., Any]] = {
         behind,
         skip_nonfinite,
         skip_spikes,
+        clip_by_previous_norm,
         low_memory,
         single_pass,
         zero1,

@@ -12,7 +12,7 @@ import optax
 from adaptive_opt.core.checks import check_constant, check_positive, check_whole
 from adaptive_opt.core.describe import described_around
 from adaptive_opt.core.finite import summable
-from adaptive_opt.core.trees import Tree, axes_of, axes_split, dtype_of, real, wide
+from adaptive_opt.core.trees import Tree, axes_of, axes_split, widest
 from adaptive_opt.stages.tensors import AxisName, global_norm
 from adaptive_opt.wrappers.guard import like, skips, taken_where
 
@@ -48,7 +48,8 @@ def skip_spikes(
     among them: where gradients stay long, the threshold follows them. The norm is that of all
     gradients together, before ``inner`` clips them. In a skipped step the update is zero, and the
     inner state, its count included, is untouched. Use it where rare batches, and not a learning
-    rate that is too high, make a loss jump.
+    rate that is too high, make a loss jump. Like ``optax.clip_by_global_norm`` it needs all
+    gradients at once: ``memory_plan`` shows what that costs.
 
     A norm that is not finite is skipped from the first step on, and not remembered; around the
     inner state's own infinities goes ``skip_nonfinite(skip_spikes(...))``.
@@ -95,10 +96,7 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> SkipSpikesState:
-        width = max(
-            (real(wide(dtype_of(x))) for x in jax.tree.leaves(params)),
-            key=lambda d: d.itemsize, default=np.dtype(np.float32),
-        )  # fmt: skip
+        width = widest(params)
         a, b, c = (jnp.zeros([], jnp.int32) for _ in range(3))  # no two fields share a buffer
         watched = 2 if loss else 1
         history, threshold = jnp.zeros((window, watched), width), jnp.zeros(watched, width)

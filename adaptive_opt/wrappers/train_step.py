@@ -117,7 +117,7 @@ class TrainStep:
         self._run: Any = jax.jit(run, static_argnums=0, donate_argnums=(1, 2, 3))
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        given = self._taken(params, args, kwargs)
+        given = self.taken(params, args, kwargs)
         trained, state, carried, *results = self._run(*given.arguments(), **kwargs)
         if given.parts.is_nnx:
             nnx().update(given.model, trained, carried)
@@ -135,17 +135,18 @@ class TrainStep:
 
     def lower(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The program of a call with arguments like these, as ``jax.jit`` lowers it."""
-        return self._run.lower(*self._taken(params, args, kwargs).arguments(), **kwargs)
+        return self._run.lower(*self.taken(params, args, kwargs).arguments(), **kwargs)
 
     def trace(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The same before it is lowered."""
-        return self._run.trace(*self._taken(params, args, kwargs).arguments(), **kwargs)
+        return self._run.trace(*self.taken(params, args, kwargs).arguments(), **kwargs)
 
     def _cache_size(self) -> int:
         """How many programs there are, as functions of ``jax.jit`` say it."""
         return self._run._cache_size()
 
-    def _taken(self, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Given:
+    def taken(self, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Given:
+        """What of the arguments of a call is trained, the state, and what goes to the loss."""
         if is_train_state(params):
             self._check_same(params)
             inner = params.params
