@@ -21,6 +21,7 @@ from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.memory.low_memory import LowMemoryState, low_memory
+from adaptive_opt.memory.offload import offload, offload_stands_aside
 from adaptive_opt.memory.packing import Packing
 from adaptive_opt.memory.plan import MemoryPlan, memory_plan
 from adaptive_opt.memory.single_pass import (
@@ -210,6 +211,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "enable_single_pass",
     "single_pass_stands_aside",
     "low_memory",
+    "offload",
+    "offload_stands_aside",
     "Packing",
     # Schedules that optax does not have.
     "one_cycle",

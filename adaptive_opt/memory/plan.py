@@ -15,7 +15,7 @@ from adaptive_opt.wrappers.train_step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each device while a step runs; made by :func:`memory_plan`.
+    """Bytes for each device while a step runs; made by :func:`memory_plan`.
 
     Printed, it is a table in MiB and in bytes per parameter.
 
@@ -26,7 +26,8 @@ class MemoryPlan:
       others: the other arguments: batches, random keys, batch statistics.
       results: new arrays that are not written where an argument was: the loss, of a donated step.
       temporaries: everything between: gradients, activations, what the update calculates.
-      host: what of all this is in the host's memory, where the backend has such a kind.
+      host: what of all this is in the host's memory, as ``offload`` puts it there; on the CPU,
+        where that is the same memory, 0.
     """
 
     count: int
@@ -39,16 +40,17 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All of it, on the device and on the host."""
-        return self.params + self.state + self.others + self.results + self.temporaries
+        """All of it that is on the device."""
+        everything = self.params + self.state + self.others + self.results + self.temporaries
+        return everything - self.host
 
     def per_parameter(self, name: str) -> float:
         """One of the attributes, or ``total``, in bytes per parameter."""
         return getattr(self, name) / max(self.count, 1)
 
     def __str__(self) -> str:
-        names = ["params", "state", "others", "results", "temporaries", "total"]
-        names += ["host"] if self.host else []
+        names = ["params", "state", "others", "results", "temporaries"]
+        names += ["host", "total"] if self.host else ["total"]
         lines = [f"{'':<14}{'MiB':>12}{'bytes per parameter':>22}"]
         lines += [
             f"{name:<14}{getattr(self, name) / 2**20:>12.3f}{self.per_parameter(name):>22.3f}"
