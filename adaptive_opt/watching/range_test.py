@@ -121,6 +121,7 @@ def lr_find(
             "recipe must be a function from a learning rate to an optimizer, such as adamw or"
             f" lambda lr: adamw(lr, weight_decay=0.1), got {recipe!r}."
         )
+    steps = int(steps)
     run, carry = _training(loss, params, recipe, low)
     rates = low * (high / low) ** (np.arange(steps) / (steps - 1))
     losses, smoothed, average, lowest, diverged = [], [], 0.0, math.inf, False

@@ -91,6 +91,7 @@ def skip_spikes(
     check_positive(sigma_factor=sigma_factor)
     first = max(20, window // 2) if warmup is None else warmup
     check_whole(3, warmup=first)
+    window = int(window)
     if not isinstance(loss, (bool, np.bool_)):
         raise TypeError(f"loss must be true or false, got {loss!r}: the loss is given to update.")
     inner = optax.with_extra_args_support(inner)
