@@ -21,7 +21,9 @@ from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.memory.low_memory import LowMemoryState, low_memory
+from adaptive_opt.memory.offload import offload, offload_stands_aside
 from adaptive_opt.memory.packing import Packing
+from adaptive_opt.memory.plan import MemoryPlan, memory_plan
 from adaptive_opt.memory.single_pass import (
     enable_single_pass,
     single_pass,
@@ -120,11 +122,13 @@ from adaptive_opt.stages.weight_decay import (
     l2_regularization,
     scale_by_learning_rate,
 )
+from adaptive_opt.watching.range_test import RangeTest, lr_find
 from adaptive_opt.watching.reading import rate_histograms, read_telemetry
 from adaptive_opt.watching.sweep import Sweep, sweep
 from adaptive_opt.watching.telemetry import telemetry
 from adaptive_opt.wrappers.averaging import ParameterEmaState, evaluation_params, parameter_ema
 from adaptive_opt.wrappers.behind import BehindState, behind
+from adaptive_opt.wrappers.clipping import ClipByPreviousNormState, clip_by_previous_norm
 from adaptive_opt.wrappers.decay import decay_mask, decay_report
 from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import SkipNonfiniteState, skip_nonfinite
@@ -139,6 +143,7 @@ from adaptive_opt.wrappers.schedules import (
     relative_step,
     warm_restarts,
 )
+from adaptive_opt.wrappers.spikes import SkipSpikesState, skip_spikes
 from adaptive_opt.wrappers.train_step import train_step
 
 __version__ = "0.1.0"
@@ -194,6 +199,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "parameter_ema",
     "evaluation_params",
     "skip_nonfinite",
+    "skip_spikes",
+    "clip_by_previous_norm",
     "ParameterGroups",
     "Group",
     "decay_mask",
@@ -206,10 +213,13 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "zero1",
     # Speed and memory.
     "train_step",
+    "memory_plan",
     "single_pass",
     "enable_single_pass",
     "single_pass_stands_aside",
     "low_memory",
+    "offload",
+    "offload_stands_aside",
     "Packing",
     # Schedules that optax does not have.
     "one_cycle",
@@ -297,6 +307,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "read_telemetry",
     "rate_histograms",
     "observer",
+    "lr_find",
     "sweep",
     # Saving, and moving in and out.
     "checkpoint_header",
@@ -323,9 +334,13 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ParameterEmaState",
     "BehindState",
     "SkipNonfiniteState",
+    "SkipSpikesState",
+    "ClipByPreviousNormState",
     "LowMemoryState",
     "OneCycle",
     "Observation",
     "Sweep",
+    "RangeTest",
+    "MemoryPlan",
     "Description",
 ]

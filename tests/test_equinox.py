@@ -13,13 +13,22 @@ import pytest
 from common import FEW_OFTEN, RECIPES, assert_bit_equal
 from equinox.internal import closure_to_pytree
 
-from adaptive_opt import adam, lookahead, low_memory, single_pass, skip_nonfinite, telemetry
+from adaptive_opt import (
+    adam,
+    lookahead,
+    low_memory,
+    single_pass,
+    skip_nonfinite,
+    skip_spikes,
+    telemetry,
+)
 
 WRAPPED = {
     "clipped": lambda lr: optax.chain(optax.clip(1.0), adam(lr)),
     "observed": lambda lr: adam(lr, observers=telemetry()),
     "lookahead": lambda lr: lookahead(RECIPES["sgd"](lr)),
     "guarded": lambda lr: skip_nonfinite(RECIPES["adamod"](lr)),
+    "without spikes": lambda lr: skip_spikes(RECIPES["adam"](lr)),
     "in 16 bits": lambda lr: low_memory(RECIPES["diffmod"](lr)),
     "in a single pass": lambda lr: single_pass(RECIPES["amsgrad"](lr)),
 }

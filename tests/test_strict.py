@@ -22,12 +22,14 @@ from adaptive_opt import (
     parameter_ema,
     single_pass,
     skip_nonfinite,
+    skip_spikes,
     telemetry,
 )
 
 CYCLE = one_cycle(1e-2, 10)
 WRAPPED = {
     "skip_nonfinite": lambda: skip_nonfinite(adam(1e-2)),
+    "skip_spikes": lambda: skip_spikes(adam(1e-2)),
     "lookahead": lambda: lookahead(adam(1e-2), 2, lambda step: 0.5 + 0.0 * jnp.float32(step)),
     "parameter_ema": lambda: parameter_ema(adam(1e-2), lambda step: 0.5 + 0.0 * jnp.float32(step)),
     "bfloat16": lambda: low_memory(adam(1e-2), min_size=1),

@@ -16,7 +16,7 @@ from adaptive_opt.checkpoints.meaning import rule_of
 from adaptive_opt.checkpoints.places import Place, over
 from adaptive_opt.core.bracket import AdaptiveState, OpenStepState
 
-_HOLD_BACK = ("MultiStepsState", "SkipNonfiniteState", "ApplyIfFiniteState",
+_HOLD_BACK = ("MultiStepsState", "SkipNonfiniteState", "SkipSpikesState", "ApplyIfFiniteState",
               "ConditionallyMaskState", "ConditionallyTransformState")  # fmt: skip
 """The wrappers that do not hand on every gradient."""
 

@@ -17,6 +17,7 @@ from adaptive_opt.core.observe import observer
 from adaptive_opt.core.recipe import RECIPES
 from adaptive_opt.core.stage import STAGES
 from adaptive_opt.memory.low_memory import low_memory
+from adaptive_opt.memory.offload import offload
 from adaptive_opt.memory.single_pass import single_pass
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
@@ -31,9 +32,11 @@ from adaptive_opt.stages.weight_decay import (
 from adaptive_opt.watching.telemetry import telemetry
 from adaptive_opt.wrappers.averaging import parameter_ema
 from adaptive_opt.wrappers.behind import behind
+from adaptive_opt.wrappers.clipping import clip_by_previous_norm
 from adaptive_opt.wrappers.groups import Group, ParameterGroups
 from adaptive_opt.wrappers.guard import skip_nonfinite
 from adaptive_opt.wrappers.lookahead import lookahead
+from adaptive_opt.wrappers.spikes import skip_spikes
 
 Optimizer = optax.GradientTransformationExtraArgs
 Functions = Mapping[str, Any]
@@ -69,7 +72,10 @@ OURS: dict[str, Callable[..., Any]] = {
         parameter_ema,
         behind,
         skip_nonfinite,
+        skip_spikes,
+        clip_by_previous_norm,
         low_memory,
+        offload,
         single_pass,
         zero1,
         l2_regularization,

@@ -109,6 +109,12 @@ def real(dtype: DTypeLike) -> np.dtype:
     return np.dtype(jnp.finfo(dtype).dtype)
 
 
+def widest(tree: Tree) -> np.dtype:
+    """The real dtype in which a number about all leaves is calculated: float32 at least."""
+    widths = (real(wide(dtype_of(x))) for x in jax.tree.leaves(tree))
+    return max(widths, key=lambda d: d.itemsize, default=np.dtype(np.float32))
+
+
 def real_part(x: jax.Array) -> jax.Array:
     return x.real if jnp.iscomplexobj(x) else x
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +146,7 @@ def low_memory(
             )
         if dtype == jnp.bfloat16:
             return codecs.own_bits(x)
-        name = str(_name(path))
+        name = str(buffer_of(path))
         storage = named.get(name, named.get(_AXIS.sub("", name), "bfloat16"))
         if dtype != jnp.float32 or x.size < min_size or storage == _WIDE:
             return x
@@ -155,7 +155,7 @@ def low_memory(
 
     def init(params: Tree) -> LowMemoryState:
         state = inner.init(params)
-        _check_names(buffers or {}, state, params)
+        check_names(buffers or {}, state, params)
         with jax.numpy_dtype_promotion("standard"):
             kept = jax.tree_util.tree_map_with_path(_in_boxes(encoded), state, is_leaf=_is_one)
         return LowMemoryState(jnp.zeros([], jnp.int32), kept)
@@ -192,7 +192,7 @@ def _encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
     if dtype != jnp.float32 or storage == _WIDE:
         return x
     x = _without_derivative(x)
-    if _name(path) in _NEAREST:
+    if buffer_of(path) in _NEAREST:
         return _ENCODERS[storage](x, None)
     salt = zlib.crc32(jax.tree_util.keystr(path).encode())
     return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
@@ -236,7 +236,7 @@ def _storage_of(stored: Any) -> str:
     return "bfloat16" if getattr(stored, "dtype", None) == jnp.bfloat16 else _WIDE
 
 
-def _name(path: Any) -> Any:
+def buffer_of(path: Any) -> Any:
     """The buffer that an array is of: the outermost field that holds no state or buffers.
 
     Keys below it are those of parameters, which may be called anything.
@@ -247,9 +247,9 @@ def _name(path: Any) -> Any:
     return None
 
 
-def _check_names(buffers: Mapping[str, str], state: Any, params: Tree) -> None:
+def check_names(buffers: Iterable[str], state: Any, params: Tree) -> None:
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=codecs.is_blocks)[0]
-    there = {str(_name(path)) for path, _ in leaves}
+    there = {str(buffer_of(path)) for path, _ in leaves}
     unknown = set(buffers) - there
     if unknown and jax.tree.leaves(params):  # a group may be empty
         raise ValueError(

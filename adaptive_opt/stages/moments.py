@@ -142,8 +142,19 @@ def over(
     axis_name: str | tuple[str, ...] | None,
 ) -> jax.Array:
     """The sum or the mean of all numbers in the leaves, on all devices that hold parts of them."""
+    return over_all(leaves, reduce, axis_name, looking=step.now.looking)
+
+
+def over_all(
+    leaves: list[jax.Array],
+    reduce: str,
+    axis_name: str | tuple[str, ...] | None,
+    *,
+    looking: bool = False,
+) -> jax.Array:
+    """The same outside of a bracket."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    if manual and axis_name is None and not step.now.looking:
+    if manual and axis_name is None and not looking:
         raise ValueError(
             f"a scope wider than a weight runs over the axes {', '.join(map(str, manual))} of"
             " shard_map or pmap, where each device sees only its part of the gradient. Give"
@@ -151,7 +162,7 @@ def over(
             " device has the whole gradient."
         )
     widest = max((x.dtype for x in leaves), key=lambda d: d.itemsize, default=jnp.float32)
-    axes = () if step.now.looking else axes_of(axis_name)  # which need not exist at init
+    axes = () if looking else axes_of(axis_name)  # which need not exist at init
     alike: dict[tuple[str, ...], list[jax.Array]] = {}
     for x in leaves:
         alike.setdefault(axes_split(x, axes), []).append(x)

@@ -20,8 +20,9 @@ from adaptive_opt.core.finite import root, squarable, summable
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.core.trees import Tree, at_width, dtype_of, real, wide
 from adaptive_opt.stages.inner_decay import flags
-from adaptive_opt.stages.moments import absolute_square, over
+from adaptive_opt.stages.moments import absolute_square, over, over_all
 from adaptive_opt.stages.weight_decay import Mask
 
 AxisName = str | tuple[str, ...] | None
@@ -30,6 +31,12 @@ AxisName = str | tuple[str, ...] | None
 def norm(step: AdaptiveStep, x: jax.Array, axis_name: AxisName) -> jax.Array:
     """The root of the sum of the squares of a whole tensor, at most that of half the largest."""
     return root(summable(over(step, [absolute_square(x)], "sum", axis_name)))
+
+
+def global_norm(tree: Tree, axis_name: AxisName = None) -> jax.Array:
+    """The root of the sum of the squares of all numbers in a tree, in float32 at least."""
+    leaves = [at_width(x, real(wide(dtype_of(x)))) for x in jax.tree.leaves(tree)]
+    return root(over_all([absolute_square(x) for x in leaves], "sum", axis_name))
 
 
 @stage

@@ -13,13 +13,16 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptive_opt.core.checks import needed
 from adaptive_opt.watching.reading import Reading
 from adaptive_opt.watching.tally import BIN_EDGES
+
+if TYPE_CHECKING:
+    from adaptive_opt.watching.range_test import RangeTest
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LEAST_PERCENT = 0.01
@@ -304,6 +307,46 @@ def sensitivity_curve(curves: Mapping[str, tuple[Any, Any]], *, label: str) -> A
         crossed = any(not np.isfinite(results).all() for _, results in curves.values())
         title = "x: some seeds diverged" if crossed else None
         axes.legend(frameon=False, title=title, title_fontsize="small")
+        return figure
+
+
+def range_test(found: RangeTest, *, label: str = "training loss") -> Any:
+    """The loss against the growing learning rate, with what the range test suggests.
+
+    The thin line is the loss, the thick one its average; both end where the loss diverges.
+
+    Args:
+      found: what ``lr_find`` returned.
+      label: of the loss, with its unit.
+
+    >>> import jax.numpy as jnp
+    >>> from adaptive_opt import lr_find, sgd
+    >>> from adaptive_opt.watching.plots import range_test
+    >>> found = lr_find(lambda w, x: (w - x) ** 2, jnp.zeros(()), [1.0], sgd, steps=10)
+    >>> range_test(found).axes[0].get_xscale()
+    'log'
+    """
+    marks = [("steepest", found.steepest), ("minimum / 10", found.minimum_over_ten)]
+    marks = [(name, rate) for name, rate in marks if np.isfinite(rate)]
+    with _style() as plt:
+        figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+        axes.plot(found.rates, found.losses, color=COLOURS[0], linewidth=0.6, alpha=0.6)
+        axes.plot(found.rates, found.smoothed, color=COLOURS[0], linewidth=2.2)
+        for index, (name, rate) in enumerate(marks):
+            colour = COLOURS[index + 1]
+            axes.axvline(rate, color=colour, linestyle=DASHES[index + 1], linewidth=1.0)
+            axes.annotate(
+                f"{name}: {rate:.2g}", (rate, 0.02 + 0.08 * index), color=colour, ha="right",
+                xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points",
+            )  # fmt: skip
+        shown = found.smoothed[np.isfinite(found.smoothed)]
+        if len(shown) and (spread := np.ptp(shown)) > 0:
+            axes.set_ylim(shown.min() - 0.1 * spread, shown.max() + 0.1 * spread)
+        end = "diverges" if found.diverged else "does not diverge"
+        axes.set(xscale="log", xlabel="learning rate", ylabel=label)
+        axes.set_title(
+            f"the loss {end} {'at' if found.diverged else 'up to'} {found.rates[-1]:.2g}"
+        )
         return figure
 
 

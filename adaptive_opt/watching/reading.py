@@ -20,14 +20,20 @@ from adaptive_opt.core.observe import HYPERPARAMETERS
 from adaptive_opt.watching.tally import BIN_EDGES, NO_COUNT, NORMS, QUANTILES, UNKNOWN
 
 _SKIPPED = {
-    ("consecutive", "total", "inner_state"): ("total", "consecutive"),
+    ("consecutive", "total", "inner_state"): ("skipped", "total", "consecutive"),
+    ("consecutive", "total", "seen", "history", "threshold", "inner_state"): (
+        "spikes",
+        "total",
+        "consecutive",
+    ),
     ("notfinite_count", "last_finite", "total_notfinite", "inner_state"): (
+        "skipped",
         "total_notfinite",
         "notfinite_count",
     ),
 }
-"""The names in the state of ``skip_nonfinite`` and of ``optax.apply_if_finite``: all of them, and
-those of the steps that were skipped, in all and in a row."""
+"""The names in the state of ``skip_nonfinite``, ``skip_spikes`` and ``optax.apply_if_finite``: all
+of them; the key, and the names of the steps that were skipped, in all and in a row."""
 
 
 def read_telemetry(state: Any, *, histograms: bool = False) -> dict[str, float]:
@@ -39,8 +45,9 @@ def read_telemetry(state: Any, *, histograms: bool = False) -> dict[str, float]:
     ``friction/<group>``, ``gradient_norm/<group>``, ``param_norm/<group>``,
     ``update_norm/<group>``, ``update_ratio/<group>``; the norms also of ``all`` groups together. If
     a ``skip_nonfinite`` or an ``optax.apply_if_finite`` is in the state, ``skipped`` and
-    ``skipped_in_a_row`` are its counts now, and not those at the last look. What a recipe does not
-    have is not there. An observer that was given a name puts it in front; so does a group of
+    ``skipped_in_a_row`` are its counts now, and not those at the last look; so are ``spikes`` and
+    ``spikes_in_a_row`` of a ``skip_spikes``. What a recipe does not have is not there. An observer
+    that was given a name puts it in front; so does a group of
     ``optax.partition`` (``ParameterGroups``) that has a bracket of its own.
 
     Args:
@@ -112,8 +119,8 @@ class Reading(NamedTuple):
             if _is_observation(path, node):
                 found.append((path, node))
             skips += [
-                (path, [node[k] for k in keys])
-                for of, keys in _SKIPPED.items()
+                (_groups(path) + key, [node[k] for k in keys])
+                for of, (key, *keys) in _SKIPPED.items()
                 if set(node) == set(of)
             ]
         if not found:
@@ -134,10 +141,9 @@ class Reading(NamedTuple):
         if len({each.prefix for each in seen}) < len(seen):
             seen = [each._replace(prefix=f"{i}/{each.prefix}") for i, each in enumerate(seen)]
         skipped = {}
-        for (path, _), (total, in_a_row) in zip(skips, counts, strict=True):
-            prefix = _groups(path)
-            skipped[f"{prefix}skipped"] = float(total)
-            skipped[f"{prefix}skipped_in_a_row"] = float(in_a_row)
+        for (key, _), (total, in_a_row) in zip(skips, counts, strict=True):
+            skipped[key] = float(total)
+            skipped[f"{key}_in_a_row"] = float(in_a_row)
         return cls([each for each in seen if each.step], skipped)
 
     @property

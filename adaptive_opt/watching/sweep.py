@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,8 +18,17 @@ import optax
 from adaptive_opt.core.checks import check_whole
 from adaptive_opt.core.containers import Parts, put_together, taken_apart, unboxed
 from adaptive_opt.core.describe import check_order
-from adaptive_opt.core.trees import Tree, downhill
-from adaptive_opt.wrappers.train_step import loss_of_parts
+from adaptive_opt.core.trees import Tree
+from adaptive_opt.wrappers.train_step import stepped
+
+
+class Rows(list[dict[str, float]]):
+    """Rows of a table: a list of dicts with the same keys, printed in columns."""
+
+    def __str__(self) -> str:
+        names = list(self[0]) if self else []
+        rows = [[f"{row[name]:.6g}" for name in names] for row in self]
+        return "\n".join("".join(f"{cell:>16}" for cell in cells) for cells in [names, *rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +64,31 @@ class Sweep:
                 self.members, self.results, self.diverged_at, strict=True
             )
         ]
+
+    def best(self) -> Rows:
+        """A row for every point of the grid, over its seeds, the best first.
+
+        ``result`` is the mean over the seeds that did not diverge, ``spread`` their standard
+        deviation (NaN of fewer than two), ``seeds`` how many there were, ``diverged`` how many of
+        them did. Points of which fewer seeds diverged come first, then those of a lower result.
+        Printed, it is a table; ``found.best()[0]["learning_rate"]`` is the best rate.
+        """
+        points: dict[tuple[float, ...], list[float]] = {}
+        for member, result in zip(self.members, self.results, strict=True):
+            points.setdefault(member[:-1], []).append(float(result))
+        rows = []
+        for point, results in points.items():
+            alive = [x for x in results if np.isfinite(x)]
+            rows.append(
+                dict(zip(self.names, point, strict=False))
+                | {
+                    "result": float(np.mean(alive)) if alive else math.nan,
+                    "spread": float(np.std(alive, ddof=1)) if len(alive) > 1 else math.nan,
+                    "seeds": len(results),
+                    "diverged": len(results) - len(alive),
+                }
+            )
+        return Rows(sorted(rows, key=lambda row: (row["diverged"], row["result"])))
 
     def sensitivity(
         self, name: str = "learning_rate", **fixed: float
@@ -189,11 +224,8 @@ def sweep(
         if batch_size is not None:
             chosen = jax.random.randint(jax.random.fold_in(key, t), (batch_size,), 0, size)
             batch = jax.tree.map(lambda x: x[chosen], data)
-        loss_of = loss_of_parts(loss, Parts(params, carried, *known))
-        differentiated = jax.value_and_grad(loss_of, has_aux=True)
-        (value, (carried,)), gradient = differentiated(params, batch)
-        updates, state = recipe(**values).update(downhill(gradient), state, params)
-        params = optax.apply_updates(params, updates)
+        parts = Parts(params, carried, *known)
+        params, state, carried, value = stepped(loss, recipe(**values), parts, state, (batch,), {})
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(params):
             finite &= jnp.isfinite(leaf).all()

@@ -72,15 +72,29 @@ def skip_nonfinite(
         old = state.inner_state
 
         made, after = inner.update(updates, old, params, **extra)
-        still = jax.tree.map(_astype, old, after)  # some widen their state in their first step
+        still = like(after, old)
         good = agreed(_all_finite(updates) & _all_finite(after, still))
-        new = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), made)
-        inner_state = jax.tree.map(lambda x, y: jnp.where(good, x, y), after, still)
-        consecutive = jnp.where(good, 0, optax.safe_increment(state.consecutive))
-        total = jnp.where(good, state.total, optax.safe_increment(state.total))
-        return new, SkipNonfiniteState(consecutive, total, inner_state)
+        new, inner_state = taken_where(good, made, after, still)
+        return new, SkipNonfiniteState(*skips(good, state), inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def like(after: Tree, old: Tree) -> Tree:
+    """A state in the dtypes of the one after it: some widen theirs in their first step."""
+    return jax.tree.map(_astype, old, after)
+
+
+def taken_where(good: jax.Array, made: Tree, after: Tree, still: Tree) -> tuple[Tree, Tree]:
+    """The step where it is good; else an update of zero, and the state as it was."""
+    new = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), made)
+    return new, jax.tree.map(lambda x, y: jnp.where(good, x, y), after, still)
+
+
+def skips(good: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
+    """The numbers of steps skipped in a row and in all, after this one."""
+    consecutive = jnp.where(good, 0, optax.safe_increment(state.consecutive))
+    return consecutive, jnp.where(good, state.total, optax.safe_increment(state.total))
 
 
 def _all_finite(tree: Any, before: Any = None) -> jax.Array:

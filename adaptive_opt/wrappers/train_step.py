@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,11 +113,11 @@ class TrainStep:
         self, loss_fn: Callable[..., Any], tx: optax.GradientTransformation, wrt: Any, has_aux: bool
     ) -> None:
         self._tx, self._wrt = tx, wrt
-        run = _program(loss_fn, optax.with_extra_args_support(tx), has_aux)
+        run = _program(loss_fn, tx, has_aux)
         self._run: Any = jax.jit(run, static_argnums=0, donate_argnums=(1, 2, 3))
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        given = self._taken(params, args, kwargs)
+        given = self.taken(params, args, kwargs)
         trained, state, carried, *results = self._run(*given.arguments(), **kwargs)
         if given.parts.is_nnx:
             nnx().update(given.model, trained, carried)
@@ -135,17 +135,18 @@ class TrainStep:
 
     def lower(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The program of a call with arguments like these, as ``jax.jit`` lowers it."""
-        return self._run.lower(*self._taken(params, args, kwargs).arguments(), **kwargs)
+        return self._run.lower(*self.taken(params, args, kwargs).arguments(), **kwargs)
 
     def trace(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The same before it is lowered."""
-        return self._run.trace(*self._taken(params, args, kwargs).arguments(), **kwargs)
+        return self._run.trace(*self.taken(params, args, kwargs).arguments(), **kwargs)
 
     def _cache_size(self) -> int:
         """How many programs there are, as functions of ``jax.jit`` say it."""
         return self._run._cache_size()
 
-    def _taken(self, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Given:
+    def taken(self, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Given:
+        """What of the arguments of a call is trained, the state, and what goes to the loss."""
         if is_train_state(params):
             self._check_same(params)
             inner = params.params
@@ -193,17 +194,32 @@ def loss_of_parts(
     return loss_of
 
 
+def stepped(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    parts: Parts,
+    state: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    wrt: Any = None,
+    has_aux: bool = False,
+) -> tuple[Any, ...]:
+    """One step: what is trained, the state and what is carried, all new; the loss, and more."""
+    loss_of = loss_of_parts(loss_fn, parts, wrt, has_aux)
+    differentiated = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (carried, *aux)), gradients = differentiated(parts.trained, *args, **kwargs)
+    gradients = downhill(gradients)
+    updates, state = optax.with_extra_args_support(optimizer).update(
+        gradients, state, parts.trained, value=loss, grad=gradients,
+        value_fn=lambda trained: loss_of(trained, *args, **kwargs)[0],
+    )  # fmt: skip
+    return optax.apply_updates(parts.trained, updates), state, carried, loss, *aux
+
+
 def _program(loss_fn: Callable[..., Any], optimizer: Any, has_aux: bool) -> Callable[..., Any]:
     def step(static: Any, trained: Any, state: Any, carried: Any, *args: Any, **kwargs: Any) -> Any:
         known, wrt = static
-        loss_of = loss_of_parts(loss_fn, Parts(trained, carried, known), wrt, has_aux)
-        differentiated = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (carried, *aux)), gradients = differentiated(trained, *args, **kwargs)
-        gradients = downhill(gradients)
-        updates, state = optimizer.update(
-            gradients, state, trained, value=loss, grad=gradients,
-            value_fn=lambda trained: loss_of(trained, *args, **kwargs)[0],
-        )  # fmt: skip
-        return optax.apply_updates(trained, updates), state, carried, loss, *aux
+        parts = Parts(trained, carried, known)
+        return stepped(loss_fn, optimizer, parts, state, args, kwargs, wrt, has_aux)
 
     return step

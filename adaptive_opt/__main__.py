@@ -1,0 +1,111 @@
+"""``python -m adaptive_opt``: the recipes, and what one of them is made of."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adaptive_opt import RECIPES, describe, make
+from adaptive_opt.core.describe import shown
+
+EPILOG = """examples:
+  python -m adaptive_opt
+  python -m adaptive_opt adamod --convention paper
+  python -m adaptive_opt adamw weight_decay=0.1 decay=independent
+"""
+
+
+def listed() -> str:
+    """Every recipe in a line: its name, what it is, its conventions."""
+    width = max(map(len, RECIPES)) + 2
+    lines = []
+    for name, recipe in RECIPES.items():
+        lines.append(f"{name:<{width}}{_title(recipe)}")
+        if conventions := _choices(recipe).get("convention"):
+            lines.append(f"{'':<{width}}  convention: {', '.join(conventions)}")
+    return "\n".join(lines)
+
+
+def described(name: str, settings: dict[str, Any]) -> str:
+    """A recipe's arguments, what they may be, and its stages with these settings.
+
+    Arguments without a default, the learning rate, are 0.001. ValueError for a name that is none,
+    and what the recipe raises for its settings.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"there is no recipe {name!r}; {hint}python -m adaptive_opt lists all of them."
+        )
+    recipe = RECIPES[name]
+    parameters = inspect.signature(recipe).parameters.values()
+    given = {p.name: 1e-3 for p in parameters if p.default is p.empty} | settings
+    optimizer = make({"name_" if k == "name" else k: v for k, v in given.items()} | {"name": name})
+    lines = [f"{name}: {_title(recipe)}", "", "arguments:"]
+    width = max(len(p.name) for p in parameters) + 2
+    for p in parameters:
+        default = "" if p.default is p.empty else f"= {shown(p.default)}"
+        choices = _choices(recipe).get(p.name)
+        of = f"  (one of {', '.join(map(str, choices))})" if choices else ""
+        lines.append(f"  {p.name:<{width}}{default}{of}".rstrip())
+    lines += ["", f"stages with {', '.join(f'{k}={v}' for k, v in given.items())}:"]
+    lines += ["  " + line for line in str(describe(optimizer)).splitlines()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m adaptive_opt", description="Lists the recipes, or describes one.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", nargs="?", help="the name of a recipe; without one, all of them")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="arguments of the recipe")
+    parser.add_argument("--convention", help="whose version of the recipe")
+    given = parser.parse_intermixed_args(arguments)
+    if given.recipe is None:
+        if given.convention is not None:
+            parser.error("--convention is of a recipe: say adamod --convention paper")
+        print(listed())
+        return 0
+    settings: dict[str, Any] = {}
+    for text in given.settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            parser.error(f"settings are name=value, such as weight_decay=0.1, got {text!r}")
+        if name in settings or (name == "convention" and given.convention is not None):
+            parser.error(f"{name} was given twice")
+        settings[name] = _parsed(value)
+    if given.convention is not None:
+        settings["convention"] = given.convention
+    try:
+        print(described(given.recipe, settings))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def _title(recipe: Any) -> str:
+    """The first paragraph of its docstring, in a line."""
+    return " ".join((inspect.getdoc(recipe) or "").partition("\n\n")[0].split())
+
+
+def _choices(recipe: Any) -> Mapping[str, tuple[Any, ...]]:
+    return recipe.choices
+
+
+def _parsed(value: str) -> Any:
+    """JSON where it is, and a string where it is not: 0.1, true, null, paper."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return {"None": None, "True": True, "False": False}.get(value, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
