@@ -74,8 +74,8 @@ def clip_by_previous_norm(
         factor = most / jnp.maximum(state.norm, most)
 
         def clipped(g: Any) -> jax.Array:
-            width = real(wide(dtype_of(g)))
-            return (at_width(g, width) * factor.astype(width)).astype(dtype_of(g))
+            width = wide(dtype_of(g))
+            return (at_width(g, real(width)) * factor.astype(width)).astype(dtype_of(g))
 
         norm = global_norm(updates, axis_name).astype(state.norm.dtype)
         norm = jnp.where(jnp.isfinite(norm), norm, state.norm)

@@ -147,5 +147,5 @@ def _statistics(history: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Ar
     is_there = (jnp.arange(len(history)) < count)[:, None]
     size = jnp.maximum(count, 2).astype(history.dtype)
     mean = jnp.sum(jnp.where(is_there, history, 0.0), axis=0) / size
-    squares = jnp.sum(jnp.where(is_there, (history - mean) ** 2, 0.0), axis=0)
+    squares = jnp.sum(jnp.where(is_there, (history - mean[None]) ** 2, 0.0), axis=0)
     return mean, jnp.sqrt(summable(squares) / (size - 1))
