@@ -21,6 +21,11 @@ from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.memory.low_memory import LowMemoryState, low_memory
+from adaptive_opt.memory.master_weights import (
+    MasterWeightsState,
+    float32_params,
+    master_weights,
+)
 from adaptive_opt.memory.packing import Packing
 from adaptive_opt.memory.single_pass import (
     enable_single_pass,
@@ -203,6 +208,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "enable_single_pass",
     "single_pass_stands_aside",
     "low_memory",
+    "master_weights",
+    "float32_params",
     "Packing",
     # Schedules that optax does not have.
     "one_cycle",
@@ -310,6 +317,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "BehindState",
     "SkipNonfiniteState",
     "LowMemoryState",
+    "MasterWeightsState",
     "OneCycle",
     "Observation",
     "Sweep",

@@ -29,6 +29,7 @@ TYPES = (
     "BehindState",
     "SkipNonfiniteState",
     "LowMemoryState",
+    "MasterWeightsState",
     "OneCycle",
     "Observation",
     "Sweep",

@@ -17,6 +17,7 @@ from adaptive_opt.core.observe import observer
 from adaptive_opt.core.recipe import RECIPES
 from adaptive_opt.core.stage import STAGES
 from adaptive_opt.memory.low_memory import low_memory
+from adaptive_opt.memory.master_weights import master_weights
 from adaptive_opt.memory.single_pass import single_pass
 from adaptive_opt.sharding.zero import zero1
 from adaptive_opt.stages.adam import scale_by_adam
@@ -70,6 +71,7 @@ OURS: dict[str, Callable[..., Any]] = {
         behind,
         skip_nonfinite,
         low_memory,
+        master_weights,
         single_pass,
         zero1,
         l2_regularization,

@@ -33,9 +33,12 @@ class Blocks(NamedTuple):
     scales: jax.Array
 
 
-def noise(shape: tuple[int, ...], count: jax.Array, salt: int) -> jax.Array:
-    """32 random bits for every element: a hash of its position, of the step and of ``salt``."""
-    index = jnp.full(shape, salt & 0xFFFFFFFF, jnp.uint32)
+def noise(shape: tuple[int, ...], count: jax.Array, salt: int | jax.Array) -> jax.Array:
+    """32 random bits for every element: a hash of its position, of the step and of ``salt``.
+
+    The salt is of 32 bits, without a sign.
+    """
+    index = jnp.full(shape, salt, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
