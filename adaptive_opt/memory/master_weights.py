@@ -173,25 +173,66 @@ def float32_params(state: Any, params: Tree) -> Tree:
     >>> print(x, float32_params(state, x).round(4))
     [1 1] [0.9999 0.9999]
     """
-    kinds = (MasterWeightsState,)
-    parts = [
-        part
-        for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
-        if isinstance(part, kinds)
-    ]
-    if not parts:
+    if not any(map(_is_own, jax.tree.leaves(state, is_leaf=_is_own))):
         raise ValueError(
             "float32_params needs the state of an optimizer with master_weights(...) in it, got"
             f" {type(state).__name__}."
         )
     leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
-    for part in parts:
-        if part.residual is None:
-            continue
-        for index, r in enumerate(leaves_like(structure, part.residual)):
-            if is_array(r):
-                (leaves[index],) = jax.tree.leaves(_full(leaves[index], [r]))
+    for part in jax.tree.leaves(state, is_leaf=_is_own):
+        if _is_own(part) and part.residual is not None:
+            for index, r in enumerate(leaves_of_params(part.residual, structure, leaves)):
+                if is_array(r):
+                    _check(params, index, leaves[index], r, dtype_of(r))
+                    leaves[index] = _decoded(leaves[index], r)
     return structure.unflatten([_wide(p) for p in leaves])
+
+
+def with_float32_weights(state: Any, params: Tree) -> Any:
+    """The state with the float32 weights in place of every residual: what all kinds of it mean."""
+
+    def full(p: Any, r: Any) -> Any:
+        return _decoded(p, r) if is_array(r) else r
+
+    return _with_residuals(state, params, full)
+
+
+def with_residuals_like(example: Any, state: Any, params: Tree) -> Any:
+    """The way back: residuals of the kinds that ``example`` has, rounded to nearest."""
+    kinds = (part for part in jax.tree.leaves(example, is_leaf=_is_own) if _is_own(part))
+
+    def left(p: Any, w: Any) -> Any:
+        return _left(w, p, jnp.uint32(1 << 31), kept=kept) if is_array(w) else w
+
+    def of_part(part: Any) -> Any:
+        if not _is_own(part):
+            return part
+        nonlocal kept
+        dtypes = {x.dtype for x in jax.tree.leaves(next(kinds).residual)}
+        kept = dtypes.pop() if dtypes else None
+        return _with_residuals(part, params, left)
+
+    kept: Any = None
+    return jax.tree.map(of_part, state, is_leaf=_is_own)
+
+
+def _is_own(x: Any) -> bool:
+    return isinstance(x, MasterWeightsState)
+
+
+def _with_residuals(state: Any, params: Tree, function: Any) -> Any:
+    """The state with ``function(parameter, residual)`` in place of every residual."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
+
+    def of_part(part: Any) -> Any:
+        if not _is_own(part) or part.residual is None:
+            return part
+        there = leaves_of_params(part.residual, structure, leaves)
+        new = [function(p, r) for p, r in zip(leaves, there, strict=True)]
+        own = jax.tree.structure(part.residual, is_leaf=is_none)
+        return part._replace(residual=own.unflatten(new))
+
+    return jax.tree.map(of_part, state, is_leaf=_is_own)
 
 
 def _residuals(residual: Tree, params: Tree, kept: Any) -> list[Any]:
@@ -201,18 +242,25 @@ def _residuals(residual: Tree, params: Tree, kept: Any) -> list[Any]:
         return [None] * len(leaves)
     found = leaves_of_params(residual, structure, leaves)
     for index, (p, r) in enumerate(zip(leaves, found, strict=True)):
-        asked = kept if is_narrow(p) else None
-        there = dtype_of(r) if is_array(r) else None
-        if p is not None and (asked != there or (is_array(r) and jnp.shape(r) != jnp.shape(p))):
-            has = "no residual" if there is None else f"a residual of {there}{list(jnp.shape(r))}"
-            raise ValueError(
-                f"the parameter at {path_at(params, index)} is {dtype_of(p)}{list(jnp.shape(p))},"
-                f" and the state has {has} for it, where master_weights(residual={kept.name!r})"
-                f" keeps {'none' if asked is None else 'one of its shape'}. Initialise the state"
-                " with these parameters, or apply the updates with optax.apply_updates, which keeps"
-                " the dtype of the parameters."
-            )
+        if p is not None:
+            _check(params, index, p, r, kept)
     return found
+
+
+def _check(params: Tree, index: int, p: Any, r: Any, kept: Any) -> None:
+    """That a residual is as it must be for its parameter."""
+    asked = kept if is_narrow(p) else None
+    there = dtype_of(r) if is_array(r) else None
+    if asked == there and (there is None or jnp.shape(r) == jnp.shape(p)):
+        return
+    has = "no residual" if there is None else f"a residual of {there}{list(jnp.shape(r))}"
+    raise ValueError(
+        f"the parameter at {path_at(params, index)} is {dtype_of(p)}{list(jnp.shape(p))}, and the"
+        f" state has {has} for it, where master_weights(residual={kept.name!r}) keeps"
+        f" {'none' if asked is None else 'one of its shape'}. Initialise the state with these"
+        " parameters, or apply the updates with optax.apply_updates, which keeps the dtype of the"
+        " parameters."
+    )
 
 
 def _full(params: Tree, residuals: list[Any]) -> Tree:
@@ -255,16 +303,23 @@ def _landing(
         bits = codecs.noise(x.shape, count, salt)
         here = widened(p)
         goal = widened(rounded(x, p.dtype, bits if kept is None else None))
-        step = jnp.where(goal == here, 0, goal - here)
+        step = jnp.where(goal == here, -0.0, goal - here)  # so that -0 stays, too
         landed = (here + step).astype(p.dtype)
+        return step, _left(x, landed, bits, kept=kept)
+
+
+@functools.partial(jax.jit, static_argnames="kept")
+def _left(x: jax.Array, landed: jax.Array, bits: jax.Array, *, kept: Any) -> jax.Array | None:
+    """What a parameter leaves of a float32 weight; half of all bits set is to the nearest."""
+    with jax.numpy_dtype_promotion("standard"):
         if kept is None:
-            return step, None
+            return None
         if kept == jnp.int8:
-            return step, to_codes(x, landed, bits)
+            return to_codes(x, landed, bits)
         if kept == jnp.float32:
-            return step, x
+            return x
         rest = codecs.to_bfloat16(x - widened(landed), bits)
-        return step, jnp.where(jnp.isfinite(landed), rest, 0)
+        return jnp.where(jnp.isfinite(landed), rest, 0)
 
 
 @jax.custom_jvp

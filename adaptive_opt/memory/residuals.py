@@ -53,8 +53,8 @@ def rounded(x: jax.Array, dtype: Any, bits: jax.Array | None = None) -> jax.Arra
     else:
         lift = (bits >> (32 - left)).astype(jnp.int32)
     lifted = (magnitude.astype(jnp.uint32) + lift.astype(jnp.uint32)) >> left
-    largest = _bits(jnp.full((), jnp.finfo(dtype).max, dtype))
-    ordinal = jnp.minimum(lifted.astype(jnp.uint16), largest)
+    largest = np.array(jnp.finfo(dtype).max, dtype).view(np.uint16)
+    ordinal = jnp.minimum(lifted, np.uint32(largest)).astype(jnp.uint16)
     signed = ordinal | jnp.where(_is_negative(x), np.uint16(0x8000), np.uint16(0))
     result = jax.lax.bitcast_convert_type(signed, dtype)
     return jnp.where(jnp.isfinite(x), result, narrowed(x, dtype))
@@ -87,10 +87,11 @@ def from_codes(codes: jax.Array, params: jax.Array) -> jax.Array:
 
 def nearest_that_rounds_to(params: jax.Array, x: jax.Array) -> jax.Array:
     """``x``, or the number nearest to it that rounds to the parameter; where that is finite."""
-    at, sign, reach = _position_of(params), _is_negative(params), _reach(params)
-    low, high = (_at(at + way * reach, params.dtype, sign) for way in (-1, 1))
-    bounded = jnp.minimum(jnp.maximum(x, low), high)
-    return jnp.where(jnp.isfinite(params), bounded, params.astype(jnp.float32))
+    at, reach, position = _position_of(params), _reach(params), _position(x, params.dtype)
+    bounded = jnp.clip(position, at - reach, at + reach)
+    end = _at(bounded, params.dtype, _is_negative(params))
+    value = jnp.where((bounded == position) & (position != at), x, end)  # which has the sign of -0
+    return jnp.where(jnp.isfinite(params), value, params.astype(jnp.float32))
 
 
 def _distance(code: jax.Array, params: jax.Array) -> jax.Array:
