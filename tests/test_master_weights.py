@@ -639,6 +639,7 @@ def test_a_module_of_equinox_and_a_frozen_dict_are_trained():
         assert jax.tree.structure(full) == jax.tree.structure(tree)
         assert_bit_equal(jax.tree.map(lambda w, p: w.astype(p.dtype), full, new), new)
         assert any(np.any(x) for x in jax.tree.leaves(state.residual))
+    optimizer = master_weights(adam(1e-2))
     as_dict = {"a": {"b": weights(64, seed=1)}}  # another container than the parameters'
     updates, _ = optimizer.update(as_dict, optimizer.init(as_dict), new)
     assert jax.tree.structure(updates) == jax.tree.structure(as_dict)
