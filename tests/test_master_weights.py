@@ -690,6 +690,28 @@ def test_a_derivative_through_a_rounding_is_refused():
     np.testing.assert_allclose(slope, -0.1)
 
 
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_strict_settings_and_float64_hold(residual, x64):
+    optimizer = master_weights(adam(1e-2), residual)
+    params = {"a": weights((2, 3)), "b": weights(3, jnp.float16), "c": weights(3, jnp.float64)}
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.checking_leaks(),
+    ):
+        updates, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    assert [u.dtype for u in updates.values()] == [jnp.float32, jnp.float32, jnp.float64]
+    kinds = {x.dtype for x in jax.tree.leaves(state.residual)}
+    assert kinds == ({jnp.dtype(residual)} if residual else set())
+
+
+def test_weights_that_see_one_another_are_found_inside():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="scale_by_trust_ratio"):
+        zero1(master_weights(optax.lamb(1e-3)), mesh).init(weights((16, 16)))
+
+
 def test_it_is_described_and_made_again():
     optimizer = master_weights(low_memory(adam(1e-2), "8-bit"), "bfloat16")
     assert "residual='bfloat16'" in str(adaptive_opt.describe(optimizer))
