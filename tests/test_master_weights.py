@@ -467,6 +467,8 @@ def test_in_any_nest_it_resumes_bit_for_bit_and_gives_its_float32_weights(nest):
         if count > 1:
             after_two = step(*after_two, gradient)
     assert_bit_equal(after_two, (params, state))
+    if nest == "low_memory around":
+        assert state.inner_state.residual["kernel"].dtype == jnp.float32
     if nest == "telemetry":
         seen = read_telemetry(state)
         assert seen["param_norm/all"] == pytest.approx(float(optax.tree.norm(held[-2])), rel=1e-5)

@@ -59,8 +59,8 @@ def master_weights(
     the *residual*, is kept from step to step, taken from where it really lands:
 
     * "int8": in units of 1/127 of half a unit in the last place, rounded stochastically by a hash
-      of position and step. 3 bytes a weight with its parameter. The split is FlashOptim's
-      (Gonzalez et al. 2026), which rounds to nearest: updates below half a unit are lost there.
+      of position and step. 3 bytes a weight with its parameter. The split is FlashOptim's (Ortiz et
+      al. 2026, arXiv:2602.23349), which rounds to nearest, and loses updates below half of that.
     * "bfloat16": as a number, rounded stochastically; Kahan's compensation. 4 bytes.
     * "float32": the float32 weight itself, a master copy. 6 bytes.
     * None: nothing. The parameter itself is rounded stochastically, right in the mean only; 2
@@ -103,7 +103,7 @@ def master_weights(
     0.9000
     """
     check_optimizer("master_weights", inner)
-    kept = choose("residual", residual, _DTYPES)  # type: ignore[arg-type]
+    kept = choose("residual", residual, _DTYPES)
     inner = optax.with_extra_args_support(inner)
 
     def start(p: Any) -> Any:
@@ -191,8 +191,11 @@ def float32_params(state: Any, params: Tree) -> Tree:
 def with_float32_weights(state: Any, params: Tree) -> Any:
     """The state with the float32 weights in place of every residual: what all kinds of it mean."""
 
-    def full(p: Any, r: Any) -> Any:
-        return _decoded(p, r) if is_array(r) else r
+    def full(index: int, p: Any, r: Any) -> Any:
+        if not is_array(r):
+            return r
+        _check(params, index, p, r, dtype_of(r))
+        return _decoded(p, r)
 
     return _with_residuals(state, params, full)
 
@@ -201,7 +204,7 @@ def with_residuals_like(example: Any, state: Any, params: Tree) -> Any:
     """The way back: residuals of the kinds that ``example`` has, rounded to nearest."""
     kinds = (part for part in jax.tree.leaves(example, is_leaf=_is_own) if _is_own(part))
 
-    def left(p: Any, w: Any) -> Any:
+    def left(_: int, p: Any, w: Any) -> Any:
         return _left(w, p, jnp.uint32(1 << 31), kept=kept) if is_array(w) else w
 
     def of_part(part: Any) -> Any:
@@ -221,14 +224,14 @@ def _is_own(x: Any) -> bool:
 
 
 def _with_residuals(state: Any, params: Tree, function: Any) -> Any:
-    """The state with ``function(parameter, residual)`` in place of every residual."""
+    """The state with ``function(index, parameter, residual)`` in place of every residual."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
 
     def of_part(part: Any) -> Any:
         if not _is_own(part) or part.residual is None:
             return part
         there = leaves_of_params(part.residual, structure, leaves)
-        new = [function(p, r) for p, r in zip(leaves, there, strict=True)]
+        new = map(function, range(len(leaves)), leaves, there)
         own = jax.tree.structure(part.residual, is_leaf=is_none)
         return part._replace(residual=own.unflatten(new))
 
