@@ -6,6 +6,9 @@ rounds, over that of float32. Error: of the weights after a thousand steps of 1e
 over the way. Loss: on the two tasks of ``benchmarks.low_memory``, with the float32 weights where
 they are kept, less that of float32 parameters for the same seeds, starts (rounded to bfloat16) and
 batches, and its standard error; the arithmetic of the networks is in float32.
+
+``--compiled`` asks the compilers for GPUs and TPUs instead, as ``benchmarks.accelerators`` does:
+the bytes that a step moves for a weight, with gradients in the dtype of the parameters.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy as np
 import optax
 
 from adaptive_opt import adamw, float32_params, low_memory, master_weights, sgd
+from benchmarks import accelerators
 from benchmarks.low_memory import TASKS, held_out_losses
 from benchmarks.pages import renew
 
@@ -129,6 +133,22 @@ def losses(way: Way, task: str, seeds: Sequence[int], steps: int) -> np.ndarray:
     )
 
 
+def compiled() -> list[dict[str, Any]]:
+    """The bytes that a step moves for a weight where it is compiled for an accelerator."""
+    rows = [dict(zip(Way._fields[:3], way[:3], strict=True)) for way in _ways()]
+    heads = list(rows[0])
+    for target, device in accelerators.devices(list(accelerators.TARGETS)):
+        heads.append(target)
+        for row, way in zip(rows, _ways(), strict=True):
+            optimizer, leaf = way.around(adamw(1e-3)), accelerators.LEAF
+            program = accelerators.compiled_for(device, optimizer, leaf, way.dtype)
+            row[target] = f"{accelerators.moved(program, leaf).bytes:.1f}"
+    print(f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", sep="\n")
+    for row in rows:
+        print(f"| {' | '.join(row.values())} |")
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,7 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rounds", type=int, default=21, help="of the timing (21)")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
     parser.add_argument("--page", type=pathlib.Path, help="a page whose table to renew")
+    parser.add_argument("--compiled", action="store_true", help="bytes moved, nothing else")
     options = parser.parse_args(arguments)
+    if options.compiled:
+        return compiled()
     ways, seeds = _ways(), range(options.seeds)
     spent = times(ways, options.rounds)
     rows: list[dict[str, Any]] = []
