@@ -20,6 +20,7 @@ from adaptive_opt.memory.residuals import (
     from_codes,
     is_narrow,
     nearest_that_rounds_to,
+    rest_of,
     rounded,
     to_codes,
     widened,
@@ -321,8 +322,7 @@ def _left(x: jax.Array, landed: jax.Array, bits: jax.Array, *, kept: Any) -> jax
             return to_codes(x, landed, bits)
         if kept == jnp.float32:
             return x
-        rest = codecs.to_bfloat16(x - widened(landed), bits)
-        return jnp.where(jnp.isfinite(landed), rest, 0)
+        return codecs.to_bfloat16(rest_of(x, landed), bits)
 
 
 @jax.custom_jvp

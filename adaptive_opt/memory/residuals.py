@@ -85,6 +85,19 @@ def from_codes(codes: jax.Array, params: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(params), value, params.astype(jnp.float32))
 
 
+def rest_of(x: jax.Array, landed: jax.Array) -> jax.Array:
+    """``x`` less where it landed; half way to the next number from the last that rounds to it on.
+
+    So 16 bits hold the end exactly, and ``nearest_that_rounds_to`` gives it back.
+    """
+    left, at = BITS_LEFT[jnp.dtype(landed.dtype)], _position_of(landed)
+    reach = _reach(landed)
+    offset = jnp.clip(_position(x, landed.dtype), at - reach, at + reach) - at
+    end = _at(at + jnp.sign(offset) * (1 << (left - 1)), landed.dtype, _is_negative(x))
+    rest = jnp.where(jnp.abs(offset) == reach, end, x) - widened(landed)
+    return jnp.where(jnp.isfinite(landed), rest, 0)
+
+
 def nearest_that_rounds_to(params: jax.Array, x: jax.Array) -> jax.Array:
     """``x``, or the number nearest to it that rounds to the parameter; where that is finite."""
     at, reach, position = _position_of(params), _reach(params), _position(x, params.dtype)
