@@ -21,6 +21,11 @@ from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.memory.low_memory import LowMemoryState, low_memory
+from adaptive_opt.memory.master_weights import (
+    MasterWeightsState,
+    float32_params,
+    master_weights,
+)
 from adaptive_opt.memory.offload import offload, offload_stands_aside
 from adaptive_opt.memory.packing import Packing
 from adaptive_opt.memory.plan import MemoryPlan, memory_plan
@@ -220,6 +225,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "low_memory",
     "offload",
     "offload_stands_aside",
+    "master_weights",
+    "float32_params",
     "Packing",
     # Schedules that optax does not have.
     "one_cycle",
@@ -337,6 +344,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "SkipSpikesState",
     "ClipByPreviousNormState",
     "LowMemoryState",
+    "MasterWeightsState",
     "OneCycle",
     "Observation",
     "Sweep",

@@ -87,8 +87,13 @@ class Moved(NamedTuple):
         return sum(n for _, n in self.operations)
 
 
-def compiled_for(device: Any, optimizer: optax.GradientTransformation, shapes: cases.Shapes) -> Any:
-    """Update and apply of float32 parameters, compiled for a device."""
+def compiled_for(
+    device: Any,
+    optimizer: optax.GradientTransformation,
+    shapes: cases.Shapes,
+    dtype: Any = jnp.float32,
+) -> Any:
+    """Update and apply of parameters and gradients of one dtype, compiled for a device."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:
@@ -96,7 +101,7 @@ def compiled_for(device: Any, optimizer: optax.GradientTransformation, shapes: c
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    params = placed({k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
+    params = placed({k: jax.ShapeDtypeStruct(s, dtype) for k, s in shapes.items()})
     state = placed(jax.eval_shape(optimizer.init, params))
     return update_and_apply(optimizer).lower(params, state, params).compile()
 
@@ -186,6 +191,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def devices(targets: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The targets whose compiler is there, each with a device to compile for."""
+    jax.config.update("jax_platforms", "cpu")  # no compiler shall look for its device
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor ask the network which TPU this is
+    for target in targets:
+        try:
+            yield target, TARGETS[target]().devices[0]
+        except (RuntimeError, NotImplementedError) as reason:
+            print(f"no compiler for {target}: {str(reason).splitlines()[0]}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,15 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--output", type=pathlib.Path, help="where JSON and table are saved")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # no compiler shall look for its device
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor ask the network which TPU this is
     results: dict[str, Any] = {}
-    for target in options.targets:
-        try:
-            device = TARGETS[target]().devices[0]
-        except (RuntimeError, NotImplementedError) as reason:
-            print(f"no compiler for {target}: {str(reason).splitlines()[0]}", file=sys.stderr)
-            continue
+    for target, device in devices(options.targets):
         of_leaf = {}
         for name in options.cases:
             found = moved(compiled_for(device, CASES[name](1e-3), LEAF), LEAF)

@@ -72,6 +72,7 @@ def start(task: Task, key: jax.Array) -> Any:
 
 
 def loss(task: Task, params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     x = inputs
     if task.embedding:
         x = params[0]["table"][inputs].reshape(len(inputs), -1)
@@ -88,14 +89,19 @@ def held_out_losses(
     seeds: Sequence[int],
     steps: int,
     batch: int = 64,
+    prepared: Callable[[Any], Any] = lambda params: params,
+    evaluated: Callable[[Any, Any], Any] = lambda state, params: params,
 ) -> np.ndarray:
-    """The test loss after training, for every seed."""
+    """The test loss after training, for every seed.
+
+    The parameters start as ``prepared(params)``, and are tested as ``evaluated(state, params)``.
+    """
     inputs, labels = map(jnp.asarray, task.train)
     tests = tuple(map(jnp.asarray, task.test))
 
     def run(seed: jax.Array) -> jax.Array:
         first, second = jax.random.split(jax.random.key(seed))
-        params = start(task, first)
+        params = prepared(start(task, first))
 
         def step(carry: Any, key: jax.Array) -> Any:
             params, state = carry
@@ -105,8 +111,8 @@ def held_out_losses(
             return (optax.apply_updates(params, updates), state), None
 
         carry = params, optimizer.init(params)
-        (params, _), _ = jax.lax.scan(step, carry, jax.random.split(second, steps))
-        return loss(task, params, *tests)
+        (params, state), _ = jax.lax.scan(step, carry, jax.random.split(second, steps))
+        return loss(task, evaluated(state, params), *tests)
 
     return np.asarray(jax.jit(jax.vmap(run))(jnp.asarray(seeds)))
 

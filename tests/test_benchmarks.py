@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
-from benchmarks import cases, low_memory, packed, step, timing
+from benchmarks import cases, low_memory, master_weights, packed, step, timing
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,26 @@ def test_fewer_bits_cost_less_than_a_hundredth_of_a_nat():
     rows = low_memory.main(options)
     assert len(rows) == 12
     assert all(abs(row["difference"]) <= 0.01 for row in rows)
+
+
+def test_the_table_of_16_bit_parameters_is_what_was_measured_and_its_bytes_are_today_s():
+    root = pathlib.Path(low_memory.ROOT)
+    rows = json.loads((root / "benchmarks" / "results" / "cpu-master_weights.json").read_text())
+    page = (root / "docs" / "speed_and_memory.md").read_text()
+    assert master_weights.table(rows, list(low_memory.TASKS)) in page
+    ways = master_weights._ways()
+    assert [(r["parameters"], r["residual"], r["state"]) for r in rows] == [w[:3] for w in ways]
+    assert [r["bytes"] for r in rows] == [master_weights.bytes_of(way) for way in ways]
+
+
+@pytest.mark.slow
+def test_16_bit_parameters_are_compared_by_their_losses():
+    options = ["--tasks", "digits", "--seeds", "4", "--rounds", "1"]
+    rows = master_weights.main(options)
+    plain = np.mean(rows[0]["digits"])
+    away = {
+        (r["residual"], r["state"]): np.mean(r["digits"]) - plain for r in rows if "digits" in r
+    }
+    assert away.pop(("plain", "float32")) > 0.004
+    assert len(away) == 6
+    assert all(abs(difference) <= 0.002 for difference in away.values())

@@ -31,6 +31,7 @@ TYPES = (
     "SkipSpikesState",
     "ClipByPreviousNormState",
     "LowMemoryState",
+    "MasterWeightsState",
     "OneCycle",
     "Observation",
     "Sweep",

@@ -225,6 +225,23 @@ def test_low_memory_is_refused_inside(params):
     assert packing.optimizer(optimizer, elementwise=True) is not None
 
 
+def test_master_weights_go_around_packing(params):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    packing = Packing(params)
+    with pytest.raises(ValueError, match=r"put it around, master_weights\(packing\.optimizer"):
+        packing.optimizer(adaptive_opt.master_weights(adamod(1e-3)))
+    optimizer = adaptive_opt.master_weights(packing.optimizer(adamod(1e-2)), "float32")
+    alone = adaptive_opt.master_weights(adamod(1e-2), "float32")
+    packed, plain = packing.pack(params), params
+    state, own = optimizer.init(packed), alone.init(plain)
+    updates, state = optimizer.update(packing.pack(params), state, packed)
+    expected, own = alone.update(params, own, plain)
+    packed, plain = optax.apply_updates(packed, updates), optax.apply_updates(plain, expected)
+    assert_bit_equal(packing.unpack(packed), plain)
+    full = adaptive_opt.float32_params(state, packed)
+    assert_bit_equal(packing.unpack(full), adaptive_opt.float32_params(own, plain))
+
+
 def test_groups_survive_in_parameters_and_checkpoints(params):
     groups = ParameterGroups(
         [Group("table", freeze=True), Group("bias$", weight_decay=0.0)], default=Group()

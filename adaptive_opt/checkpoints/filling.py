@@ -26,9 +26,10 @@ from adaptive_opt.checkpoints.meaning import Meaning, Unknown, meanings, ratio, 
 from adaptive_opt.checkpoints.places import Place, over, path_of, places, replaced
 from adaptive_opt.core.describe import describe, held_by, held_in, made_of
 from adaptive_opt.core.trees import Tree
+from adaptive_opt.memory.master_weights import with_float32_weights, with_residuals_like
 
-_STARTS = "slow"
-"""The buffer that starts where the parameters are, if there is none."""
+_STARTS = ("slow", "residual")
+"""The buffers that start where the parameters are, if there are none."""
 
 
 class Filling:
@@ -46,7 +47,8 @@ class Filling:
         drop: frozenset[str],
     ) -> None:
         self.target, self.found, self.drop = target, found, drop
-        self.fresh = target.init(params)
+        self.params, self.kinds = params, target.init(params)
+        self.fresh = with_float32_weights(self.kinds, params)
         self.paths = frozenset(over(params))
         self.name = describe(target).name
         self.places = places(target, self.fresh)
@@ -71,7 +73,7 @@ class Filling:
             ] = None
         if self.wrong:
             raise ValueError(" ".join(self.wrong))
-        return new
+        return with_residuals_like(self.kinds, new, self.params)
 
     def of_whom(self, paths: Mapping[str, Collection[str]]) -> list[str]:
         """Buffers, and of which parameters unless it is all."""
@@ -158,7 +160,7 @@ class Filling:
             taken = None if name in self.drop else self.taken(place, name, tree)
             if taken is not None:
                 new[name] = taken
-            elif name != _STARTS:
+            elif name not in _STARTS:
                 missing.append(name)
         if not missing or self.found.counts.are_zero(self.counts.given):
             return new

@@ -18,6 +18,7 @@ from adaptive_opt.core.bracket import AdaptiveState
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.observe import Observation
 from adaptive_opt.core.trees import Tree
+from adaptive_opt.memory.master_weights import with_float32_weights
 
 
 @dataclasses.dataclass
@@ -82,7 +83,7 @@ class Found:
 
 def found_in(optimizer: optax.GradientTransformation, state: Any, params: Tree) -> Found:
     """What a state of the optimizer holds."""
-    there = places(optimizer, state)
+    there = places(optimizer, with_float32_weights(state, params))
     paths, known = frozenset(over(params)), meanings(there)
     found = Found(describe(optimizer).name, freezes=freezes(there))
     start: dict[Any, Place] = {}

@@ -17,6 +17,7 @@ from adaptive_opt.core.observe import observer
 from adaptive_opt.core.recipe import RECIPES
 from adaptive_opt.core.stage import STAGES
 from adaptive_opt.memory.low_memory import low_memory
+from adaptive_opt.memory.master_weights import master_weights
 from adaptive_opt.memory.offload import offload
 from adaptive_opt.memory.single_pass import single_pass
 from adaptive_opt.sharding.zero import zero1
@@ -76,6 +77,7 @@ OURS: dict[str, Callable[..., Any]] = {
         clip_by_previous_norm,
         low_memory,
         offload,
+        master_weights,
         single_pass,
         zero1,
         l2_regularization,

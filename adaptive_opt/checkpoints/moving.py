@@ -48,7 +48,8 @@ def convert_state(
     A count is that of the same thing in ``source``: what is inside of a guard or of ``MultiSteps``
     counts other gradients than what is outside. Parameters that ``target`` freezes lose what was
     remembered of them; a group of parameters that ``source`` had frozen starts anew. A state of
-    ``low_memory`` is decoded, and encoded as it would be after the last step.
+    ``low_memory`` is decoded, and encoded as it would be after the last step; what the parameters
+    of ``master_weights`` leave out goes from one kind of residual to another, to the nearest.
 
     Args:
       state: a state of ``source``; an ``nnx.Optimizer`` with its transformation as ``source``, or

@@ -178,7 +178,7 @@ _UPHILL = (
 )
 
 
-def choose(name: str, value: str, allowed: Mapping[str, T], hint: str = "") -> T:
+def choose(name: str, value: str | None, allowed: Mapping[Any, T], hint: str = "") -> T:
     """``allowed[value]``, or an error that lists what is allowed."""
     if value not in allowed:
         options = ", ".join(map(repr, allowed))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_opt.core.containers import is_box, unboxed
-from adaptive_opt.core.finite import narrowed
+from adaptive_opt.memory.residuals import rounded
 
 BLOCK = 256
 """How many numbers share a scale in 8 bits."""
@@ -33,9 +33,12 @@ class Blocks(NamedTuple):
     scales: jax.Array
 
 
-def noise(shape: tuple[int, ...], count: jax.Array, salt: int) -> jax.Array:
-    """32 random bits for every element: a hash of its position, of the step and of ``salt``."""
-    index = jnp.full(shape, salt & 0xFFFFFFFF, jnp.uint32)
+def noise(shape: tuple[int, ...], count: jax.Array, salt: int | jax.Array) -> jax.Array:
+    """32 random bits for every element: a hash of its position, of the step and of ``salt``.
+
+    The salt is of 32 bits, without a sign.
+    """
+    index = jnp.full(shape, salt, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -57,15 +60,7 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     To the nearest without ``bits``. NaN and infinity stay what they are; nothing finite becomes
     infinite.
     """
-    nearest = narrowed(x, jnp.bfloat16)
-    if bits is None:
-        return nearest
-    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    up = (raw + (bits >> 16)) & np.uint32(0xFFFF0000)
-    down = raw & np.uint32(0xFFFF0000)
-    up, down = (jax.lax.bitcast_convert_type(y, jnp.float32) for y in (up, down))
-    rounded = jnp.where(jnp.isfinite(up), up, down).astype(jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), rounded, nearest)
+    return rounded(x, jnp.bfloat16, bits)
 
 
 def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:

@@ -33,7 +33,9 @@ _WIDE = "wide"
 
 # Slow weights are parameters, a variance is a small difference of two averages, a basis is
 # orthogonal, and the small eigenvalues of a Gram matrix are lost first.
-_ALWAYS_WIDE: dict[str, str] = dict.fromkeys(("slow", "mean_gradient", "gram", "basis"), _WIDE)
+_ALWAYS_WIDE: dict[str, str] = dict.fromkeys(
+    ("slow", "mean_gradient", "gram", "basis", "residual"), _WIDE
+)
 _SIGNED: tuple[str, ...] = ("mu", "velocity", "trace", "previous_gradient")
 _SQUARES: tuple[str, ...] = ("nu", "nu_max", "sum_of_squares")
 _SIGNED_IN_8_BITS: dict[str, str] = dict.fromkeys(_SIGNED, "int8")

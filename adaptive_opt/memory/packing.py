@@ -201,10 +201,10 @@ class Packing:
           elementwise: your word for it, for all other transformations, and for masks that are right
             for packed trees. Nothing is checked then.
 
-        ValueError for what is not known to be such, for ``low_memory``, for conditions that look at
-        extra arguments, and for masks and labels (of weight decay, ``optax.masked``,
-        ``optax.partition``) that ``mask`` of this packing has not made; except those of
-        ``ParameterGroups``, if they are the same for all leaves of a buffer.
+        ValueError for what is not known to be such, for ``low_memory``, for ``master_weights``,
+        which goes around, for conditions that look at extra arguments, and for masks and labels (of
+        weight decay, ``optax.masked``, ``optax.partition``) that ``mask`` of this packing has not
+        made; except those of ``ParameterGroups``, if they are the same for all leaves of a buffer.
         """
         if not elementwise:
             check_order(inner)
@@ -217,6 +217,12 @@ class Packing:
         packed = self.pack(self._params)
         members = [self._members[path] for path, _ in named_leaves(packed)]
         found = reach(inner, self._params, packed, members)
+        if any(part.name == "master_weights" for part in describe(inner).walk()):
+            raise ValueError(
+                "master_weights rounds by the positions of weights, which in buffers are not those"
+                " in the parameters: put it around, master_weights(packing.optimizer(adam(1e-3))),"
+                " and give it the packed parameters."
+            )
         if found.has_exceptions:
             raise ValueError(
                 "low_memory goes by the size of arrays and cuts them into blocks, which in buffers"
