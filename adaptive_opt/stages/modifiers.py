@@ -17,6 +17,7 @@ from adaptive_opt.core.checks import (
     check_positive,
     choose,
 )
+from adaptive_opt.core.finite import root
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.stages.matrices import sides
@@ -96,7 +97,7 @@ def clip_update_rms(threshold: Hyperparameter = 1.0, *, axis_name: AxisName = No
     check_positive(threshold=threshold)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        rms = jnp.sqrt(over(step, [absolute_square(step.update)], "mean", axis_name))
+        rms = root(over(step, [absolute_square(step.update)], "mean", axis_name))
         return step.limit(direction=step.direction / jnp.maximum(1, rms / step.at(threshold)))
 
     return line
@@ -143,7 +144,7 @@ def hyperball(
 
         def length(a: jax.Array) -> jax.Array:
             if scope == "matrix":
-                return jnp.sqrt(jnp.sum(absolute_square(a), axis=(-2, -1), keepdims=True))
+                return root(jnp.sum(absolute_square(a), axis=(-2, -1), keepdims=True))
             return norm(step, a, axis_name)
 
         def unit(a: jax.Array) -> jax.Array:
