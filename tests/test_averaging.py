@@ -169,3 +169,16 @@ def test_it_needs_parameters_and_a_decay():
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
     with pytest.raises(ValueError, match="decay"):
         parameter_ema(adam(1e-3), 1.0)
+
+
+def test_a_parameter_without_a_gradient_is_averaged_as_it_is():
+    params = {"a": jnp.ones(2), "b": jnp.full(2, 3.0)}
+    optimizer = parameter_ema(adam(0.1), 0.5)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update({"a": jnp.ones(2), "b": None}, state, params)
+        params = {"a": params["a"] + updates["a"], "b": params["b"]}
+    assert updates["b"] is None
+    averages = evaluation_params(state, params)
+    np.testing.assert_allclose(averages["b"], 3.0, rtol=1e-6)
+    np.testing.assert_allclose(averages["a"], (0.9 + 2 * 0.8) / 3, rtol=1e-5)

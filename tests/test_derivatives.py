@@ -13,7 +13,15 @@ import pytest
 from common import EACH_OFTEN_ONCE, EVERY_CONVENTION
 
 import adaptive_opt
-from adaptive_opt import adam, low_memory, skip_nonfinite
+from adaptive_opt import (
+    adam,
+    adaptive,
+    clip_update_rms,
+    hyperball,
+    low_memory,
+    orthogonalize,
+    skip_nonfinite,
+)
 
 TARGET = jnp.array([1.0, -2.0, 0.5, 3.0])
 UNUSED = 2
@@ -92,6 +100,24 @@ def test_derivatives_are_finite_where_all_gradients_are_zero(name):
 def without_decay(name):
     takes = inspect.signature(adaptive_opt.RECIPES[name.split()[0]]).parameters
     return {"weight_decay": 0.0} if "weight_decay" in takes else {}
+
+
+LENGTHS = {
+    "orthogonalize": orthogonalize(),
+    "clip_update_rms": clip_update_rms(1.0),
+    "hyperball": hyperball(0.1, scope="matrix"),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_derivatives_are_finite_where_a_whole_matrix_has_no_gradient(name):
+    x = jnp.ones((2, 3))
+    rule = adaptive(LENGTHS[name])
+
+    def moved(gradient):
+        return rule.update(gradient, rule.init(x), x)[0].sum()
+
+    assert np.isfinite(jax.grad(moved)(jnp.zeros((2, 3)))).all()
 
 
 def test_the_derivative_of_the_root_of_zero_is_zero_and_elsewhere_its_own():

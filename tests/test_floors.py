@@ -15,7 +15,8 @@ import adaptive_opt
 
 PACKAGE = pathlib.Path(adaptive_opt.__file__).parent
 FLOORS = (
-    "core", "stages", "wrappers", "recipes", "memory", "sharding", "watching", "checkpoints",
+    "core", "testing", "stages", "wrappers", "recipes", "memory", "sharding", "watching",
+    "checkpoints",
 )  # fmt: skip
 EXTRAS = ("flax", "orbax", "matplotlib", "sklearn", "tqdm", "chex", "equinox", "torch")
 

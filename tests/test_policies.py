@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import pickle
 
 import flax.core
 import jax
@@ -39,20 +38,6 @@ from adaptive_opt import (
 
 def dtypes(tree):
     return [leaf.dtype for leaf in jax.tree.leaves(tree)]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_step_compiles_once_whatever_the_dtypes(recipe):
-    optimizer = RECIPES[recipe](1e-2)
-    params = jnp.ones(2, jnp.bfloat16)
-    gradient = jnp.ones(2, jnp.float32)
-    step = jax.jit(optimizer.update)
-    state = optimizer.init(params)
-    for _ in range(3):
-        updates, state = step(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-    assert params.dtype == jnp.bfloat16
-    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -145,46 +130,14 @@ def test_a_traced_learning_rate_does_not_widen_the_update():
 # --- None and structure ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_leaf_without_gradient_is_left_alone_and_so_are_its_buffers(recipe):
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "ranger"])
+def test_a_python_number_is_a_parameter(recipe):
+    """But of ranger: optax.centralize wants arrays."""
     optimizer = RECIPES[recipe](1e-2)
-    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-    both = {"a": jnp.ones(2), "b": -jnp.ones(2)}
-    _, state, _ = train(optimizer, params, [jax.tree.map(lambda x: x / 2, both)])
-    updates, after = jax.jit(optimizer.update)(both | {"b": None}, state, params)
-    assert updates["b"] is None
+    state = optimizer.init(1.0)
+    updates, after = optimizer.update(1.0, state, 1.0)
+    assert updates.shape == ()
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    kept = buffers_of(after)
-    for name, old in buffers_of(state).items():
-        if isinstance(old, dict):
-            assert_bit_equal(kept[name]["b"], old["b"])
-            if name not in ("previous_gradient", "slow", "b1"):
-                assert np.any(kept[name]["a"] != old["a"])
-    full, _ = optimizer.update(both, state, params)
-    if "tree" not in recipe:
-        np.testing.assert_allclose(updates["a"], full["a"], rtol=1e-6)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_none_parameters_and_every_kind_of_tree(recipe):
-    optimizer = RECIPES[recipe](1e-2)
-    trees = [
-        {"a": jnp.ones(2), "b": None},
-        (jnp.ones(2), [jnp.ones(())], {}),
-        {},
-        jnp.ones(()),
-        {"empty": jnp.zeros((0, 3)), "full": jnp.ones(1)},
-        {"masked": optax.MaskedNode(), "x": jnp.ones(1)},
-        1.0,
-        np.ones(2, np.float32),
-    ]
-    for params in trees:
-        if recipe == "ranger" and isinstance(params, float):
-            continue  # optax.centralize wants arrays
-        state = optimizer.init(params)
-        updates, after = optimizer.update(params, state, params)
-        assert jax.tree.structure(updates) == jax.tree.structure(params)
-        assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 def test_a_gradient_without_parameter_is_refused_by_path():
@@ -233,12 +186,6 @@ def test_optax_tree_functions_find_the_parameters_in_the_state():
             expected = 1 if isinstance(buffer, dict) else 0  # a scalar is not like the parameters
             for new, old in zip(*map(jax.tree.leaves, (buffer, before[name])), strict=True):
                 np.testing.assert_allclose(new - old, expected, rtol=1e-6)
-
-
-def test_states_survive_pickle():
-    for recipe in RECIPES.values():
-        state = train(recipe(1e-3), normal_tree(), [normal_tree(1)])[1]
-        assert_bit_equal(pickle.loads(pickle.dumps(state)), state)
 
 
 # --- Hyperparameters ---------------------------------------------------------------------------
@@ -368,20 +315,6 @@ def test_parameters_in_another_container_give_their_dtypes():
 
 
 # --- Count -------------------------------------------------------------------------------------
-
-
-def test_the_count_saturates():
-    last = np.iinfo(np.int32).max
-    for recipe in RECIPES.values():
-        optimizer = recipe(optax.constant_schedule(1e-3))
-        x = jnp.ones(2)
-        state = jax.tree.map(
-            lambda leaf: jnp.full_like(leaf, last) if leaf.dtype == jnp.int32 else leaf,
-            optimizer.init(x),
-        )
-        updates, state = optimizer.update(x, state, x)
-        assert np.isfinite(updates).all()
-        assert all(leaf == last for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32)
 
 
 def test_every_count_in_a_state_is_the_same_number():

@@ -150,7 +150,7 @@ DIFFERENT = {("flatten", name) for name in ("ranger", *PER_TENSOR)}
 
 
 # Those that all the others are like.
-FIRST = ("multi_steps", "conditionally_mask", "flatten")
+FIRST = ("conditionally_mask", "flatten")
 
 
 @pytest.mark.parametrize(
@@ -199,27 +199,6 @@ def test_what_flatten_changes_is_what_a_tensor_is():
     whole, one = rmsprop(RATE, scope="tree"), rmsprop(RATE, scope="tensor")
     assert_close(start(optax.flatten(one), gradients)[0], start(whole, gradients)[0])
     assert np.all(start(one, gradients)[0]["b"] != start(whole, gradients)[0]["b"])
-
-
-# --- Parts of the tree ----------------------------------------------------------------------------
-
-
-@EACH
-def test_masked_and_partition_give_each_part_what_it_gets_alone(recipe):
-    gradients, label = trees(1, STEPS), {"w": "w", "b": "b"}
-    parts = {"w": RECIPES[recipe](RATE), "b": RECIPES[recipe](RATE / 2)}
-    partition, _ = start(optax.partition(parts, label), gradients)
-    masked, _ = start(optax.masked(parts["w"], {"w": True, "b": False}), gradients)
-    w, _ = start_part("w", parts["w"], gradients) if "tree" in recipe else alone(recipe)
-    b, _ = start_part("b", parts["b"], gradients)
-    assert_close(partition, {"w": w["w"], "b": b["b"]})
-    passed = trees(0)["b"] + jnp.cumsum(gradients["b"], 0)
-    assert_close(masked, {"w": w["w"], "b": passed})
-
-
-def start_part(name, optimizer, gradients):
-    params = {name: trees(0)[name]}
-    return run(optimizer, params, optimizer.init(params), {name: gradients[name]})
 
 
 # --- inject_hyperparams ---------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from adaptive_opt.core.checks import (
     check_whole,
     choose,
 )
+from adaptive_opt.core.finite import root
 from adaptive_opt.core.stage import OneArray, stage
 from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.stages.moments import absolute_square
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Keller Jordan's coefficients: as steep at 0 as five steps allow, and within 0.3 of 1 above."""
@@ -132,7 +134,7 @@ def orthogonalize(
         rows, columns = sides(step, x, axis_name)
         check_products(step, x)
         x = x.mT if rows > columns else x
-        norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+        norm = root(jnp.sum(absolute_square(x), axis=(-2, -1), keepdims=True))
         x = x / (norm + eps if eps_is == "added" else jnp.maximum(norm, eps))
 
         def iterate(_: Any, x: jax.Array) -> jax.Array:

@@ -97,13 +97,19 @@ def parameter_ema(
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
         count = jnp.asarray(optax.safe_increment(state.count))
         b = value_at(decay, count)
-        landed = jax.tree.map(_rounded, optax.apply_updates(params, updates))
+        moves = jax.tree.map(_or_nothing, updates, params, is_leaf=is_none)
+        landed = jax.tree.map(_rounded, optax.apply_updates(params, moves))
         ema = map_leaves(lambda x, e, *, b: b * e + (1 - b) * x, landed, landed, state.ema, b=b)
         ema = keep_dtype(state.ema, ema, "the average")
         weight = jnp.asarray(b * state.weight + (1 - b), state.weight.dtype)
         return updates, ParameterEmaState(count, weight, ema, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _or_nothing(update: Any, param: Any) -> Any:
+    """A parameter without an update stays, and is averaged: all have one weight."""
+    return jnp.zeros_like(param) if update is None and param is not None else update
 
 
 def _rounded(x: jax.Array) -> jax.Array:
