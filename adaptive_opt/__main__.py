@@ -1,4 +1,4 @@
-"""``python -m adaptive_opt``: the recipes, and what one of them is made of."""
+"""``python -m adaptive_opt``: the recipes, what one of them is made of, and a check of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 from adaptive_opt import RECIPES, describe, make
 from adaptive_opt.core.describe import shown
+from adaptive_opt.testing import Report, check
 
 EPILOG = """examples:
   python -m adaptive_opt
   python -m adaptive_opt adamod --convention paper
   python -m adaptive_opt adamw weight_decay=0.1 decay=independent
+  python -m adaptive_opt --check adamw weight_decay=0.1
 """
 
 
@@ -37,16 +39,11 @@ def described(name: str, settings: dict[str, Any]) -> str:
     Arguments without a default, the learning rate, are 0.001. ValueError for a name that is none,
     and what the recipe raises for its settings.
     """
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f"there is no recipe {name!r}; {hint}python -m adaptive_opt lists all of them."
-        )
+    check_name(name)
     recipe = RECIPES[name]
     parameters = inspect.signature(recipe).parameters.values()
     given = {p.name: 1e-3 for p in parameters if p.default is p.empty} | settings
-    optimizer = make({"name_" if k == "name" else k: v for k, v in given.items()} | {"name": name})
+    optimizer = made(name, given)
     lines = [f"{name}: {_title(recipe)}", "", "arguments:"]
     width = max(len(p.name) for p in parameters) + 2
     for p in parameters:
@@ -59,18 +56,41 @@ def described(name: str, settings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def checked(name: str, settings: dict[str, Any]) -> Report:
+    """The contracts of ``adaptive_opt.testing``, of a recipe with these settings."""
+    check_name(name)
+    rate = settings.get("learning_rate", 1e-2)
+    made(name, settings | {"learning_rate": rate})  # or an error of its own
+    return check(lambda lr: made(name, settings | {"learning_rate": lr}), learning_rate=rate)
+
+
+def made(name: str, settings: dict[str, Any]) -> Any:
+    return make({"name_" if k == "name" else k: v for k, v in settings.items()} | {"name": name})
+
+
+def check_name(name: str) -> None:
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"there is no recipe {name!r}; {hint}python -m adaptive_opt lists all of them."
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m adaptive_opt", description="Lists the recipes, or describes one.", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m adaptive_opt", description="Lists the recipes, describes or checks one.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("recipe", nargs="?", help="the name of a recipe; without one, all of them")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="arguments of the recipe")
     parser.add_argument("--convention", help="whose version of the recipe")
+    parser.add_argument("--check", action="store_true", help="ask it what training loops rely on")
     given = parser.parse_intermixed_args(arguments)
     if given.recipe is None:
-        if given.convention is not None:
-            parser.error("--convention is of a recipe: say adamod --convention paper")
+        if given.convention is not None or given.check:
+            option = "--check" if given.check else "--convention paper"
+            parser.error(f"{option.split()[0]} is of a recipe: say adamod {option}")
         print(listed())
         return 0
     settings: dict[str, Any] = {}
@@ -84,6 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.convention is not None:
         settings["convention"] = given.convention
     try:
+        if given.check:
+            report = checked(given.recipe, settings)
+            print(report)
+            return int(bool(report.broken))
         print(described(given.recipe, settings))
     except (TypeError, ValueError) as error:
         parser.error(str(error))

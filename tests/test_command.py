@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from common import REGISTERED
 
 import adaptive_opt
-from adaptive_opt import describe
+from adaptive_opt import describe, testing
 from adaptive_opt.__main__ import main
 
 
@@ -58,6 +59,8 @@ def test_settings_are_those_that_are_asked_for(capsys):
         (["adamw", "b1=0.5", "b1=0.6"], "b1 was given twice"),
         (["adam", "convention=keras", "--convention=torch"], "convention was given twice"),
         (["--convention", "paper"], "--convention is of a recipe"),
+        (["--check"], "--check is of a recipe: say adamod --check"),
+        (["--check", "adamw", "b1=2"], r"b1 must be in [0, 1), got 2"),
     ],
 )
 def test_mistakes_are_named_and_the_command_fails(arguments, message, capsys):
@@ -65,6 +68,14 @@ def test_mistakes_are_named_and_the_command_fails(arguments, message, capsys):
         main(arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_recipe_is_checked_and_the_command_fails_where_a_contract_is_broken(capsys, monkeypatch):
+    few = functools.partial(testing.check, only=["quadratic", "pickled"])
+    monkeypatch.setattr(adaptive_opt.__main__, "check", few)
+    assert said(capsys, "--check", "sgd", "momentum=0.5").endswith("2 of 2 hold, 0 are broken\n")
+    assert main(["--check", "sgd", "learning_rate=1e9"]) == 1
+    assert "1 of 2 hold, 1 are broken" in capsys.readouterr().out
 
 
 def test_the_package_is_the_command():
