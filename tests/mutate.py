@@ -1,6 +1,6 @@
 """Breaks the package on purpose, one line at a time, and shows that the suite notices.
 
-    python tests/mutate.py            # all mutants, one after the other
+    python tests/mutate.py            # all mutants, as many at a time as there are processors
     python tests/mutate.py --only max # those whose description contains "max"
 
 Each mutant is a copy of the package with one line changed, in a temporary folder; a mutant that
@@ -11,24 +11,30 @@ whole examples are left out: a number has to be what gives the mutant away.
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent import futures
 
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = (  # the quick ones first
     "stages", "exactness", "laws", "guard", "lookahead", "family", "policies", "contract",
     "misuse", "structure", "groups", "optax_parity", "checkpoint", "moving", "combinations",
-    "corrections", "tracing", "weight_decay",
+    "corrections", "tracing", "weight_decay", "successors", "schedule_free", "matrices",
+    "modifiers", "averaging", "spikes", "clipping", "residuals", "master_weights", "lr_find", "extremes",
 )  # fmt: skip
 
 FIRST = {
     "now": "corrections", "step": "misuse", "memory": "policies", "update": "stages",
     "checks": "contract", "trees": "contract", "bracket": "contract", "headers": "checkpoint",
-    "renamed": "weight_decay",
+    "renamed": "weight_decay", "finite": "extremes", "inner_decay": "weight_decay",
+    "range_test": "lr_find", "averages": "exactness", "differences": "exactness",
+    "tensors": "exactness", "factored": "exactness", "eigenbasis": "exactness",
 }  # fmt: skip
 
 # file, what is there (once), what is put in its place, what is wrong then
@@ -135,11 +141,83 @@ MUTANTS = [
      "shapes are not compared"),
     ("checkpoints/headers", "if differences and follows:", "if follows:",
      "what a recipe is made of is not compared"),
+    ("core/finite", "limit = largest_squared(x.dtype)", "limit = 2 * largest_squared(x.dtype)",
+     "a square overflows"),
+    ("core/finite", "x = _between(x, -largest, largest, x)", "pass",
+     "a cast to fewer bits makes an infinity"),
+    ("stages/averages", "sign(v - square) * square", "sign(v - square) * v",
+     "Yogi moves by itself"),
+    ("stages/averages", "second_moment=before).note", "second_moment=now).note",
+     "ADOPT divides by today's gradient"),
+    ("stages/averages", "step.at(alpha) * squarable(slow)", "squarable(slow)",
+     "AdEMAMix's slow average has no weight of its own"),
+    ("stages/averages", "direction=step.at(inverse) * weighed", "direction=weighed",
+     "LaProp's average is not right at the start"),
+    ("stages/differences", "step.at(gamma) * b / (1 - b) * change", "step.at(gamma) * b * change",
+     "MARS corrects too little"),
+    ("stages/differences", "jnp.where(step.count == 1, 0.0, g - before)", "g - before",
+     "Adan's gradient changes at the first step"),
+    ("stages/differences", "step.at(ahead) / step.correction_of(b2)", "step.at(ahead)",
+     "Adan's average of changes is not corrected"),
+    ("stages/tensors", "most / jnp.maximum(norm(step, g, axis_name), most)",
+     "most / norm(step, g, axis_name)", "short gradients are lengthened"),
+    ("stages/tensors", "return jnp.where(v == 0, square, (1 - b) * square + b * v)",
+     "return (1 - b) * square + b * v", "NovoGrad starts at zero"),
+    ("stages/tensors", "step.limit(rate=step.rate * factor).note", "step.note",
+     "StableAdamW slows nothing down"),
+    ("stages/tensors", "of_x = jnp.minimum(of_x, largest)", "pass", "LAMB trusts without a bound"),
+    ("stages/inner_decay", "step.direction + strength(step) * step.param", "step.direction",
+     "nothing decays inside a bracket"),
+    ("stages/factored", "rows / jnp.where(mean == 0, 1, mean) * columns", "rows * columns",
+     "Adafactor's product is not normalised"),
+    ("stages/factored", "absolute_square(step.gradient) + step.at(eps)",
+     "absolute_square(step.gradient)", "Adafactor's eps is forgotten"),
+    ("stages/factored", '{"row": 0, "column": axes - 1, "tensor": None}',
+     '{"row": axes - 1, "column": 0, "tensor": None}', "rows are columns"),
+    ("stages/schedule_free", "lasting * ((t - 1) / t) ** steps.at(step_power)", "lasting",
+     "later steps weigh no more"),
+    ("stages/schedule_free", "moved, q = -rate * step.direction, (z - step.param) / b",
+     "moved, q = -rate * step.direction, z - step.param", "Schedule-Free forgets b1"),
+    ("stages/schedule_free", "y - (1 / b1 - 1) * (z - y)", "y - (1 - b1) * (z - y)",
+     "the average is calculated otherwise than it was made"),
+    ("stages/eigenbasis", "power[:, order])[0][:, jnp.argsort(order)]", "power[:, order])[0]",
+     "SOAP's columns change their places"),
+    ("stages/eigenbasis", "has_begun = step.count > 1", "has_begun = step.count > 0",
+     "SOAP moves at its first step"),
+    ("stages/matrices", "b * step.raw(\"direction\") + (1 - b) * step.gradient",
+     "step.raw(\"direction\")", "Muon does not look ahead"),
+    ("stages/modifiers", "same = (agreement(d, g) > 0).astype(step.width)",
+     "same = (agreement(d, g) < 0).astype(step.width)", "caution the other way round"),
+    ("stages/modifiers", "jnp.maximum(1, rms / step.at(threshold))", "rms / step.at(threshold)",
+     "small updates are enlarged"),
+    ("stages/modifiers", "coin < step.at(keep)", "coin > step.at(keep)",
+     "Magma keeps what it should leave out"),
+    ("stages/weight_decay", "(u - s * x) / (1 + s) if proximal", "u - s * x if proximal",
+     "Adan's decay is not proximal"),
+    ("wrappers/averaging", "b * e + (1 - b) * x", "(1 - b) * e + b * x",
+     "the average of parameters forgets"),
+    ("wrappers/spikes", "jnp.sqrt(summable(squares) / (size - 1))",
+     "jnp.sqrt(summable(squares) / size)", "not the deviation of a sample"),
+    ("wrappers/spikes", "remembered = history.at[seen % window].set(now)",
+     "remembered = history.at[(seen + 1) % window].set(now)", "spikes: the wrong norm is replaced"),
+    ("wrappers/clipping", "factor = most / jnp.maximum(state.norm, most)",
+     "factor = most / state.norm", "short gradients are lengthened by the norm before"),
+    ("memory/master_weights", "step = jnp.where(goal == here, -0.0, goal - here)",
+     "step = x - here", "updates do not land on the rounding"),
+    ("memory/residuals", "return half - (_bits(params) & 1).astype(jnp.int32)", "return half",
+     "a residual leads to the next 16-bit number"),
+    ("memory/residuals", "(bits >> 10) * gap < rest << 22", "2 * rest >= gap",
+     "residuals are rounded to nearest"),
+    ("watching/range_test", "(divergence - 1) * abs(lowest)", "divergence * abs(lowest)",
+     "the range test diverges late"),
 ]  # fmt: skip
 
 
-def run(file: str, tests: pathlib.Path, package: pathlib.Path) -> tuple[bool, str]:
-    """Whether some test fails, and which; the tests of the file first."""
+def run(file: str, tests: pathlib.Path, package: pathlib.Path, cache: str) -> tuple[bool, str]:
+    """Whether some test fails, and which; the tests of the file first.
+
+    Programs that a mutant leaves as they were come from the cache of the mutants before.
+    """
     name_of_file = file.rpartition("/")[2]
     first = FIRST.get(name_of_file, name_of_file)
     order = sorted(TESTS, key=lambda name: name != first)
@@ -158,7 +236,8 @@ def run(file: str, tests: pathlib.Path, package: pathlib.Path) -> tuple[bool, st
     done = subprocess.run(
         [*command, "--no-header", "--tb=no", *files],
         cwd=package,
-        env={"PYTHONPATH": str(package), "PATH": "/usr/bin:/bin", "HOME": str(package)},
+        env={"PYTHONPATH": str(package), "PATH": "/usr/bin:/bin", "HOME": str(package)}
+        | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
         capture_output=True,
         text=True,
     )
@@ -166,32 +245,39 @@ def run(file: str, tests: pathlib.Path, package: pathlib.Path) -> tuple[bool, st
     return done.returncode == 1, failed[0][:110] if failed else f"exit code {done.returncode}"
 
 
+def is_noticed(mutant: tuple[str, str, str, str], cache: str) -> bool:
+    """Whether the tests fail on a copy with this change; says so."""
+    file, old, new, what = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("adaptive_opt", "benchmarks", "docs", "examples", "tests"):
+            shutil.copytree(ROOT / name, copy / name)
+        for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
+            shutil.copy(ROOT / name, copy / name)
+        path = copy / "adaptive_opt" / f"{file}.py"
+        path.write_text(path.read_text().replace(old, new))
+        start = time.monotonic()
+        noticed, where = run(file, copy / "tests", copy, cache)
+    verdict = "killed  " if noticed else "SURVIVED"
+    print(f"{verdict} {what}: {where} ({time.monotonic() - start:.0f} s)", flush=True)
+    return noticed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a part of the description")
-    only = parser.parse_args().only
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    given = parser.parse_args()
+    only, jobs = given.only, given.jobs
     for file, old, _, _ in MUTANTS:
         found = (ROOT / "adaptive_opt" / f"{file}.py").read_text().count(old)
         if found != 1:
             print(f"{file}.py should hold {old!r} once, but does {found} times")
             return 2
-    survived = 0
-    for file, old, new, what in MUTANTS:
-        if only not in what:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            copy = pathlib.Path(folder)
-            for name in ("adaptive_opt", "benchmarks", "docs", "examples", "tests"):
-                shutil.copytree(ROOT / name, copy / name)
-            for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
-                shutil.copy(ROOT / name, copy / name)
-            path = copy / "adaptive_opt" / f"{file}.py"
-            path.write_text(path.read_text().replace(old, new))
-            start = time.monotonic()
-            noticed, where = run(file, copy / "tests", copy)
-        survived += not noticed
-        verdict = "killed  " if noticed else "SURVIVED"
-        print(f"{verdict} {what}: {where} ({time.monotonic() - start:.0f} s)", flush=True)
+    chosen = [mutant for mutant in MUTANTS if only in mutant[3]]
+    with tempfile.TemporaryDirectory() as cache, futures.ThreadPoolExecutor(jobs) as pool:
+        noticed = list(pool.map(functools.partial(is_noticed, cache=cache), chosen))
+    survived = len(chosen) - sum(noticed)
     print(f"{survived} survived" if survived else "all killed")
     return int(survived > 0)
 
