@@ -26,7 +26,8 @@ TESTS = (  # the quick ones first
     "stages", "exactness", "laws", "guard", "lookahead", "family", "policies", "contract",
     "misuse", "structure", "groups", "optax_parity", "checkpoint", "moving", "combinations",
     "corrections", "tracing", "weight_decay", "successors", "schedule_free", "matrices",
-    "modifiers", "averaging", "spikes", "clipping", "residuals", "master_weights", "lr_find", "extremes",
+    "modifiers", "averaging", "spikes", "clipping", "residuals", "master_weights", "lr_find",
+    "extremes",
 )  # fmt: skip
 
 FIRST = {
