@@ -42,7 +42,7 @@ def pytest_cmdline_main(config):
     free = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
     if free and whole and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = min(os.cpu_count() or 1, 4)
-        config.option.dist = "loadfile"
+        config.option.dist = "worksteal"
 
 
 @pytest.fixture
