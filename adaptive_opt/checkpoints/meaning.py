@@ -128,7 +128,8 @@ class Meaning:
     Attributes:
       value: what the buffer holds after the made-up step, where every factor of it is 1.
       mirrored: minus that, from minus the buffer.
-      factors: the hyperparameters that multiply whatever comes in: a learning rate, perhaps.
+      factors: the hyperparameters that multiply whatever comes in, each with its kind: a learning
+        rate, perhaps.
       of_update: those that multiply the update.
       is_linear: whether twice the factors make twice the buffer.
       is_of_gradients: whether other gradients make another buffer.
@@ -139,8 +140,8 @@ class Meaning:
 
     value: np.ndarray
     mirrored: np.ndarray
-    factors: tuple[Any, ...]
-    of_update: tuple[Any, ...]
+    factors: tuple[tuple[str, Any], ...]
+    of_update: tuple[tuple[str, Any], ...]
     is_linear: bool
     is_of_gradients: bool
     initial: np.ndarray
@@ -218,8 +219,8 @@ class _Lane:
             found[key] = Meaning(
                 value,
                 -minus,
-                tuple(self.asked[asked] for asked in of_whom[key]),
-                tuple(self.asked[asked] for asked in of_whom[_UPDATE]),
+                tuple((_kind(asked), self.asked[asked]) for asked in of_whom[key]),
+                tuple((_kind(asked), self.asked[asked]) for asked in of_whom[_UPDATE]),
                 bool(twice) and _alike(more, 2 * value),
                 is_of_gradients,
                 self.initial[key],
@@ -301,6 +302,15 @@ class _Asked(NamedTuple):
     place: Any
     turn: int
     name: str
+
+
+_LEARNING_RATE = "the learning rate"
+
+
+def _kind(asked: Any) -> str:
+    """What a factor is, by the name that its line has for it."""
+    named = isinstance(asked, _Asked) and asked.name not in ("rate", "learning_rate", "factor")
+    return asked.name if named else _LEARNING_RATE
 
 
 class _Asking(Now):
@@ -406,18 +416,20 @@ def ratio(held: Meaning | Unknown, wanted: Meaning | Unknown) -> float | str:
         return "it is made of something else, or in another order"
     if wanted.is_corrected and not _alike(held.initial, wanted.initial):
         return "it starts elsewhere, and is corrected here for its start"
-    if bool(held.factors) == bool(wanted.factors):
+    there, here = ({kind for kind, _ in each.factors} for each in (held, wanted))
+    if there == here:
         return sign
-    inside, where = (held, "there") if held.factors else (wanted, "here")
+    if there - here and here - there:
+        return "it is multiplied by something else"
+    inside, where = (held, "there") if there - here else (wanted, "here")
+    what = f"{' and '.join(sorted(there ^ here))} is part of it {where} only"
     if not inside.is_linear:
-        return f"the learning rate is part of it {where} only"
-    rates = held.factors or held.of_update
+        return what
+    of_them = held.factors if inside is held else held.of_update
+    rates = [rate for kind, rate in of_them if kind in there ^ here]
     if any(callable(rate) or isinstance(rate, Tracer) for rate in rates):
-        return (
-            f"the learning rate is part of it {where} only, and is a schedule, so that every"
-            " gradient in it has its own"
-        )
+        return f"{what}, and is a schedule, so that every gradient in it has its own"
     rate = abs(math.prod(float(rate) for rate in rates))
     if rate == 0:
-        return f"the learning rate is part of it {where} only, and is 0"
-    return sign / rate if held.factors else sign * rate
+        return f"{what}, and is 0"
+    return sign / rate if inside is held else sign * rate
