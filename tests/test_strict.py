@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import EACH_OFTEN_ONCE, EVERY_CONVENTION, FEW_OFTEN
+from common import EACH_OFTEN_ONCE, EVERY_CONVENTION, FEW_OFTEN, checking_leaks
 
 from adaptive_opt import (
     adam,
@@ -27,6 +27,7 @@ from adaptive_opt import (
     skip_spikes,
     telemetry,
 )
+from adaptive_opt.testing.trees import avals, avals_of
 
 CYCLE = one_cycle(1e-2, 10)
 WRAPPED = {
@@ -68,16 +69,12 @@ def parameters(*dtypes):
 
 def assert_is_traced(make, params):
     """Promotion, ranks and leaks are seen while tracing."""
-    with strict(), jax.checking_leaks():
+    with strict(), checking_leaks():
         optimizer = make()
         state = jax.eval_shape(optimizer.init, params)
         updates, after = jax.eval_shape(optimizer.update, params, state, params)
-    assert avals(updates) == avals(params)
-    assert avals(after) == avals(state)
-
-
-def avals(tree):
-    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    assert avals_of(updates) == avals(params)
+    assert avals_of(after) == avals_of(state)
 
 
 def assert_takes_two_steps(make, x64):

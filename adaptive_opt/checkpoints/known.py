@@ -85,7 +85,6 @@ OURS: dict[str, Callable[..., Any]] = {
         decoupled_l1_decay,
         decay_after_step,
         cautious_weight_decay,
-        decay_after_step,
         scale_by_learning_rate,
     )
 } | {"ParameterGroups": parameter_groups}

@@ -215,9 +215,9 @@ class AdaptiveStep(Remembering):
                 )
             self._known[field] = dataclasses.replace(known, owes=())
 
-    def correction_of(self, decay: Hyperparameter, *, as_in_optax: bool = False) -> Any:
+    def correction_of(self, decay: Hyperparameter) -> Any:
         """``1 - decay^t``, which an average with this decay owes that is in no field."""
-        return self.at(self.now.correction(decay, Correction(0, as_in_optax)))
+        return self.at(self.now.correction(decay, Correction(0, as_in_optax=False)))
 
     def correction_ahead(self, decay: Hyperparameter, *, as_in_optax: bool = False) -> Any:
         """``1 - decay^(t+1)``: what the average will owe at the next step."""

@@ -185,3 +185,18 @@ def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if _along_last_axis(shape):
         return each.reshape(shape)
     return each.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+
+
+def without_derivative(why: str) -> Callable[[jax.Array], jax.Array]:
+    """A function that returns what it is given; a derivative through it is an error, with why."""
+
+    @jax.custom_jvp
+    def same(x: jax.Array) -> jax.Array:
+        return x
+
+    @same.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        raise TypeError(why)
+
+    return same

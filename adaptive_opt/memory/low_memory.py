@@ -217,19 +217,11 @@ def _in_boxes(encode: Callable[..., Any]) -> Callable[..., Any]:
     return encode_inside
 
 
-@jax.custom_jvp
-def _without_derivative(x: jax.Array) -> jax.Array:
-    return x
-
-
-@_without_derivative.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise TypeError(
-        "low_memory keeps what an optimizer remembers in fewer bits, through which no derivative"
-        " goes: it would come out wrong in silence. Differentiate through the optimizer inside,"
-        " without low_memory."
-    )
+_without_derivative = codecs.without_derivative(
+    "low_memory keeps what an optimizer remembers in fewer bits, through which no derivative"
+    " goes: it would come out wrong in silence. Differentiate through the optimizer inside,"
+    " without low_memory."
+)
 
 
 def _storage_of(stored: Any) -> str:

@@ -325,16 +325,8 @@ def _left(x: jax.Array, landed: jax.Array, bits: jax.Array, *, kept: Any) -> jax
         return codecs.to_bfloat16(rest_of(x, landed), bits)
 
 
-@jax.custom_jvp
-def _without_derivative(x: jax.Array) -> jax.Array:
-    return x
-
-
-@_without_derivative.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise TypeError(
-        "master_weights rounds the parameters to 16 bits, and the derivative of a rounding is zero:"
-        " it would come out wrong in silence. Differentiate through the optimizer inside, on"
-        " float32 parameters."
-    )
+_without_derivative = codecs.without_derivative(
+    "master_weights rounds the parameters to 16 bits, and the derivative of a rounding is zero:"
+    " it would come out wrong in silence. Differentiate through the optimizer inside, on"
+    " float32 parameters."
+)

@@ -153,13 +153,10 @@ def hyperball(
                 return root(jnp.sum(absolute_square(a), axis=(-2, -1), keepdims=True))
             return norm(step, a, axis_name)
 
-        def unit(a: jax.Array) -> jax.Array:
-            own = length(a)
-            return a / jnp.where(own > 0, own, 1)
-
         now = length(x)
         radius = step.remember(name, lambda kept, _: kept, now, initial=lambda first: first)
-        landed = radius * unit(x - step.at(learning_rate) * radius * unit(u))
+        ahead = x - step.at(learning_rate) * radius * unit(u, length(u))
+        landed = radius * unit(ahead, length(ahead))
         return step.set(direction=x - landed).without("rate", "second_moment")
 
     return line
@@ -216,8 +213,8 @@ def magma(
                 continue
             g = step.gradient
             m = step.average("mean_of_gradients", g, b1)
-            product = unit(step, m, axis_name).conj() * unit(step, g, axis_name)
-            cosine = over(step, [jnp.real(product)], "sum", axis_name)
+            of_m, of_g = (unit(a, norm(step, a, axis_name)) for a in (m, g))
+            cosine = over(step, [jnp.real(of_m.conj() * of_g)], "sum", axis_name)
             now = jax.nn.sigmoid(cosine / step.at(tau))
             agreed = step.average("agreement", now, decay, initial=1.0)
             coin = jax.random.uniform(jax.random.fold_in(key, i), dtype=np.float32)
@@ -227,7 +224,6 @@ def magma(
     return WholeTree(line)
 
 
-def unit(step: AdaptiveStep, a: jax.Array, axis_name: AxisName) -> jax.Array:
-    """``a / |a|``, 0 for 0."""
-    length = norm(step, a, axis_name)
+def unit(a: jax.Array, length: jax.Array) -> jax.Array:
+    """``a / |a|`` of an array and its length, 0 for 0."""
     return a / jnp.where(length > 0, length, 1)

@@ -17,6 +17,7 @@ from adaptive_opt.testing.subject import Subject
 from adaptive_opt.testing.trees import (
     are_close,
     avals,
+    avals_of,
     expect_bits,
     expect_close,
     expect_finite,
@@ -153,14 +154,9 @@ def abstract_init(subject: Subject) -> None:
         state = subject.optimizer.init(subject.params)
         if jax.tree.structure(shapes) != jax.tree.structure(state):
             raise Broken("the state has another structure than when it is computed")
-        for (path, *one, _), (_, *other, _) in zip(avals(state), _of_shapes(shapes), strict=True):
+        for (path, *one, _), (_, *other, _) in zip(avals(state), avals_of(shapes), strict=True):
             if one != other:
                 raise Broken(f"at {path} it is {one}, abstractly {other}")
-
-
-def _of_shapes(tree: Tree) -> list[Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(path_of(path), x.shape, x.dtype, x.weak_type) for path, x in leaves]
 
 
 @contract

@@ -26,7 +26,11 @@ def normal(seed: int, *leading: int, shapes: Any = SHAPES) -> Tree:
 
 def avals(tree: Tree) -> list[tuple[str, tuple[int, ...], Any, bool]]:
     """Path, shape, dtype and weak type of every leaf: what decides whether jit compiles anew."""
-    shapes = jax.eval_shape(lambda: tree)
+    return avals_of(jax.eval_shape(lambda: tree))
+
+
+def avals_of(shapes: Tree) -> list[tuple[str, tuple[int, ...], Any, bool]]:
+    """The same of a tree that ``jax.eval_shape`` returned."""
     return [
         (path_of(path), x.shape, x.dtype, x.weak_type)
         for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]
