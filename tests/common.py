@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import inspect
 
 import chex
@@ -116,6 +118,18 @@ NEED_PARAMS = (
     ),
 )
 """The recipes whose update needs the parameters: they decay by default, or look at their length."""
+
+
+@contextlib.contextmanager
+def checking_leaks():
+    """JAX looks for leaks among all objects there are: only those made from here on, please."""
+    gc.collect()
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def buffers_of(state):

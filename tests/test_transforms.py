@@ -18,6 +18,7 @@ from common import (
     RECIPES,
     assert_bit_equal,
     buffers_of,
+    checking_leaks,
     gradient_trees,
     normal_tree,
     train,
@@ -120,8 +121,14 @@ def test_the_step_lowers_for_cpu_cuda_and_tpu(recipe):
     )
 
 
+def test_a_leak_would_be_found():
+    kept = []
+    with pytest.raises(Exception, match="Leaked"), checking_leaks():
+        jax.eval_shape(lambda lr: kept.append(lr) or lr, 1e-3)
+
+
 def test_nothing_leaks_out_of_a_trace():
     x = jnp.ones(2)
-    with jax.checking_leaks():
+    with checking_leaks():
         for recipe in RECIPES.values():
             jax.eval_shape(lambda lr, r=recipe: r(lr).update(x, r(lr).init(x), x), 1e-3)
