@@ -24,7 +24,7 @@ from common import (
 )
 
 import adaptive_opt
-from adaptive_opt import low_memory, skip_nonfinite
+from adaptive_opt import adam, low_memory, sgd, skip_nonfinite
 from adaptive_opt.memory import codecs
 
 DTYPES = {
@@ -165,6 +165,18 @@ def test_where_squares_overflow_nothing_is_a_nan_and_the_guard_leaves_all_as_it_
         assert not np.any(update)
     update, after = step(jnp.ones(3), after, x)
     assert is_finite(update, after)
+
+
+def test_what_is_too_large_for_fewer_bits_becomes_their_largest_number():
+    """An update in the parameter's dtype, and a buffer in the state's; infinity stays infinity."""
+    x = jnp.ones(3, jnp.float16)
+    update, _ = sgd(1e6).update(jnp.array([1.0, -1.0, jnp.inf], jnp.float16), sgd(1e6).init(x), x)
+    assert list(update) == [-65504, 65504, -np.inf]
+    largest = float(jnp.finfo(jnp.float32).max)
+    optimizer = adam(1e-3, b1=0.0, state_dtype=jnp.bfloat16)
+    x = jnp.ones(2)
+    _, state = optimizer.update(jnp.array([largest, -jnp.inf]), optimizer.init(x), x)
+    assert list(buffers_of(state)["mu"]) == [jnp.finfo(jnp.bfloat16).max, -np.inf]
 
 
 def test_after_10000_zero_gradients_every_recipe_moves():
