@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import flax.serialization
 import jax
@@ -46,6 +47,7 @@ from adaptive_opt import (
     telemetry,
     to_bytes,
 )
+from adaptive_opt.core import waves
 from adaptive_opt.watching.tally import BIN_EDGES, QUANTILES
 
 GRADIENTS = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradient_trees(8))
@@ -567,3 +569,18 @@ def test_mistakes_are_named(make, message):
 def looked(look):
     optimizer = adam(1e-3, observers=observer(look, {"x": ()}, name="mine"))
     return optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+
+
+def test_an_update_that_is_not_compiled_says_so_once():
+    waves._say_that_it_is_compiled.cache_clear()
+    optimizer, x = adam(1e-3, observers=telemetry()), jnp.ones(3)
+    state = optimizer.init(x)
+    with pytest.warns(UserWarning, match=r"Put the training step under jax\.jit") as said:
+        _ = [optimizer.update(x, state, x) for _ in range(2)]
+    assert len(said) == 1
+    waves._say_that_it_is_compiled.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(optimizer.update)(x, state, x)
+        with jax.disable_jit():
+            optimizer.update(x, state, x)

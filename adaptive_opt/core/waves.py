@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,6 +87,8 @@ class Waves:
         many = max(1, SEGMENT // self.length - 1)
         arrays = jax.tree.leaves(self.leaves)
         start = jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
+        if not any(isinstance(x, Tracer) for x in arrays) and not jax.config.jax_disable_jit:
+            _say_that_it_is_compiled()
 
         def take(t: Any, carry: Carry) -> Carry:
             cut = {name: jnp.asarray(column)[t] for name, column in table.items()}
@@ -105,6 +108,17 @@ class Waves:
             return merge(total, rest(jax.lax.fori_loop(k * many, end, take, start)))
 
         return jax.lax.fori_loop(1, -(-len(cuts) // many), segment, total)
+
+
+@functools.cache
+def _say_that_it_is_compiled() -> None:
+    """Once in a process."""
+    warnings.warn(
+        "an observer looks at an update that is not compiled: its loop over the weights is compiled"
+        " anew every time. Put the training step under jax.jit, or let it look less often"
+        " (telemetry(every=...)).",
+        stacklevel=2,
+    )
 
 
 def waves_of(
