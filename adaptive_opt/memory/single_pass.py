@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, gensym, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from adaptive_opt.core.describe import described_around
 from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
@@ -210,14 +210,13 @@ def _always_single_pass(
 
 def _inlined(program: ClosedJaxpr) -> ClosedJaxpr:
     """The same program with the equations of every ``jit`` in place of it."""
-    variable = gensym()
     constants: dict[Any, Any] = {}
     equations: list[Any] = []
 
     def renamed(program: ClosedJaxpr, given: Sequence[Any]) -> list[Any]:
         """Appends the equations, whose variables another call may use too; returns the results."""
         jaxpr = program.jaxpr
-        held = [variable(var.aval) for var in jaxpr.constvars]
+        held = [Var(var.aval) for var in jaxpr.constvars]
         constants.update(zip(held, program.consts, strict=True))
         known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *given), strict=True))
 
@@ -229,12 +228,12 @@ def _inlined(program: ClosedJaxpr) -> ClosedJaxpr:
             if _is_plain_call(equation):
                 results = renamed(_inside(equation), operands)
             else:
-                results = [variable(var.aval) for var in equation.outvars]
+                results = [Var(var.aval) for var in equation.outvars]
                 equations.append(equation.replace(invars=operands, outvars=results))
             known.update(zip(equation.outvars, results, strict=True))
         return [*map(read, jaxpr.outvars)]
 
-    inputs = [variable(var.aval) for var in program.jaxpr.invars]
+    inputs = [Var(var.aval) for var in program.jaxpr.invars]
     outputs = renamed(program, inputs)
     jaxpr = program.jaxpr.replace(
         constvars=[*constants], invars=inputs, eqns=equations, outvars=outputs
