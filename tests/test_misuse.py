@@ -334,7 +334,7 @@ def test_a_transformation_between_open_and_close_fails_with_our_message(name, x)
 def test_a_transformation_that_maps_over_the_parameters_first_fails_with_our_words_too():
     chain = optax.chain(open_step(), optax.keep_params_nonnegative(), close_step())
     x = {"w": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"only stages can read it, put close_step\(\) before"):
+    with pytest.raises(ValueError, match=r"only stages .* read it.* close_step\(\)"):
         chain.update(x, chain.init(x), x)
 
 
@@ -346,7 +346,7 @@ def test_a_missing_close_fails_where_the_step_arrives():
     step, _ = chain.update(x, chain.init(x), x)
     assert isinstance(step, OpenStep)
     assert "close_step() turns it into updates" in repr(step)
-    with pytest.raises(ValueError, match=r"only stages can read it, put close_step\(\) before"):
+    with pytest.raises(ValueError, match=r"only stages .* read it.* close_step\(\)"):
         optax.apply_updates(x, step)
 
 
