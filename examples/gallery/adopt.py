@@ -27,6 +27,15 @@ RECIPES = {
 }
 
 
+NAMES = {
+    "Adam": (5, (-6, -10), "right"),
+    "AMSGrad": (1, (-8, 4), "right"),
+    "ADOPT": (3, (-8, -14), "right"),
+    "ADOPT without its clipping": (2, (0, -12), "center"),
+}
+"""Where a name stands: the number of the b2, an offset in points, its side there."""
+
+
 def measure(seeds: int, periods: int) -> dict:
     del seeds  # there is no chance in it
     rates, forgets = (g.ravel() for g in np.meshgrid(RATES, FORGETS, indexing="ij"))
@@ -52,10 +61,22 @@ def draw(found: dict):
     figure, ax = plt.subplots(figsize=(6.5, 3.2))
     rates, forgets = np.array(found["rates"]), np.array(found["forgets"])
     chosen = int(np.flatnonzero(rates == DRAWN)[0])
-    for number, x in enumerate(found["x"].values()):
-        ends = np.array(x)[chosen]
-        ax.plot(forgets, ends, color=COLOURS[number], linestyle=DASHES[number], marker="o")
-    ax.set(xscale="log", xlabel=r"$1-b_2$", ylabel="x at the end (best: -1)", title="TITLE")
+    for number, (name, x) in enumerate(found["x"].items()):
+        ends, colour = np.array(x)[chosen], COLOURS[number]
+        ax.plot(forgets, ends, color=colour, linestyle=DASHES[number], marker="o", markersize=3.5)
+        at, offset, side = NAMES[name]
+        ax.annotate(
+            name, (forgets[at], ends[at]), offset, textcoords="offset points", color=colour,
+            ha=side, va="center",
+        )  # fmt: skip
+    ax.set(
+        xscale="log",
+        xlabel=r"$1-b_2$",
+        ylabel="x at the end (best: -1)",
+        ylim=(-1.2, 1.1),
+        title="Only ADOPT without its clipping finds the best point at every $b_2$",
+    )
+    ax.set_title("At small $b_2$ ADOPT goes to the worst point; without its clipping it does not")
     return figure
 
 

@@ -92,7 +92,7 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.3), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.1), sharey=True)
     widths, rates = found["widths"], np.array(found["rates"])
     shades = plt.get_cmap("viridis")(np.linspace(0.75, 0.0, len(widths)))
     for ax, (name, losses) in zip(axes, found["losses"].items(), strict=True):

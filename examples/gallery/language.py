@@ -153,4 +153,5 @@ def draw_sweep(
             name, (x[at], mean[at]), (0, above), textcoords="offset points", color=colour,
             ha="center", va="center",
         )  # fmt: skip
+    ax.margins(y=0.12)
     ax.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per character)")

@@ -110,7 +110,10 @@ def draw(found: dict):
     ax.axvline(1, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(forms)), forms)
     ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="squared error of the average, plain average = 1", title="TITLE")
+    ax.set(xscale="log", xlabel="squared error of the average of gradients, without MARS = 1")
+    figure.suptitle(
+        "At its gamma of .025 MARS hardly changes the error; in full it wants today's batch"
+    )
     return figure
 
 
