@@ -49,9 +49,9 @@ def measure(seeds: int, steps: int) -> dict:
 def draw(found: dict):
     figure, ax = plt.subplots(figsize=(6.5, 3.4))
     names = list(found["losses"])
-    places = dict(zip(names, ((3, -14), (0, -14), (2, 14)), strict=True))
+    places = dict(zip(names, ((2, -14), (3, 14), (2, 14)), strict=True))
     draw_sweep(ax, found["rates"], found["losses"], places)
-    ax.set_title("TITLE")
+    ax.set_title("A slow average does not help a training of a thousand steps")
     return figure
 
 
