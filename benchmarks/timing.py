@@ -17,16 +17,19 @@ def seconds(run: Callable[[int], None], times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def in_turns(timers: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+def in_turns(
+    timers: Mapping[str, Callable[[int], float]], rounds: int, least: int = 1
+) -> dict[str, list[float]]:
     """The seconds of a step of everyone in every round, in a random order in each.
 
     Args:
       timers: by name, from a number of steps to the seconds of one.
+      least: steps in a turn, where more would not fit in the time of one.
     """
     turns = {}
     for name, timer in timers.items():
         timer(1)
-        turns[name] = max(1, min(200, int(ENOUGH / timer(1))))
+        turns[name] = max(least, min(200, int(ENOUGH / timer(1))))
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     for _ in range(rounds):

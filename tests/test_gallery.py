@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 GALLERY = ROOT / "examples" / "gallery"
 README = (GALLERY / "README.md").read_text()
 SCRIPTS = sorted(
-    p.stem for p in GALLERY.glob("*.py") if p.stem not in ("shared", "tables")
+    p.stem for p in GALLERY.glob("*.py") if p.stem not in ("shared", "tables", "language")
 )  # fmt: skip
 
 TINY = {
@@ -29,8 +29,15 @@ TINY = {
     "decades": ["--seeds=2", "--steps=1"],
     "warmup": ["--seeds=1", "--steps=2"],
     "spectrogram": ["--seeds=1", "--steps=12"],
+    "adopt": ["--seeds=1", "--periods=2"],
+    "cautious": ["--seeds=1", "--steps=3"],
+    "slow_average": ["--seeds=1", "--steps=3"],
+    "schedule_free": ["--seeds=1", "--steps=8"],
+    "hyperball": ["--seeds=1", "--steps=2"],
+    "matrices": ["--seeds=1", "--steps=3"],
+    "mars_variance": ["--seeds=1", "--steps=8"],
 }
-SLOW = {"amsgrad", "decay", "one_cycle", "decades", "warmup", "spectrogram"}
+QUICK = {"rectifier", "friction", "elementwise"}  # the others with -m slow
 
 
 @pytest.fixture
@@ -45,7 +52,7 @@ def gallery(monkeypatch):
         return module
 
     yield load
-    for name in ("shared", "warmup"):
+    for name in ("shared", "warmup", "amsgrad", "language"):
         sys.modules.pop(name, None)
 
 
@@ -87,7 +94,7 @@ def test_every_number_in_a_table_is_in_the_json(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(s, marks=[pytest.mark.slow] * (s in SLOW)) for s in SCRIPTS]
+    "name", [pytest.param(s, marks=[pytest.mark.slow] * (s not in QUICK)) for s in SCRIPTS]
 )
 def test_a_script_measures_and_draws(name, gallery, tmp_path):
     found = gallery(name).main([*TINY[name], "--output", str(tmp_path)])
@@ -169,3 +176,29 @@ def test_half_the_learning_rate_does_on_f1_what_diffgrad_does(measured):
 @pytest.mark.slow
 def test_a_rate_for_every_weight_is_better_on_the_axis_aligned_quadratic(measured):
     assert measured("elementwise")["gain in loss, geometric mean, axis-aligned"] > 4
+
+
+@pytest.mark.slow
+def test_adopt_reaches_the_best_point_at_every_b2_without_its_clipping_only(measured):
+    found = measured("adopt")
+    wrong = "part of the settings that end at x > 0, {}".format
+    assert found[wrong("ADOPT without its clipping")] == 0
+    assert found[wrong("ADOPT")] > 0.2
+
+
+@pytest.mark.slow
+def test_what_mars_keeps_of_the_batch_before_reduces_no_variance(measured):
+    found = measured("mars_variance")
+    assert found["today's batch, gamma 1 over plain, lr 0.001"] < 0.6
+    assert found["the batch before, gamma 1 over plain, lr 0.001"] > 5
+    for form in ("today's batch", "the batch before"):
+        for rate in ("0.0001", "0.001"):
+            assert 0.9 < found[f"{form}, gamma 0.025 over plain, lr {rate}"] < 1.1
+
+
+@pytest.mark.slow
+def test_a_schedule_free_run_is_ahead_of_tuned_cosines_of_all_lengths(measured):
+    found = measured("schedule_free")
+    ahead = [mean for what, mean in found.items() if what.startswith("Schedule-Free AdamW after")]
+    assert len(ahead) == 4
+    assert max(ahead) < -0.03
