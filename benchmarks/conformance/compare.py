@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 
 EXACT = 1e-12
+ROUNDING = 1e-11
+"""Of two codes of one formula where it loses digits in float64: RAdam's rho_inf - 2 t b2^t / ..."""
 
 
 @dataclasses.dataclass(frozen=True)

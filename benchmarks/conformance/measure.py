@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
+import platform
 import warnings
 from typing import Any
 
 import numpy as np
 
+import adaptive_opt
 from benchmarks.conformance import running
-from benchmarks.conformance.compare import EXACT, departure
+from benchmarks.conformance.compare import ROUNDING, departure
 from benchmarks.conformance.libraries import NAMES, Entry, module_of
 from benchmarks.conformance.truth import METHODS, Case, Method
 
@@ -31,6 +34,7 @@ def of_library(library: str, method: Method, entry: Entry) -> dict[str, Any]:
     casts = running.torch_without_casts if entry.casts_out else contextlib.nullcontext
     cases = {n: c for n, c in method.cases.items() if not {*entry.lacks} & {*c.arguments}}
     found: dict[str, Any] = {"cases": {}, "differs": entry.differs}
+    found |= {"note": entry.note} if entry.note else {}
     found |= {"casts taken out": True} if entry.casts_out else {}
     nearest = []
     for name, case in cases.items():
@@ -39,11 +43,12 @@ def of_library(library: str, method: Method, entry: Entry) -> dict[str, Any]:
             made = run(entry.make, case)
         found["cases"][name] = _apart(made, case)
         if entry.ours is not None:
-            nearest.append(departure(made, running.ours(case, entry.ours), case.start).by)
+            found["ours"] = entry.ours(case.arguments) if callable(entry.ours) else entry.ours
+            nearest.append(departure(made, running.ours(case, found["ours"]), case.start).by)
     if len(cases) < len(method.cases):
-        found["lacks"] = [a for a in entry.lacks]
+        found["lacks"] = [*entry.lacks]
     if nearest:
-        found |= {"ours": entry.ours, "from ours by": max(nearest)}
+        found["from ours by"] = max(nearest)
     return found
 
 
@@ -61,19 +66,25 @@ def faults(results: dict[str, Any]) -> list[str]:
                 found.append(f"{library} {method}: departs from its reference")
             elif library != OURS and departs != bool(cell["differs"]):
                 found.append(f"{library} {method}: {'no words' if departs else 'nothing differs'}")
-            if cell.get("from ours by", 0.0) > EXACT:
+            if cell.get("from ours by", 0.0) > ROUNDING:
                 found.append(f"{library} {method}: not {cell['ours']}, {cell['from ours by']:.1e}")
     return found
 
 
-def everything(methods: list[str], libraries: list[str]) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    packages = [package for library in NAMES for package in module_of(library).PACKAGES]
+    found = {name: importlib.metadata.version(name) for name in ("jax", *packages)}
+    return {OURS: adaptive_opt.__version__, "Python": platform.python_version()} | found
+
+
+def everything() -> dict[str, Any]:
     """By method and library."""
     results: dict[str, Any] = {}
-    for name in methods:
+    for name in METHODS:
         results[name] = {OURS: of_ours(METHODS[name])}
-        for library in libraries:
+        for library in NAMES:
             entry = module_of(library).TABLE.get(name)
             if entry is not None:
                 results[name][library] = of_library(library, METHODS[name], entry)
-                print(name, library, results[name][library], flush=True)
+                print(f"{name}: {library}", flush=True)
     return results

@@ -76,9 +76,7 @@ def optimizer_of(row: dict[str, Any], steps: int) -> optax.GradientTransformatio
     return lookahead(optimizer, **around) if around else optimizer
 
 
-def keras_adamw(
-    recipe: str, arguments: dict[str, Any]
-) -> optax.GradientTransformationExtraArgs:
+def keras_adamw(recipe: str, arguments: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     """keras-adamw with restarts and both decays."""
     restarts = {name: arguments.pop(name) for name in ("period", "minimum", "maximum", "start")}
     l1, l2 = (

@@ -18,17 +18,18 @@ Make = Callable[..., Any]
 
 
 def ours(case: Case, changes: dict[str, Any] | None = None) -> np.ndarray:
-    """This library's recipe with the arguments of the row, or with other ones."""
-    row = case.row | {"arguments": case.arguments | (changes or {})}
+    """This library's recipe with the arguments of the row, or with other ones, or modifiers."""
+    changes = dict(changes or {})
+    row = case.row | {key: changes.pop(key) for key in ("modifiers",) if key in changes}
+    row |= {"arguments": case.arguments | changes}
     made = optimizer_of(row, len(case.gradients))
     return _scan(made, case)
 
 
 def of_optax(make: Make, case: Case) -> np.ndarray:
-    """``make(learning rate, the other hyperparameters)`` is a transformation of optax."""
-    given = dict(case.arguments)
-    lr, factors = given.pop("learning_rate", 1.0), jnp.asarray(case.factors)
-    return _scan(make(lambda count: lr * factors[count], given), case)
+    """``make(schedule of the learning rate, hyperparameters)`` is a transformation of optax."""
+    rates = case.arguments["learning_rate"] * jnp.asarray(case.factors)
+    return _scan(make(lambda count: rates[count], case.arguments), case)
 
 
 def _scan(optimizer: Any, case: Case) -> np.ndarray:
@@ -59,12 +60,20 @@ def of_torch(make: Make, case: Case) -> np.ndarray:
 
 @contextlib.contextmanager
 def torch_without_casts() -> Iterator[None]:
-    """PyTorch whose ``x.float()`` and ``x.bfloat16()`` are x, in the dtype that it has."""
+    """PyTorch whose casts to float32 and bfloat16 leave a tensor the dtype that it has."""
     import torch
 
-    casts = {name: getattr(torch.Tensor, name) for name in ("float", "bfloat16")}
-    for name in casts:
+    fewer = (torch.float32, torch.bfloat16)
+    casts = {name: getattr(torch.Tensor, name) for name in ("float", "bfloat16", "to")}
+
+    def to(x: Any, *given: Any, **named: Any) -> Any:
+        given = tuple(x.dtype if value in fewer else value for value in given)
+        named = {key: x.dtype if value in fewer else value for key, value in named.items()}
+        return casts["to"](x, *given, **named)
+
+    for name in ("float", "bfloat16"):
         setattr(torch.Tensor, name, torch.Tensor.clone)
+    torch.Tensor.to = to
     try:
         yield
     finally:

@@ -14,9 +14,9 @@ import numpy as np
 from benchmarks.conformance.recorded import ROWS, arrays_of, multiplier
 
 WORDS = {
-    *"defaults far schedule decay binding plain heavy nesterov more".split(),
-    *"tall wide square cube vector".split(),
-    *"mlp.bias mlp.weight wte.weight q_proj.weight norm.weight gate".split(),
+    *["defaults", "far", "schedule", "decay", "binding", "plain", "heavy", "nesterov", "more"],
+    *["tall", "wide", "square", "cube", "vector"],
+    *["mlp.bias", "mlp.weight", "wte.weight", "q_proj.weight", "norm.weight", "gate"],
 }
 """What a row may have behind its name without being another algorithm."""
 AUTHORS = "the authors' code"

@@ -32,13 +32,15 @@ class Entry:
     """One method of one library."""
 
     make: Callable[..., Any]
-    """PyTorch: ``([parameter], h)``; optax: ``(learning rate, h)``; Keras: ``(h)``."""
+    """PyTorch: ``([parameter], h)``; optax: ``(schedule, h)``; Keras: ``(h)``."""
     differs: str = ""
     """From the reference, in words."""
-    ours: dict[str, Any] | None = None
-    """The arguments with which the recipe here is what the library has; checked."""
+    ours: dict[str, Any] | Callable[..., dict[str, Any]] | None = None
+    """The arguments, perhaps of h, with which the recipe here is what the library has; checked."""
     lacks: tuple[str, ...] = ()
     """Hyperparameters that it does not have: rows with them are left out."""
+    note: str = ""
+    """What is no departure."""
     casts_out: bool = False
     """Whether it runs without its casts to float32 and bfloat16."""
 

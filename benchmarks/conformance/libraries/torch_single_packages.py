@@ -45,13 +45,15 @@ TABLE = {
     "lion": Entry(lambda p, h: Lion(p, **torch_options(h))),
     "adan": Entry(
         lambda p, h: Adan(
-            p, h["learning_rate"], tuple(1 - h[b] for b in ("b1", "b2", "b3")), h["eps"],
+            p,
+            h["learning_rate"],
+            tuple(1 - h[b] for b in ("b1", "b2", "b3")),
+            h["eps"],
             decay_of(h),
-        )
+        ),
+        differs="its first step only remembers the gradient, but counts in the corrections",
     ),
-    "adam_atan2": Entry(
-        lambda p, h: AdamAtan2(p, **torch_options(h), a=h["scale"], b=h["b"])
-    ),
+    "adam_atan2": Entry(lambda p, h: AdamAtan2(p, **torch_options(h), a=h["scale"], b=h["b"])),
     "adamp": Entry(
         lambda p, h: AdamP(p, **torch_options(h), delta=h["delta"], wd_ratio=h["wd_ratio"])
     ),
@@ -65,6 +67,7 @@ TABLE = {
         lacks=("inner_momentum",),
     ),
     "schedule_free_radam": Entry(
-        lambda p, h: schedulefree.RAdamScheduleFree(p, **torch_options(h), **free(h))
+        lambda p, h: schedulefree.RAdamScheduleFree(p, **torch_options(h), **free(h)),
+        differs="rounding only: rho_t loses digits in float64",
     ),
-}  # fmt: skip
+}

@@ -14,7 +14,7 @@ TABLE = {
             p, h["learning_rate"], (h.get("eps", 1e-30), h.get("eps_scale", 1e-3)),
             h.get("threshold", 1.0), -h.get("decay_rate", 0.8), h.get("b1"), relative_step=False,
         ),
-        "",
-        {"axes": "last"},
+        differs="",
+        ours={"axes": "last"},
     ),
 }  # fmt: skip
