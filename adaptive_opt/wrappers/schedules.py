@@ -362,9 +362,9 @@ def _locator(
 ) -> Callable[[jax.Array], tuple[Any, Any]]:
     """A function of the step: how many steps ago its period began, and how long it is.
 
-    At step 0 of the first period ``start`` steps have passed; a sum of the two whole numbers would
-    wrap at the last steps there are. Without a division, which a compiler turns into a product with a rounded reciprocal: the step of
-    a restart would now and then count as the last one before it.
+    At step 0 ``start`` steps of the first period have passed; a sum of the two whole numbers would
+    wrap at the last steps there are. Nor is there a division, which a compiler turns into a product
+    with a rounded reciprocal: the step of a restart would now and then count as the one before it.
     """
     if growth == 1:
         begun = start % period

@@ -24,11 +24,12 @@ def departure(made: np.ndarray, truth: np.ndarray, start: np.ndarray) -> Departu
 
     So the largest is 2, whatever a path does; what is not finite counts as 2.
     """
-    steps = len(truth)
+    finite = np.isfinite(made)
+    made = np.where(finite, made, 0.0)
     sizes = np.maximum(np.abs(made), np.abs(truth))
     sizes[0] = np.maximum(sizes[0], np.abs(start))
     sizes = np.maximum.accumulate(sizes, axis=0)
     apart = np.divide(np.abs(made - truth), sizes, where=sizes > 0, out=np.zeros_like(truth))
-    by_step = np.where(np.isfinite(apart), apart, 2.0).reshape(steps, -1).max(axis=1)
+    by_step = np.where(finite, apart, 2.0).reshape(len(truth), -1).max(axis=1)
     late = np.flatnonzero(by_step > EXACT)
     return Departure(int(late[0]) + 1 if len(late) else None, float(by_step.max()))

@@ -6,6 +6,8 @@ import pathlib
 from typing import Any
 
 from benchmarks.conformance.compare import EXACT
+from benchmarks.conformance.libraries import NAMES
+from benchmarks.conformance.measure import OURS
 from benchmarks.conformance.truth import METHODS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -17,7 +19,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks.conformance -->", "<!-- end -->"
 def page(found: dict[str, Any]) -> str:
     """The table of all, and what each method is compared with."""
     results = found["methods"]
-    libraries = list(dict.fromkeys(name for row in results.values() for name in row))
+    libraries = [OURS, *NAMES]
     cells = [cell for row in results.values() for cell in row.values()]
     exact = sum(_worst(cell) <= EXACT for cell in cells)
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -57,18 +59,23 @@ def _section(method: str, row: dict[str, Any]) -> list[str]:
         "| library | | what differs | here |",
         "|---|---|---|---|",
     ]
-    for library, cell in row.items():
+    for library in [OURS, *NAMES]:
+        if library not in row:
+            continue
+        cell = row[library]
         lines.append(f"| {library} | {_cases(cell)} | {_words(cell)} | {_ours(cell)} |")
     return lines
 
 
 def _cases(cell: dict[str, Any]) -> str:
     """Exact, or each row that departs with its step and size."""
-    apart = {name: case for name, case in cell["cases"].items() if case["step"]}
-    if not apart:
-        return "exact"
-    said = [f"`{n}`: from step {case['step']}, by {case['by']:.0e}" for n, case in apart.items()]
-    return "; ".join(said) + "; the rest exact" * (len(apart) < len(cell["cases"]))
+    alike: dict[str, list[str]] = {}
+    for name, case in cell["cases"].items():
+        said = f"from step {case['step']}, by {case['by']:.0e}" if case["step"] else "exact"
+        alike.setdefault(said, []).append(name)
+    if len(alike) == 1:
+        return next(iter(alike))
+    return "; ".join(f"{_listed(names)}: {said}" for said, names in alike.items())
 
 
 def _words(cell: dict[str, Any]) -> str:
@@ -87,7 +94,7 @@ def _ours(cell: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else repr(value).replace("'", '"')
+    return "..." if value == "..." else repr(value).replace("'", '"')
 
 
 def _listed(names: Any) -> str:

@@ -1,4 +1,4 @@
-"""pytorch_optimizer."""
+"""pytorch_optimizer, without what it takes from torch.optim (Adam, NAdam, RMSprop, SGD, ...)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ TABLE = {
     "stableadamw": Entry(lambda p, h: po.StableAdamW(p, **options(h), kahan_sum=False)),
     "novograd": Entry(
         lambda p, h: po.NovoGrad(p, **options(h) | {"eps": h["eps_root"] ** 0.5}),
-        differs="eps is added outside the root",
+        differs="eps, here the root of eps_root, is added outside the root",
         ours=lambda h: {"eps": h["eps_root"] ** 0.5, "eps_root": 0.0},
     ),
     "lamb": Entry(

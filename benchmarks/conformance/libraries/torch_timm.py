@@ -1,4 +1,4 @@
-"""timm.optim.
+"""timm.optim, without what it takes from torch.optim.
 
 Its optimizers need nothing of its models, whose package wants a torchvision of the same build:
 the modules around them are stood in for.
@@ -71,7 +71,7 @@ TABLE = {
     "adan": Entry(lambda p, h: optim.Adan(p, **options(h, "b1", "b2", "b3"))),
     "novograd": Entry(
         lambda p, h: optim.NvNovoGrad(p, **torch_options(h) | {"eps": h["eps_root"] ** 0.5}),
-        differs="eps is added outside the root",
+        differs="eps, here the root of eps_root, is added outside the root",
         ours=lambda h: {"eps": h["eps_root"] ** 0.5, "eps_root": 0.0},
     ),
     "lamb": Entry(

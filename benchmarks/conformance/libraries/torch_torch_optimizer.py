@@ -41,7 +41,7 @@ TABLE = {
     ),
     "novograd": Entry(
         lambda p, h: to.NovoGrad(p, **torch_options(h) | {"eps": h["eps_root"] ** 0.5}),
-        differs="eps is added outside the root",
+        differs="eps, here the root of eps_root, is added outside the root",
         ours=lambda h: {"eps": h["eps_root"] ** 0.5, "eps_root": 0.0},
     ),
     "lamb": Entry(lambda p, h: to.Lamb(p, **torch_options(h), clamp_value=1e30, debias=False)),
