@@ -4,8 +4,8 @@
     python tests/references/record_long_runs.py
 
 Into ``long_runs.json``: for each rule of tests/rules.py the public implementation, its version, and
-its error in float32: of the parameters of every hundredth step, and of the first 10,000 updates,
-made from parameters of zero.
+its error in float32 (the median of 128 weights): of the parameters of every hundredth step, and of
+the first 10,000 updates, made from parameters of zero.
 """
 
 from __future__ import annotations
