@@ -30,6 +30,6 @@ def made(folder: pathlib.Path) -> pathlib.Path:
 
 def run_in(folder: pathlib.Path) -> int:
     """This package's command in the environment of a folder, with this checkout."""
-    settings = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [made(folder), "-m", "benchmarks.conformance", "--here"]
     return subprocess.run(command, cwd=ROOT, env=os.environ | settings).returncode

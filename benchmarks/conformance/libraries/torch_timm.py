@@ -61,8 +61,8 @@ TABLE = {
     "adabelief": Entry(lambda p, h: optim.AdaBelief(p, **torch_options(h), rectify=False)),
     "lion": Entry(lambda p, h: optim.Lion(p, **options(h))),
     "laprop": Entry(
-        lambda p, h: optim.LaProp(p, **options(h)),
-        differs="multiplies the decay by the learning rate",
+        lambda p, h: optim.LaProp(p, **paper_decay(h), foreach=False),
+        differs="multiplies the decay by the learning rate of the time",
     ),
     "adopt": Entry(lambda p, h: optim.Adopt(p, **options(h), clip_exp=0.25, decoupled=True)),
     "mars": Entry(
