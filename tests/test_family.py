@@ -430,6 +430,18 @@ def test_restarts_are_exact_beyond_what_float32_can_count():
     np.testing.assert_array_equal(jax.jit(warm_restarts(41))(steps), 1.0)
 
 
+@pytest.mark.parametrize("growth", [1.0, 2.0])
+def test_restarts_that_start_late_go_on_to_the_last_count_of_32_bits(growth, x64):
+    """A sum of that count and the start would be negative: the rate would jump."""
+    last, start = 2**31 - 1, 5
+    eta = jax.jit(jax.vmap(warm_restarts(1000, growth=growth, start=start)))
+    plain = jax.jit(jax.vmap(warm_restarts(1000, growth=growth)))
+    counts = jnp.asarray([0, 7, last - 6, last - 1, last], jnp.int32)
+    # In float64 no sum of the two wraps.
+    expected = plain(jnp.asarray(counts, jnp.float64) + start)
+    np.testing.assert_allclose(eta(counts), expected, rtol=1e-12)
+
+
 def test_warm_restarts_agree_with_those_of_optax_where_both_exist():
     cycles = [
         {"init_value": 0.0, "peak_value": 1.0, "decay_steps": n, "warmup_steps": 0} for n in (8, 16)

@@ -317,10 +317,10 @@ def warm_restarts(
     choose("form", form, {"paper": None, "keras-adamw": None})
     if form == "keras-adamw" and (growth != 1 or period < 2):
         raise ValueError('form="keras-adamw" needs growth=1 and a period of at least 2.')
-    locate = _locator(period, growth)
+    locate = _locator(period, growth, start)
 
     def schedule(step: Any) -> Any:
-        position, length = locate(jnp.asarray(step) + start)
+        position, length = locate(jnp.asarray(step))
         if form == "keras-adamw":
             eta = _cosine(maximum, minimum, position / (period - 1))
             return jnp.where(jnp.asarray(step) == 0, 1.0, eta)
@@ -357,21 +357,28 @@ def normalized_weight_decay(
     return lambda step: weight_decay * jnp.sqrt(1 / locate(jnp.asarray(step))[1])
 
 
-def _locator(period: float, growth: float) -> Callable[[jax.Array], tuple[Any, Any]]:
+def _locator(
+    period: float, growth: float, start: int = 0
+) -> Callable[[jax.Array], tuple[Any, Any]]:
     """A function of the step: how many steps ago its period began, and how long it is.
 
-    Without a division, which a compiler turns into a product with a rounded reciprocal: the step of
-    a restart would now and then count as the last one before it.
+    At step 0 ``start`` steps of the first period have passed; a sum of the two whole numbers would
+    wrap at the last steps there are. Nor is there a division, which a compiler turns into a product
+    with a rounded reciprocal: the step of a restart would now and then count as the one before it.
     """
     if growth == 1:
-        return lambda t: (jnp.asarray(jnp.remainder(t, period), float), period)
+        begun = start % period
+        return lambda t: (
+            jnp.asarray(jnp.remainder(jnp.remainder(t, period) + begun, period), float),
+            period,
+        )
     begins, lengths = [0.0], [float(period)]
     while begins[-1] < 2**31:  # the largest count there is
         begins.append(begins[-1] + lengths[-1])
         lengths.append(period * growth ** len(lengths))
 
     def locate(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        t = jnp.asarray(t, float)
+        t = jnp.asarray(t, float) + start
         index = jnp.searchsorted(jnp.asarray(begins, float), t, side="right") - 1
         return t - jnp.asarray(begins, float)[index], jnp.asarray(lengths, float)[index]
 

@@ -1,0 +1,1 @@
+"""Who computes what: optimizers of many libraries against their authors' code."""
