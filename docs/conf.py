@@ -24,6 +24,7 @@ root_doc = "docs/index"
 include_patterns = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/rules/*", "docs/api/*"),
     *("examples/CHOOSING.md", "examples/gallery/README.md", "benchmarks/README.md"),
+    "benchmarks/results/**.md",
 ]
 exclude_patterns = [".*", "build", "dist"]
 
@@ -54,6 +55,12 @@ def _generated(app: object) -> None:
     rules.write(ROOT / "docs" / "rules")
 
 
+def _result(app: object, document: str, source: list[str]) -> None:
+    """A table that a benchmark has written is a page of its own, which only links lead to."""
+    if document.startswith("benchmarks/results/"):
+        source[0] = f"---\norphan: true\n---\n\n# {document}\n\n{source[0]}"
+
+
 def _first_page(app, error) -> None:
     """The address of the folder itself leads to the first page."""
     if error is None:
@@ -67,4 +74,5 @@ def _first_page(app, error) -> None:
 def setup(app) -> None:
     app.connect("builder-inited", _generated)
     app.connect("build-finished", _first_page)
-    app.connect("autodoc-process-docstring", api.linked)
+    app.connect("source-read", _result)
+    app.connect("autodoc-process-docstring", api.linked, priority=400)  # before napoleon

@@ -254,8 +254,8 @@ def adabound(
     """Adam whose rates are clipped ever closer to that of SGD: ``x - clip(rate, low_t, high_t) m``.
 
     ``rate = lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps)``, and in the end the step is that of
-    SGD with momentum. Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' released code
-    (Luolc/AdaBound, package ``adabound`` 0.0.5); the paper has no bias corrections.
+    SGD with momentum. Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' released
+    code (Luolc/AdaBound, package ``adabound`` 0.0.5); the paper has no bias corrections.
 
     Use it where SGD generalises better but starts slowly, and you know SGD's learning rate.
 

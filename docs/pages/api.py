@@ -137,5 +137,9 @@ def linked_text(text: str) -> str:
 
 
 def linked(app, what, name, value, options, lines: list[str]) -> None:
-    """Before autodoc reads a docstring: links, and ``State:`` as a paragraph of its own."""
-    lines[:] = linked_text("\n".join(lines)).split("\n")
+    """Before napoleon reads a docstring: names become links, and ``State:`` a plain paragraph."""
+    text = linked_text("\n".join(lines))
+    text = re.sub(
+        r"^State: .*(?:\n  .*)*", lambda m: re.sub(r"\n +", "\n", m[0]), text, flags=re.MULTILINE
+    )
+    lines[:] = text.split("\n")

@@ -32,8 +32,9 @@ def arguments(text: str) -> dict[str, str]:
 
 
 def formula(text: str) -> str:
-    """The rule: what stands in double backticks in the first paragraph."""
-    return ",  ".join(map(one_line, re.findall(r"``([^`]+)``", paragraphs(text)[0])))
+    """The rule: what stands in double backticks in the first paragraph and is more than a name."""
+    spans = map(one_line, re.findall(r"``([^`]+)``", paragraphs(text)[0]))
+    return ",  ".join(span for span in spans if " " in span)
 
 
 def formulas_of(text: str) -> str:

@@ -13,7 +13,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ def listings(name: str) -> dict[tuple[str, ...], list[Line]]:
 
 
 def compared(lines: list[Line], others: list[list[Line]]) -> list[tuple[str, Line]]:
-    """The lines beside the nearest of other listings: ``+`` has no such line there, ``-`` is of it."""
+    """The lines beside the nearest other listing: ``+`` where that has none, ``-`` for its own."""
     own = [line.name for line in lines]
 
     def matched(other: list[Line]) -> SequenceMatcher[str]:
@@ -105,7 +105,7 @@ def listing(lines: list[Line], others: list[list[Line]]) -> str:
         what = docstrings.formulas_of(inspect.getdoc(public) or "") if public else "optax's"
         there = link(line.name)
         call = f"`{line.call}`" if there is None else f"[`{line.call}`]({there})"
-        sign = {"+": "[+]{.new}", "-": "[−]{.gone}", "": ""}[mark]
+        sign = {"+": "[+]{.new}", "-": "[&minus;]{.gone}", "": ""}[mark]
         rows.append([sign, call, markdown(what)])
     return docstrings.table(["", "stage", "line"], rows)
 
@@ -141,11 +141,13 @@ def rows_of(page: str) -> Iterator[list[str]]:
 
 
 def evidence(name: str) -> list[str]:
-    """Lines of a list: what CHOOSING and the gallery say in the rows that name it."""
-    found = []
+    """A list: CHOOSING and the gallery in the rows that name it, and advice with a source."""
+    said = docstrings.paragraphs(inspect.getdoc(ours()[name]) or "")
+    found = [f"* {markdown(p)}" for p in said if p.startswith(ADVICE) and "arXiv:" in p]
     for case, take, *why in rows_of("examples/CHOOSING.md"):
         if f"`{name}`" in take and len(why) < 3:
-            found.append(f"* *{case}*: {'. '.join(each.rstrip('.') for each in why if each)}.")
+            because = ". ".join(each.rstrip(".") for each in why if each)
+            found.append(f"* {case}: *{take.rstrip('.')}*. {because}.")
     for claim, verdict in (r for r in rows_of("examples/gallery/README.md") if len(r) == 2):
         if re.search(rf"\b{name.replace('_', ' ?')}\b", claim, re.IGNORECASE):
             found.append(f"* {claim}: {verdict}.")
@@ -179,7 +181,7 @@ def bibliography() -> dict[str, str]:
 
 def cited(name: str) -> list[str]:
     """The entries of the papers that the rule is from, in the order of its docstring."""
-    said = docstrings.paragraphs(inspect.getdoc(ours()[name]) or "")
+    said = (inspect.getdoc(ours()[name]) or "").split("\n\n")
     text = " ".join(part for part in said if not part.startswith(ADVICE))
     places = {key: text.find(key) for key in bibliography()}
     keys = sorted((key for key, at in places.items() if at >= 0), key=places.__getitem__)
@@ -187,6 +189,13 @@ def cited(name: str) -> list[str]:
 
 
 # --- The pages ------------------------------------------------------------------------------------
+
+LEGEND = "[+]{.new} is not in Adam, [&minus;]{.gone} is in Adam and not here; see [adam](adam.md)."
+EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12, step by step
+(`tests/test_exactness.py`). A run is one setting of the arguments."""
+MEANING = "[what the arguments mean](index.md#what-the-arguments-mean)"
+NOTHING = """Nothing is measured for it here, and no comparison at equal tuning is cited: what is said
+of it is its authors' claim."""
 
 
 def defaults(name: str) -> str:
@@ -202,7 +211,7 @@ def defaults(name: str) -> str:
     return docstrings.table(["argument", "default", "one of", "meaning"], rows)
 
 
-def logging(name: str, keys: list[str]) -> str:
+def logging(name: str, keys: Sequence[str]) -> str:
     own = [k for k in keys if k.partition("/")[0] in ("limited", "friction")]
     acts = f", and {', '.join(f'`{k}`' for k in own)}: how far its own line acts" if own else ""
     return f"""```python
@@ -218,7 +227,7 @@ Worth a curve: `loss`, `gradient_norm/all`, `update_ratio/all`, the quantiles of
 See [what to log](../../examples/CHOOSING.md#what-to-log) and [watching](../watching.md)."""
 
 
-def page(name: str, keys: list[str] = [], picture: bool = False) -> str:  # noqa: B006
+def page(name: str, keys: Sequence[str] = (), picture: bool = False) -> str:
     recipe: Any = ours()[name]
     text = inspect.getdoc(recipe) or ""
     first, *rest = docstrings.paragraphs(text)
@@ -229,7 +238,7 @@ def page(name: str, keys: list[str] = [], picture: bool = False) -> str:  # noqa
     parts += ["## Where it comes from", *map(markdown, prose)]
 
     parts += ["## Line by line"]
-    parts += ["[+]{.new} is not in Adam, [−]{.gone} is Adam's and not here; see [Adam](adam.md)."]
+    parts += [LEGEND]
     adams = list(listings("adam").values())
     for which, lines in listings(name).items():
         parts += [f"### As in {', '.join(which)}"] if which else []
@@ -245,13 +254,6 @@ def page(name: str, keys: list[str] = [], picture: bool = False) -> str:  # noqa
     parts += ["## How to log it", logging(name, keys)]
     parts += ["## Cite", *(f"```bibtex\n{entry}\n```" for entry in cited(name))]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12, step by step
-(`tests/test_exactness.py`). A run is one setting of the arguments."""
-MEANING = "[what the arguments mean](index.md#what-the-arguments-mean)"
-NOTHING = """Nothing here is measured for it and no comparison at equal tuning is cited: what is said
-of it is its authors' claim."""
 
 
 def index() -> str:
