@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from sphinx.pycode import ModuleAnalyzer
-
 import adaptive_opt
 
 SUBMODULES = ("testing", "watching.plots")
@@ -51,9 +49,9 @@ def text_of(module: str, name: str) -> tuple[str, str]:
         return inspect.getdoc(value) or "", module
     for defining, loaded in sorted(sys.modules.items()):  # data has a docstring where it is made
         if defining.startswith("adaptive_opt.") and getattr(loaded, name, None) is value:
-            found = ModuleAnalyzer.for_module(defining).find_attr_docs().get(("", name))
-            if found:
-                return "\n".join(found), defining
+            below = re.search(rf'^{name}\b.* = .*\n"""(.+?)"""', inspect.getsource(loaded), re.M)
+            if below:
+                return below[1], defining
     raise ValueError(f"{module}.{name} has no docstring.")
 
 

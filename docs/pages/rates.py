@@ -43,7 +43,7 @@ def _trained(name: str) -> Recorder:
     recipe = adaptive_opt.RECIPES[name]
     takes = inspect.signature(recipe).parameters
     given = {"base_learning_rate": RATE} if "base_learning_rate" in takes else {}
-    optimizer = recipe(RATE, observers=adaptive_opt.telemetry(), **given)
+    optimizer = recipe(RATE, observers=adaptive_opt.telemetry(every=EVERY), **given)
     size = jnp.logspace(-4, 1, SIDE * SIDE).reshape(SIDE, SIDE)
 
     def step(carry, key):
@@ -71,7 +71,10 @@ def keys(name: str) -> list[str]:
 
 
 def draw(name: str, path: pathlib.Path) -> None:
+    """Draw the picture, unless it is there already."""
     recorder = recorded(name)
+    if path.exists() and path.stat().st_mtime > (CACHE / f"{name}.json").stat().st_mtime:
+        return
     group = next(iter(recorder.histograms[-1]))  # that of its matrices, where a rule has one
     beside = {"adam": recorded("adam")} if group == "all" else {}
     figure = rate_spectrogram(beside | {name: recorder}, group=group)

@@ -23,7 +23,7 @@ from adaptive_opt.core.describe import shown
 from benchmarks.recipes import state_bytes
 from docs.pages import docstrings, rates
 from docs.pages.api import write_all
-from examples.draw_stages import ours
+from examples.draw_stages import ours, recorded
 
 ROOT = pathlib.Path(__file__).parents[2]
 ADVICE = (docstrings.WHEN, docstrings.WHEN_NOT)
@@ -113,20 +113,10 @@ def listing(lines: list[Line], others: list[list[Line]]) -> str:
 # --- What was recorded, measured and found --------------------------------------------------------
 
 
-def recorded(name: str) -> list[list[str]]:
-    """The public implementations whose numbers it is tested against, by convention."""
-    recipe: Any = ours()[name]
-    default = inspect.signature(recipe).parameters.get("convention")
-    runs: dict[tuple[str, str, str], int] = {}
-    for manifest in sorted((ROOT / "tests" / "references").glob("*.json")):
-        rows = json.loads(manifest.read_text())
-        for row in rows if isinstance(rows, list) else ():
-            if row["recipe"].split()[-1] == name and "modifiers" not in row:
-                usual = default.default if default else ""
-                convention = row["arguments"].get("convention", usual)
-                key = (convention, row["source"], row.get("version", "")[:12])
-                runs[key] = runs.get(key, 0) + 1
-    return [[c, f"`{source}`", version, str(n)] for (c, source, version), n in sorted(runs.items())]
+def public_code(name: str) -> list[list[str]]:
+    """The implementations whose numbers it is tested against, by convention, and how many runs."""
+    found = recorded(name).items()
+    return [[c, f"`{source}`", version, str(n)] for (c, source, version), n in sorted(found)]
 
 
 def rows_of(page: str) -> Iterator[list[str]]:
@@ -193,9 +183,9 @@ def cited(name: str) -> list[str]:
 LEGEND = "[+]{.new} is not in Adam, [&minus;]{.gone} is in Adam and not here; see [adam](adam.md)."
 EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12, step by step
 (`tests/test_exactness.py`). A run is one setting of the arguments."""
-MEANING = "[what the arguments mean](index.md#what-the-arguments-mean)"
-NOTHING = """Nothing is measured for it here, and no comparison at equal tuning is cited: what is said
-of it is its authors' claim."""
+MEANING = "[the arguments of all rules](index.md#what-the-arguments-mean)"
+NOTHING = """Nothing is measured for it here, and no comparison at equal tuning is cited: what is
+said of it is its authors' claim."""
 
 
 def defaults(name: str) -> str:
@@ -245,7 +235,7 @@ def page(name: str, keys: Sequence[str] = (), picture: bool = False) -> str:
         parts += [listing(lines, adams[:1] if name == "adam" else adams)]
 
     parts += ["## What it equals", EQUAL]
-    parts += [docstrings.table(["convention", "public code", "version", "runs"], recorded(name))]
+    parts += [docstrings.table(["convention", "public code", "version", "runs"], public_code(name))]
     parts += ["## Arguments", defaults(name)]
     parts += ["## Memory and time", " ".join(costs(name))]
     if picture:
