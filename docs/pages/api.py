@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import adaptive_opt
+from adaptive_opt import RECIPES
 
 SUBMODULES = ("testing", "watching.plots")
 """Public modules beside the package itself."""
@@ -66,7 +67,8 @@ def described(module: str, name: str) -> str:
 
 
 def page(module: str, name: str) -> str:
-    return f"{name}\n{'=' * len(name)}\n\n.. currentmodule:: {module}\n\n{described(module, name)}"
+    rule = f"\n:doc:`The rule, line by line <../rules/{name}>`.\n" * (name in RECIPES)
+    return f"{name}\n{'=' * len(name)}\n{rule}\n{described(module, name)}"
 
 
 def summary(text: str) -> str:
@@ -137,6 +139,9 @@ def linked_text(text: str) -> str:
 def linked(app, what, name, value, options, lines: list[str]) -> None:
     """Before napoleon reads a docstring: names become links, and ``State:`` a plain paragraph."""
     text = linked_text("\n".join(lines))
+    text = re.sub(
+        "(?i)(see) the module", r"\1 :doc:`the arguments of all rules </docs/rules/index>`", text
+    )
     text = re.sub(
         r"^State: .*(?:\n  .*)*", lambda m: re.sub(r"\n +", "\n", m[0]), text, flags=re.MULTILINE
     )
