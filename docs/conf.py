@@ -16,7 +16,7 @@ import adaptive_opt  # noqa: E402
 from docs.pages import api, rules  # noqa: E402
 
 project = "adaptive_opt"
-author = "The adaptive_opt authors"
+author = "the adaptive_opt authors"
 version = release = adaptive_opt.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
