@@ -74,6 +74,12 @@ def test_every_public_name_has_a_page_and_a_section_of_the_index():
             assert f"<{name}>" in pages["index"]
 
 
+def test_a_submodule_that_the_documents_import_from_has_pages_too():
+    texts = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    used = {m for text in texts for m in re.findall(r"from adaptive_opt\.([\w.]+) import", text)}
+    assert used == set(api.SUBMODULES)
+
+
 def test_the_first_page_leads_to_every_document():
     text = (ROOT / "docs" / "index.md").read_text()
     trees = "".join(re.findall(r"```{toctree}\n(.*?)```", text, re.DOTALL))

@@ -330,8 +330,7 @@ def amsbound(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """AdaBound with AMSGrad's maximum over the raw v: ``x - clip(lr / (sqrt(max v) + eps), low_t,
-    high_t) m``.
+    """AdaBound with AMSGrad's maximum over the raw v: ``x - clip(rate, low_t, high_t) m``.
 
     Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' ``AdaBound(amsbound=True)``
     (Luolc/AdaBound, package ``adabound`` 0.0.5).

@@ -119,13 +119,16 @@ def public_code(name: str) -> list[list[str]]:
     return [[c, f"`{source}`", version, str(n)] for (c, source, version), n in sorted(found)]
 
 
-def rows_of(page: str) -> Iterator[list[str]]:
-    """The cells of every row of the tables of a document, its links as seen from a rule's page."""
+def text_of(page: str) -> str:
+    """A document, its links as seen from a rule's page."""
     folder = pathlib.PurePosixPath(page).parent
-    text = (ROOT / page).read_text()
-    anchors = re.sub(r"\]\(#", f"](../../{page}#", text)
-    text = re.sub(r"\]\((?!https:|\.\./\.\./)", f"](../../{folder}/", anchors)
-    for line in text.splitlines():
+    anchors = re.sub(r"\]\(#", f"](../../{page}#", (ROOT / page).read_text())
+    return re.sub(r"\]\((?!https:|\.\./\.\./)", f"](../../{folder}/", anchors)
+
+
+def rows_of(page: str) -> Iterator[list[str]]:
+    """The cells of every row of the tables of a document."""
+    for line in text_of(page).splitlines():
         if line.startswith("| "):
             yield [each.strip() for each in re.split(r"(?<!\\)\|", line)[1:-1]]
 
@@ -138,9 +141,14 @@ def evidence(name: str) -> list[str]:
         if f"`{name}`" in take and len(why) < 3:
             because = ". ".join(each.rstrip(".") for each in why if each)
             found.append(f"* {case}: *{take.rstrip('.')}*. {because}.")
+    named = re.compile(rf"\b{name.replace('_', ' ?')}\b", re.IGNORECASE)
     for claim, verdict in (r for r in rows_of("examples/gallery/README.md") if len(r) == 2):
-        if re.search(rf"\b{name.replace('_', ' ?')}\b", claim, re.IGNORECASE):
+        if named.search(claim):
             found.append(f"* {claim}: {verdict}.")
+    errors = text_of("examples/CHOOSING.md").partition("## What articles get wrong")[2]
+    for error in re.split(r"\n(?=\* )", errors)[1:]:
+        if named.search(error.split("*")[2]):
+            found.append(f"* Articles get wrong: {docstrings.one_line(error.strip()[2:])}")
     return found
 
 
@@ -237,6 +245,8 @@ def page(name: str, keys: Sequence[str] = (), picture: bool = False) -> str:
     parts += ["## What it equals", EQUAL]
     parts += [docstrings.table(["convention", "public code", "version", "runs"], public_code(name))]
     parts += ["## Arguments", defaults(name)]
+    if "convention" in recipe.choices:
+        parts += ["A default of `None` may be the convention's: the lines above have its value."]
     parts += ["## Memory and time", " ".join(costs(name))]
     if picture:
         parts += ["## Its rates", f"![The rates of the weights]({name}.png)", f"{rates.PROBLEM}."]
