@@ -17,10 +17,12 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 import adaptive_opt
 from adaptive_opt import Description, describe
 from adaptive_opt.core.describe import shown
-from benchmarks.recipes import state_bytes
 from docs.pages import docstrings, rates
 from docs.pages.api import write_all
 from examples.draw_stages import ours, recorded
@@ -152,9 +154,16 @@ def evidence(name: str) -> list[str]:
     return found
 
 
+def bytes_of(name: str, side: int = 1024) -> float:
+    """What it keeps for each float32 weight of a square matrix, by the shapes of its state."""
+    weights = jax.ShapeDtypeStruct((side, side), np.float32)
+    state = jax.tree.leaves(jax.eval_shape(ours()[name](1e-3).init, {"w": weights}))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in state) / weights.size
+
+
 def costs(name: str) -> list[str]:
     """Bytes and time of a float32 weight."""
-    text = [f"State: {state_bytes(ours()[name]):.0f} bytes for each weight in float32."]
+    text = [f"State: {round(bytes_of(name), 3):g} bytes for each float32 weight of a square matrix."]
     for what, *cells in rows_of("examples/CHOOSING.md"):
         if what == f"`{name}`" and len(cells) == 2:
             text.append(f"A step takes {cells[1]} times that of `optax.adam` on a CPU, in brackets")
@@ -192,6 +201,7 @@ LEGEND = "[+]{.new} is not in Adam, [&minus;]{.gone} is in Adam and not here; se
 EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12, step by step
 (`tests/test_exactness.py`). A run is one setting of the arguments."""
 MEANING = "[the arguments of all rules](index.md#what-the-arguments-mean)"
+CURVES = ("loss", "gradient_norm/all", "update_ratio/all", "rate/all/q50", "rate/all/q99")
 NOTHING = """Nothing is measured for it here, and no comparison at equal tuning is cited: what is
 said of it is its authors' claim."""
 
@@ -210,8 +220,9 @@ def defaults(name: str) -> str:
 
 
 def logging(name: str, keys: Sequence[str]) -> str:
-    own = [k for k in keys if k.partition("/")[0] in ("limited", "friction")]
-    acts = f", and {', '.join(f'`{k}`' for k in own)}: how far its own line acts" if own else ""
+    curves = [k for k in keys if k.endswith(CURVES)]
+    acts = [k for k in keys if re.search(r"\b(limited|friction)/", k)]
+    own = f"; {', '.join(f'`{k}`' for k in acts)}: how far its own line acts" if acts else ""
     return f"""```python
 import jax.numpy as jnp
 from adaptive_opt import {name}, read_telemetry, telemetry
@@ -221,11 +232,11 @@ state = optimizer.init({{"w": jnp.ones((4, 4))}})
 print(read_telemetry(state))  # after each step: a flat dict, empty until the first look
 ```
 
-Worth a curve: `loss`, `gradient_norm/all`, `update_ratio/all`, the quantiles of `rate/all`{acts}.
+Worth a curve: {", ".join(f"`{k}`" for k in curves)}{own}.
 See [what to log](../../examples/CHOOSING.md#what-to-log) and [watching](../watching.md)."""
 
 
-def page(name: str, keys: Sequence[str] = (), picture: bool = False) -> str:
+def page(name: str, keys: Sequence[str] = CURVES, picture: bool = False) -> str:
     recipe: Any = ours()[name]
     text = inspect.getdoc(recipe) or ""
     first, *rest = docstrings.paragraphs(text)
