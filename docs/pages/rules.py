@@ -163,7 +163,8 @@ def bytes_of(name: str, side: int = 1024) -> float:
 
 def costs(name: str) -> list[str]:
     """Bytes and time of a float32 weight."""
-    text = [f"State: {round(bytes_of(name), 3):g} bytes for each float32 weight of a square matrix."]
+    kept = round(bytes_of(name), 3)
+    text = [f"State: {kept:g} bytes for each float32 weight of a square matrix."]
     for what, *cells in rows_of("examples/CHOOSING.md"):
         if what == f"`{name}`" and len(cells) == 2:
             text.append(f"A step takes {cells[1]} times that of `optax.adam` on a CPU, in brackets")
