@@ -3,10 +3,10 @@
     python -m benchmarks.recipes
     python -m benchmarks.recipes --page examples/CHOOSING.md
 
-State: bytes for each float32 parameter, from the shapes of the state. Time: of a jitted step with
-everything donated, on one large leaf; the recipes take turns in random order, and the ratio is the
-median over the rounds of two times of the same round. Prints a table; ``--page`` renews the one
-that is in there.
+State: bytes for each float32 parameter of a square matrix, from the shapes of the state. Time: of a
+jitted step with everything donated, on one large leaf; the recipes take turns in random order, and
+the ratio is the median over the rounds of two times of the same round. Prints a table; ``--page``
+renews the one that is in there.
 """
 
 from __future__ import annotations
@@ -34,14 +34,11 @@ RECIPES["sgd, momentum"] = functools.partial(adaptive_opt.sgd, momentum=0.9)
 BEGIN, END = "<!-- recipes: begin -->", "<!-- recipes: end -->"
 
 
-def state_bytes(make: Callable[[float], optax.GradientTransformation]) -> float:
-    """Bytes of state for each float32 parameter; what does not grow with them is not counted."""
-
-    def size(n: int) -> int:
-        shapes = jax.eval_shape(make(1e-3).init, jax.ShapeDtypeStruct((n, 2), jnp.float32))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-
-    return (size(2048) - size(1024)) / 2048
+def state_bytes(make: Callable[[float], optax.GradientTransformation], side: int = 1024) -> float:
+    """Bytes of state for each float32 parameter of a square matrix."""
+    weights = jax.ShapeDtypeStruct((side, side), jnp.float32)
+    state = jax.tree.leaves(jax.eval_shape(make(1e-3).init, weights))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in state) / weights.size
 
 
 def measured(elements: int, rounds: int) -> dict[str, list[float]]:

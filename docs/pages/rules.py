@@ -17,12 +17,10 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
 import adaptive_opt
 from adaptive_opt import Description, describe
 from adaptive_opt.core.describe import shown
+from benchmarks.recipes import state_bytes
 from docs.pages import docstrings, rates
 from docs.pages.api import write_all
 from examples.draw_stages import ours, recorded
@@ -154,16 +152,9 @@ def evidence(name: str) -> list[str]:
     return found
 
 
-def bytes_of(name: str, side: int = 1024) -> float:
-    """What it keeps for each float32 weight of a square matrix, by the shapes of its state."""
-    weights = jax.ShapeDtypeStruct((side, side), np.float32)
-    state = jax.tree.leaves(jax.eval_shape(ours()[name](1e-3).init, {"w": weights}))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in state) / weights.size
-
-
 def costs(name: str) -> list[str]:
     """Bytes and time of a float32 weight."""
-    kept = round(bytes_of(name), 3)
+    kept = round(state_bytes(ours()[name]), 3)
     text = [f"State: {kept:g} bytes for each float32 weight of a square matrix."]
     for what, *cells in rows_of("examples/CHOOSING.md"):
         if what == f"`{name}`" and len(cells) == 2:
