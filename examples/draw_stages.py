@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -106,14 +107,55 @@ def buffers_of(recipe: Callable[..., optax.GradientTransformation]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state)) // weights.size
 
 
+def paragraph(recipe: Any, begin: str = "") -> str:
+    """The first paragraph of its docstring that begins so, on one line of Markdown."""
+    paragraphs = (inspect.getdoc(recipe) or "").split("\n\n")
+    found = next((each for each in paragraphs if each.startswith(begin)), "")
+    return " ".join(found.split()).replace("``", "`").replace("|", "\\|")
+
+
 def recipes_table() -> str:
     """A line for every recipe, from its docstring and its signature."""
     lines = ["| recipe | what it does | conventions | buffers |", "|---|---|---|---:|"]
     for name, recipe in ours().items():
-        what = inspect.getdoc(recipe).split("\n\n")[0].replace("\n", " ").replace("``", "`")
-        what = what.removesuffix(".").replace("|", "\\|")
+        what = paragraph(recipe).removesuffix(".")
         conventions = ", ".join(recipe.choices.get("convention", ()))
         lines.append(f"| `{name}` | {what} | {conventions} | {buffers_of(recipe)} |")
+    return "\n".join(lines)
+
+
+def advice_table() -> str:
+    """When to use each recipe and when not, from its docstring."""
+    lines = ["| recipe | when | when not |", "|---|---|---|"]
+    for name, recipe in ours().items():
+        lines.append(
+            f"| `{name}` | {paragraph(recipe, 'Use it')} | {paragraph(recipe, 'Do without it')} |"
+        )
+    return "\n".join(lines)
+
+
+def recorded(name: str) -> dict[tuple[str, str, str], int]:
+    """The public code it is tested against: how many runs of a convention, source and version."""
+    default = inspect.signature(ours()[name]).parameters.get("convention")
+    runs: dict[tuple[str, str, str], int] = {}
+    for manifest in sorted((ROOT / "tests" / "references").glob("*.json")):
+        rows = json.loads(manifest.read_text())
+        for row in rows if isinstance(rows, list) else ():
+            if row["recipe"].split()[-1] == name and "modifiers" not in row:
+                convention = row["arguments"].get("convention", default.default if default else "")
+                key = (convention, row["source"], row.get("version", "")[:12])
+                runs[key] = runs.get(key, 0) + 1
+    return runs
+
+
+def equals_table() -> str:
+    """What each recipe equals, by convention, from the data that the tests compare it with."""
+    lines = ["| recipe | convention | equals (float64, 1e-12) |", "|---|---|---|"]
+    for name in ours():
+        sources: dict[str, list[str]] = {}
+        for convention, source, _ in sorted(recorded(name)):
+            sources.setdefault(convention, []).append(f"`{source}`")
+        lines += [f"| `{name}` | {c} | {', '.join(found)} |" for c, found in sources.items()]
     return "\n".join(lines)
 
 
@@ -150,6 +192,8 @@ def renew_pages(root: pathlib.Path = ROOT) -> None:
     """Put the tables where they belong, each between its marks."""
     for page, name, table in (
         ("README.md", "recipes", chapters_table()),
+        ("docs/recipes.md", "advice", advice_table()),
+        ("docs/recipes.md", "equals", equals_table()),
         ("docs/recipes.md", "recipes", recipes_table()),
         ("docs/recipes.md", "stages", stages_table()),
         ("docs/weight_decay.md", "decay", decay_table()),

@@ -115,6 +115,17 @@ def test_links_and_pictures_exist(document):
         assert target.startswith("https://") or ((ROOT / document).parent / target).exists()
 
 
+@pytest.mark.parametrize(
+    "document", ["README.md", "examples/CHOOSING.md", "benchmarks/README.md", *PAGES]
+)
+def test_every_row_of_a_table_stands_in_a_table(document):
+    """A row after an empty line is text, in which the bars show."""
+    blocks = re.split(r"\n(?!\|)", (ROOT / document).read_text())
+    for head, *rows in (block.split("\n|") for block in blocks if "\n|" in block):
+        below = "".join(rows[1:2])
+        assert re.fullmatch(r"[ |:-]+", below), f"{head}: {rows[0]}"
+
+
 def test_the_tables_of_recipes_are_what_the_registry_and_describe_say(example, tmp_path):
     pages = ("README.md", "docs/recipes.md", "docs/weight_decay.md")
     (tmp_path / "docs").mkdir()

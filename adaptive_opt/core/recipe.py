@@ -21,7 +21,7 @@ P = ParamSpec("P")
 Part = optax.GradientTransformation
 
 RECIPES: dict[str, Callable[..., Optimizer]] = {}
-"""Every recipe by its name, filled by :func:`recipe`: this library's, and the user's own."""
+"""Every recipe by its name, this library's and the user's own; ``recipe`` fills it."""
 
 
 def recipe(factory: Callable[P, Part | tuple[Part, ...]]) -> Callable[P, Optimizer]:

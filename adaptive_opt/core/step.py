@@ -139,7 +139,7 @@ class AdaptiveStep(Remembering):
 
     @property
     def update(self) -> jax.Array:
-        """Direction times rate: what the step would be, closed here."""
+        """The direction times the rate, which is what the step would be, closed here."""
         direction, rate = self.direction, self.values.get("rate")
         self._read.add("rate")
         if isinstance(rate, RateRule):

@@ -76,6 +76,10 @@ def adam(
     ``optax.adam``; so is the state under the "torch" convention, and a checkpoint of one goes on in
     the other.
 
+    Use it without weight decay, or with L2; it is the baseline of all the others.
+
+    Do without it where weights are to decay by themselves: ``adamw``.
+
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
         ``scale_by_adam``.
@@ -163,6 +167,11 @@ def adamw(
     ``optax.adamw``; so is the state under the "torch" convention. Note that ``weight_decay``
     defaults to 1e-4 here and in optax, 1e-2 in PyTorch, 4e-3 in Keras.
 
+    Use it first: with steps enough most others end where it ends.
+
+    Do without it where memory is short: ``low_memory``, ``adam_mini``, ``adafactor`` and ``lion``
+    keep less.
+
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
         ``scale_by_adam``.
@@ -210,6 +219,10 @@ def amsgrad(
     """Adam with the largest second moment so far: ``x - lr m / (sqrt(max v) + eps)``.
 
     Reddi, Kale & Kumar 2018, OpenReview ryQu7f-RZ, Algorithm 2.
+
+    Use it where rare, large gradients matter and Adam forgets them.
+
+    Do without it on ordinary tasks, where it is hard to tell from Adam, for a buffer more.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.
@@ -264,10 +277,15 @@ def radam(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """Adam whose rate is rectified for the unreliable second moment of the first steps.
+    """Adam whose rate is rectified in the first steps: ``x - lr r_t m^ / (sqrt(v^) + eps)``.
 
     Liu et al. 2020, arXiv:1908.03265, Algorithm 2; see ``radam_rectifier``. The conventions differ
     below the threshold (the first 5 steps at b2 = 0.999) and in what eps is compared with.
+
+    Use it in place of a warm-up that you would have to tune: it acts much like a linear one over
+    ``2 / (1 - b2)`` steps (Ma & Yarats 2019, arXiv:1910.04209).
+
+    Do without it where the learning rate has a warm-up already.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.
@@ -342,9 +360,15 @@ def nadam(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """Adam with Nesterov momentum.
+    """Adam with Nesterov momentum: ``x - lr n_t / (sqrt(v^_t) + eps)``.
 
-    Dozat 2016, OpenReview OM0jvwB8jIp57ZJjtNEZ.
+    ``n_t`` is the first moment a step ahead, see ``nadam_moment`` and ``nesterov_moment``. Dozat
+    2016, OpenReview OM0jvwB8jIp57ZJjtNEZ.
+
+    Use it where Nesterov's look ahead helps; Adam is the baseline to beat.
+
+    Do without it where b1 has a schedule of its own, as in 1cycle: Dozat's warm-up of b1 comes on
+    top of it.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.
@@ -422,9 +446,13 @@ def nadamw(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """NAdam with decoupled weight decay.
+    """NAdam with decoupled weight decay: ``x - lr (n_t / (sqrt(v^_t) + eps) + wd x)``.
 
-    Dozat 2016 and Loshchilov & Hutter 2019 (arXiv:1711.05101).
+    Dozat 2016 (OpenReview OM0jvwB8jIp57ZJjtNEZ) and Loshchilov & Hutter 2019 (arXiv:1711.05101).
+
+    Use it as ``nadam``, with weight decay.
+
+    Do without it as ``nadam``.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.

@@ -73,6 +73,11 @@ def adamod(
     that weight and leaves it unbounded for many times ``1 / (1 - b3)`` steps, in the released code
     as here; the convention "robust" cures it.
 
+    Use it at learning rates that Adam survives only with a warm-up: the bound acts as one.
+
+    Do without it in runs of fewer than ``1 / (1 - b3)`` steps, in which the bound never lets go,
+    and where Adam with a warm-up trains: that does as well, for a buffer less.
+
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see the module.
       b3: decay of the average of rates, in [0, 1).
@@ -139,6 +144,11 @@ def diffgrad(
     authors' ``diffGrad_v2.py`` (shivram1987/diffGrad) and ``torch_optimizer.DiffGrad``; the first
     version of their code had no friction where gradients are written in place.
 
+    Use it to reproduce its papers.
+
+    Do without it where gradients change little from step to step: there it is Adam at half the
+    learning rate, which is what to compare it with.
+
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see the module.
       decay: "l2", as in the authors' code: added to the gradient first, and so part of the change
@@ -189,6 +199,10 @@ def diffmod(
     trajectories this equals as long as there every backward pass makes a new gradient tensor (its
     previous gradient is a reference; here it is a copy).
 
+    Use it as ``adamod`` and ``diffgrad``, which it joins.
+
+    Do without it for the reasons that are given there; it keeps four arrays per parameter.
+
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, decay, state_dtype: see the module.
       len_memory: how many steps the average of rates remembers, at least 1; b3 is 1 - 1/len_memory.
@@ -237,11 +251,16 @@ def adabound(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """Adam whose rates are clipped ever closer to one: from Adam to SGD with momentum.
+    """Adam whose rates are clipped ever closer to that of SGD: ``x - clip(rate, low_t, high_t) m``.
 
-    ``x - clip(rate, low_t, high_t) m`` with ``rate = lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) +
-    eps)``. Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' released code
-    (Luolc/AdaBound, package ``adabound`` 0.0.5); the paper has no bias corrections.
+    ``rate = lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps)``, and in the end the step is that of
+    SGD with momentum. Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' released
+    code (Luolc/AdaBound, package ``adabound`` 0.0.5); the paper has no bias corrections.
+
+    Use it where SGD generalises better but starts slowly, and you know SGD's learning rate.
+
+    Do without it where you do not know that: ``final_learning_rate`` is then one more number to
+    tune, and the one that training ends with.
 
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see the module.
@@ -311,10 +330,14 @@ def amsbound(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """AdaBound with AMSGrad's maximum over the raw second moment.
+    """AdaBound with AMSGrad's maximum over the raw v: ``x - clip(rate, low_t, high_t) m``.
 
     Luo, Xiong, Liu & Sun 2019, arXiv:1902.09843. Equals the authors' ``AdaBound(amsbound=True)``
     (Luolc/AdaBound, package ``adabound`` 0.0.5).
+
+    Use it as ``adabound``.
+
+    Do without it as ``adabound``; the maximum costs a buffer more.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see the module.

@@ -63,7 +63,15 @@ def sgd(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """Gradient descent with momentum.
+    """Gradient descent with momentum: ``w_t = momentum w_{t-1} + g_t``, ``x - lr w_t``.
+
+    Robbins & Monro 1951 (doi:10.1214/aoms/1177729586), with the momentum of Polyak 1964
+    (doi:10.1016/0041-5553(64)90137-5).
+
+    Use it for vision models that you have time to tune, and where memory is shortest.
+
+    Do without it for Transformers, where it falls behind Adam (Zhang et al. 2020,
+    arXiv:1912.03194), and where steps are few.
 
     Args:
       learning_rate, weight_decay, mask, state_dtype: see the module.
@@ -117,10 +125,14 @@ def sgdw(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """SGD with momentum and decoupled weight decay.
+    """SGD with momentum and decoupled weight decay: ``x - lr w_t - eta_t wd x``.
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 1. torch_optimizer.SGDW subtracts the
     constant ``lr wd`` from every weight, whatever it is; that is not copied.
+
+    Use it as ``sgd``, where the decay is not to pass through the momentum.
+
+    Do without it where there is no momentum: ``sgd`` with L2 is the same rule then.
 
     Args:
       learning_rate, weight_decay, mask, state_dtype: see the module.
@@ -177,10 +189,16 @@ def rmsprop(
 ) -> Parts:
     """The gradient over the root of the average of its squares: ``x - lr g / (sqrt(v) + eps)``.
 
-    Tieleman & Hinton 2012; centered: Graves 2013, arXiv:1308.0850. With the scope "tree" all
-    weights share one rate and the step has the gradient's direction: the choice of Su Jianlin's ODE
-    view of RMSprop. With b2 = 0 and eps = 0 it is sign descent per weight, normalised gradient
-    descent for the tree. None of the forms corrects the bias of v.
+    Tieleman & Hinton 2012 (www.cs.toronto.edu/~tijmen/csc321, lecture 6); centered: Graves 2013,
+    arXiv:1308.0850. With the scope "tree" all weights share one rate and the step has the
+    gradient's direction: the choice of Su Jianlin's ODE view of RMSprop. With b2 = 0 and eps = 0 it
+    is sign descent per weight, normalised gradient descent for the tree. None of the forms corrects
+    the bias of v.
+
+    Use it for code that expects it, in reinforcement learning above all; with the scope "tree", as
+    normalised gradient descent with memory.
+
+    Do without it where Adam runs, which has a momentum and a correction for the start besides.
 
     Args:
       learning_rate, weight_decay, mask, state_dtype: see the module.
@@ -237,7 +255,11 @@ def adagrad(
 ) -> Parts:
     """The gradient over the root of all its squares: ``x - lr g / (sqrt(sum g^2) + eps)``.
 
-    Duchi, Hazan & Singer 2011, JMLR 12.
+    Duchi, Hazan & Singer 2011, JMLR 12 (jmlr.org/papers/v12/duchi11a.html).
+
+    Use it for sparse features: rare ones keep a large rate.
+
+    Do without it in long trainings of networks: its rates only fall.
 
     Args:
       learning_rate, weight_decay, mask, state_dtype: see the module. Where PyTorch has
@@ -282,6 +304,11 @@ def adadelta(
     and ``keras.optimizers.Adadelta``, given the same numbers (Keras defaults to rho 0.95, eps 1e-7
     and lr 1e-3).
 
+    Use it for old results.
+
+    Do without it for new work: its first steps are as small as eps makes them, and it keeps as much
+    as Adam.
+
     Args:
       learning_rate, weight_decay, mask, state_dtype: see the module; a rate of 1 is the paper's.
       rho: decay of both averages, in [0, 1).
@@ -321,6 +348,12 @@ def adamax(
     """Adam with the largest recent gradient in place of the second moment: ``x - lr m^ / u``.
 
     Kingma & Ba 2015, arXiv:1412.6980, Algorithm 2.
+
+    Use it for old results, and where no weight may move by more than about the learning rate in a
+    step (section 7.1 of the paper).
+
+    Do without it where single gradients are far too large: one of them lowers the rate of its
+    weight for about ``1 / (1 - b2)`` steps.
 
     Args:
       learning_rate, weight_decay, mask, state_dtype: see the module.

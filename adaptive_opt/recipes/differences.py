@@ -50,6 +50,9 @@ def mars(
 
     Use it where the noise of the gradient, and not the shape of the loss, limits the learning rate.
 
+    Do without it at batches so small that the gradient changes by noise from one to the next: the
+    form of the authors' code takes this for a change of the gradient itself.
+
     Not copied: the authors' default gives vectors and scalars to AdamW with a learning rate of
     their own, for which there are ``ParameterGroups``; the exact form, which takes the gradient of
     the batch before at the parameters now; and MARS-Shampoo.
@@ -115,6 +118,8 @@ def adan(
     zero, the paper's listing does not.
 
     Use it at large learning rates and batches; it keeps four arrays per parameter.
+
+    Do without it where memory is short.
 
     Not copied: ``max_grad_norm``, for which there is ``optax.clip_by_global_norm``, and restarts.
 

@@ -82,6 +82,9 @@ def adafactor(
 
     Use it where memory is short: a matrix of n x m keeps n + m numbers, and no momentum.
 
+    Do without it where AdamW's settings are to be kept: the learning rate is a part of each tensor
+    here, and updates are clipped; "big_vision" is the form that takes them.
+
     Args:
       learning_rate: a part of each tensor's weights, as it is multiplied by their root mean square:
         1e-3 to 1e-2, or the paper's ``relative_step()``. Under "big_vision" as AdamW's.
@@ -167,6 +170,9 @@ def adam_mini(
     ``dim / n_heads``. That decays no biases and normalisations: give ``mask=decay_mask``.
 
     Use it for AdamW's results in half of its memory, with the learning rates of AdamW.
+
+    Do without it where parameters have names that ``blocks_by_name`` does not know: such a
+    parameter has a single rate.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.

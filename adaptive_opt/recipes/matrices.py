@@ -75,6 +75,10 @@ def muon(
     Use it for the hidden matrices of Transformers: they keep one buffer, and steps and tokens are
     saved at equal loss. Vectors, embeddings and the head stay with AdamW.
 
+    Do without it where batches are small, as its products of matrices cost the same at any batch;
+    and on other problems than those above: of HeavyBall's LightBench it passes 51.0 %, AdamW 72.3
+    %.
+
     Args:
       learning_rate: of the matrices; with shape="spectral" about 0.02, with "rms" as AdamW's.
       b1: the decay of the momentum.
@@ -149,7 +153,7 @@ def adamh(
     unit(u))``.
 
     ``u`` is Adam's direction, ``R = |x_0|``, see ``hyperball``. Hyperball optimization (Wen et al.
-    2025, arXiv:2606.16899). Equals ``scale_by_adamh`` of Levanter (marin-community/marin,
+    2026, arXiv:2606.16899). Equals ``scale_by_adamh`` of Levanter (marin-community/marin,
     ``optim/adamh.py``) for arrays of two and three axes. That takes the norm of today's x for R,
     the same but for rounding, divides by norms of at least 1e-10, and makes a NaN of a matrix of
     zeros, which here stays as it is. Its clipping of gradients is not copied: put
@@ -157,6 +161,9 @@ def adamh(
 
     Use it in place of AdamW for hidden matrices: with one learning rate for all widths, and no
     weight decay to tune.
+
+    Do without it where the length of a matrix matters, as it does without a normalisation behind
+    it.
 
     Args:
       learning_rate: of the matrices, an angle, in units of their norm; about ``sqrt(lr wd)`` of an

@@ -35,12 +35,18 @@ def ranger(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> tuple[optax.GradientTransformation, ...]:
-    """RAdam inside Lookahead.
+    """RAdam inside Lookahead: every k steps ``s = s + a (x - s)``, from where x goes on.
 
-    Equals lessw2020's ``Ranger/ranger.py`` (which calculates in float32) for vectors; for arrays of
-    rank 2 and more, the same formulas after its gradient centralisation (``optax.centralize``: they
-    lose the mean over all but the first axis; there kernels are stored with the output first, in
-    Flax last).
+    Zhang et al. 2019, arXiv:1907.08610, around Liu et al. 2020, arXiv:1908.03265. Equals
+    ``Ranger/ranger.py`` of lessw2020/Best-Deep-Learning-Optimizers (which calculates in float32)
+    for vectors; for arrays of rank 2 and more, the same formulas after its gradient centralisation
+    (``optax.centralize``: they lose the mean over all but the first axis; there kernels are stored
+    with the output first, in Flax last).
+
+    Use it to reproduce results with it.
+
+    Do without it where the parameters are averaged anyway: ``parameter_ema`` keeps as much as
+    Lookahead does, and leaves the training as it is.
 
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, decay, convention, observers, state_dtype: see

@@ -43,7 +43,8 @@ def stableadamw(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """AdamW that slows a tensor down while its gradients outgrow its second moment.
+    """AdamW that slows a tensor down while its gradients outgrow v: ``x - lr / max(1, r_t) m^ /
+    (sqrt(v^) + eps)``.
 
     The learning rate of a tensor is divided by ``max(1, RMS(g / sqrt(max(v^, eps^2))))``, see
     ``rms_bound``. Wortsman et al. 2023, arXiv:2304.13013, Algorithm 2. Equals the author's
@@ -52,6 +53,9 @@ def stableadamw(
     clipped by the corrected second moment.
 
     Use it where the loss has spikes, in 16 bits above all, in place of clipping gradients.
+
+    Do without it where nothing spikes: it is AdamW there, with a mean over every tensor in each
+    step.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
@@ -101,6 +105,9 @@ def novograd(
 
     Use it where memory is short: it keeps one array per parameter. The momentum is a sum: its steps
     are ``1 / (1 - b1)`` times those of an average.
+
+    Do without it where the weights of a tensor need rates of their own, as those of embeddings do:
+    a tensor has one.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mask, state_dtype: see ``adam``.
@@ -154,6 +161,9 @@ def lamb(
     and ``pytorch_lamb`` (cybertronai/pytorch-lamb).
 
     Use it at large batches; a tensor of zeros takes Adam's step. Needs the parameters.
+
+    Do without it at usual batches, and compare at large ones: tuned as well, Adam and Nesterov
+    momentum do as well there (Nado et al. 2021, arXiv:2102.06356).
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
@@ -217,6 +227,8 @@ def lars(
 
     Use it at large batches of images, at learning rates of 1 to 10. Needs the parameters.
 
+    Do without it as ``lamb``, for the same reason.
+
     Args:
       learning_rate, mask, state_dtype: see ``adam``.
       momentum: in [0, 1), or a schedule of it.
@@ -269,6 +281,8 @@ def adam_atan2(
 
     Use it where gradients are smaller than any eps: it is the same in any unit of the loss.
 
+    Do without it where eps is meant to damp the noise of small gradients: there is none.
+
     Args:
       learning_rate, b1, b2, mask, state_dtype: see ``adam``.
       scale, b: at least 0; see ``atan2_direction``.
@@ -305,7 +319,7 @@ def adamp(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """AdamW that does not lengthen weights whose length does not matter.
+    """AdamW that does not lengthen weights whose length does not matter: ``u - x <x, u> / |x|^2``.
 
     Where gradient and weights are nearly at right angles, as in front of a normalisation, the part
     of the update along the weights is dropped, see ``radial_projection``. Heo et al. 2020,
@@ -313,6 +327,9 @@ def adamp(
     ``channels="first"``, PyTorch's; its ``nesterov`` is not copied.
 
     Use it in networks with normalisation layers. Needs the parameters.
+
+    Do without it where nothing is normalised: the length of the weights matters there, and a
+    gradient at right angles to them is chance.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.

@@ -53,6 +53,9 @@ def schedule_free_sgd(
     (BatchNorm) belong to y: before an evaluation let the model see some fifty training batches with
     the average, or its normalisation is that of other weights.
 
+    Do without it where the number of steps is known and a schedule that ends near 0 can be tuned,
+    and where the parameters that are trained must be those that are evaluated.
+
     Args:
       learning_rate: constant; far larger than with a schedule, 10 to 50 times SGD's with momentum.
       b1: in the place of a momentum, between 0 and 1; see ``schedule_free``.
@@ -105,6 +108,8 @@ def schedule_free_adamw(
     ``AdamWScheduleFree`` (facebookresearch/schedule_free); it keeps as much as AdamW.
 
     Use it as ``schedule_free_sgd``, which says what to evaluate with, and what BatchNorm needs.
+
+    Do without it as ``schedule_free_sgd``.
 
     Args:
       learning_rate: constant; 1 to 10 times AdamW's.
@@ -160,12 +165,15 @@ def schedule_free_radam(
 ) -> Parts:
     """``schedule_free_adamw`` with RAdam's factor as its warm-up: ``z - lr r_t (...)``.
 
-    The factor (see ``radam_rectifier``, threshold 4) is part of the learning rate, and so of the
+    Defazio et al. 2024, arXiv:2405.15682, with Liu et al. 2020, arXiv:1908.03265. The factor (see
+    ``radam_rectifier``, threshold 4) is part of the learning rate, and so of the
     weights in the average. Equals ``RAdamScheduleFree`` (facebookresearch/schedule_free), which has
     been added to the authors' code after the paper.
 
     Use it where you would rather not choose a warm-up; else as ``schedule_free_sgd``, which says
     what to evaluate with, and what BatchNorm needs.
+
+    Do without it as ``schedule_free_sgd``.
 
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, decay, state_dtype: see
@@ -227,6 +235,9 @@ def schedule_free_plus(
 
     Use it as ``schedule_free_sgd``, which says what to evaluate with, for losses whose least value
     is near 0. On several devices ``value`` is the mean over all of them.
+
+    Do without it where the least loss is far from 0, which Polyak's rate takes it for:
+    ``polyak=False``, or ``schedule_free_adamw``.
 
     Args:
       learning_rate: a factor of Polyak's rate, 1 at first; a schedule for a warm-up.

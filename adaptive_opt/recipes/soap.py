@@ -50,6 +50,9 @@ def soap(
     Use it for Transformers at large batches: fewer steps than AdamW for the same loss, for two more
     matrices per axis and their products. Vectors and scalars are left to Adam.
 
+    Do without it where axes are long: each keeps two square matrices of its length
+    (``max_precond_dim``).
+
     Not copied: ``merge_dims`` and ``normalize_grads``.
 
     Args:

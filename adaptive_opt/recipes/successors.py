@@ -78,6 +78,9 @@ def adabelief(
 
     Use it where Adam's steps are too small along directions of large but steady gradients.
 
+    Do without it where eps is not to be tuned: it is added in every step, and where gradients are
+    steady it alone decides the rate.
+
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask, state_dtype: see ``adam``.
       eps_root: added to ``s`` in every step, and kept there; default: ``eps``, as in the package.
@@ -130,6 +133,9 @@ def lion(
 
     Use it where memory is short: it keeps one array per parameter.
 
+    Do without it in long runs of language models, where it falls behind AdamW (Semenov et al. 2025,
+    arXiv:2509.01440), and at small batches: its authors find that the gain grows with the batch.
+
     Args:
       learning_rate, weight_decay, mask, state_dtype: see ``adam``.
       b1, b2: see ``lion_direction``; in [0, 1).
@@ -166,14 +172,17 @@ def yogi(
     """Adam whose rates rise slowly: ``x - lr m^ / (sqrt(v^) + eps)``, v moving by ``|g|^2``.
 
     ``v_t = v_{t-1} - (1 - b2) sign(v_{t-1} - |g_t|^2) |g_t|^2``, see ``yogi_moment``. Zaheer et al.
-    2018, NeurIPS (Adaptive Methods for Nonconvex Optimization), Algorithm 2, which corrects
-    nothing for the start; public codes do. The authors published no code.
+    2018 (papers.nips.cc/paper/8186-adaptive-methods-for-nonconvex-optimization), Algorithm 2,
+    which corrects nothing for the start; public codes do. The authors published no code.
 
     Equals ``optax.yogi`` and ``torch_optimizer.Yogi`` once their first moment starts at zero, and
     TensorFlow Addons' ``Yogi``. That ``m`` starts at 1e-6 in the former, like ``v``, so that zero
     gradients move the weights, is not copied.
 
     Use it where sparse or sudden gradients make Adam's rates jump.
+
+    Do without it where gradients shrink in the course of training: v falls by no more than ``(1 -
+    b2) |g|^2`` in a step, and follows slowly.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.
@@ -221,6 +230,9 @@ def laprop(
     see ``weighted_moment``, which matters only where the rate is a schedule.
 
     Use it where Adam diverges at a small b2, or with a b1 close to 1.
+
+    Do without it where the weight decay of an AdamW is to be kept: its own is taken off the new x,
+    times neither the learning rate nor its schedule.
 
     Not copied: ``centered``, and a step at a learning rate of 0, where the authors' code moves by
     the whole average; here nothing moves.
@@ -280,6 +292,9 @@ def adopt(
     ``optax.contrib.adopt``, whose ``nesterov`` is not copied.
 
     Use it where Adam's b2 would have to be tuned.
+
+    Do without it where the first steps count: the first gradient moves nothing, and the clipping
+    holds down those that follow.
 
     Args:
       learning_rate, b1, b2, mask, state_dtype: see ``adam``.
@@ -362,6 +377,9 @@ def ademamix(
 
     Use it in long trainings, with the two warm-ups as long as the training: a slow average that is
     heavy early makes it diverge.
+
+    Do without it in short trainings: the slow average needs about ``1 / (1 - b3)`` steps to come
+    in.
 
     Args:
       learning_rate, b1, b2, eps, mask, state_dtype: see ``adam``.

@@ -1,0 +1,94 @@
+"""The site has a page for every rule and every public name, without anybody listing them."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+from common import REGISTERED
+
+import adaptive_opt
+from docs.pages import api, docstrings, rules
+
+SECTIONS = [
+    *("Where it comes from", "Line by line", "What it equals", "Arguments", "Memory and time"),
+    *("Evidence", "How to log it", "Cite"),  # and a picture of its rates, which takes a training
+]
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_rule_has_a_page_that_says_it_all(name):
+    page = rules.page(name)
+    assert re.findall("^## (.+)$", page, re.MULTILINE) == SECTIONS
+    rule = docstrings.formula(adaptive_opt.RECIPES[name].__doc__)
+    assert rule
+    assert f"```text\n{rule}\n```" in page
+    for begin in rules.ADVICE:
+        assert f"\n\n{begin} " in page, f"the docstring has no paragraph that begins {begin!r}"
+    assert "```bibtex\n@" in page, "no entry of docs/references.bib is cited in the docstring"
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, f"the page of {name}", "exec"), namespace)
+    assert namespace["optimizer"].init
+
+
+def test_the_index_of_the_rules_links_every_page():
+    links = re.findall(r"\[\w+\]\((\w+)\.md\)", rules.index())
+    assert sorted(links) == sorted(REGISTERED)
+
+
+def test_a_line_that_adam_does_not_have_is_marked_and_one_that_is_missing_too():
+    (_, adams), *_ = rules.listings("adam").items()
+    (_, lines), *_ = rules.listings("amsgrad").items()
+    marked = [(mark, line.name) for mark, line in rules.compared(lines, [adams]) if mark]
+    assert marked == [("+", "amsgrad_max")]
+    back = [(mark, line.name) for mark, line in rules.compared(adams, [lines]) if mark]
+    assert back == [("-", "amsgrad_max")]
+    assert not any(mark for mark, _ in rules.compared(adams, [adams]))
+
+
+def test_every_entry_of_the_bibliography_is_cited_by_a_rule():
+    cited = {entry for name in REGISTERED for entry in rules.cited(name)}
+    assert cited == set(rules.bibliography().values())
+    keys = re.findall(r"^@\w+\{(\w+),$", (ROOT / "docs" / "references.bib").read_text(), re.M)
+    assert len(keys) == len(set(keys)) == len(cited)
+
+
+def test_what_was_recorded_is_on_the_page_of_its_rule_in_its_convention():
+    rows = rules.public_code("amsgrad")
+    assert {convention for convention, *_ in rows} == {"torch", "optax", "keras", "paper"}
+    assert ["optax", "`optax.amsgrad`"] in [row[:2] for row in rows]
+
+
+def test_every_public_name_has_a_page_and_a_section_of_the_index():
+    assert sorted(n for names in api.sections().values() for n in names) == sorted(
+        adaptive_opt.__all__
+    )
+    pages = api.pages()
+    assert set(adaptive_opt.__all__) < set(pages)
+    for name, page in pages.items():
+        if name != "index":
+            assert re.search(r"\.\. auto(?:function|class|data):: adaptive_opt\.", page)
+            assert f"<{name}>" in pages["index"]
+
+
+def test_a_submodule_that_the_documents_import_from_has_pages_too():
+    texts = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    used = {m for text in texts for m in re.findall(r"from adaptive_opt\.([\w.]+) import", text)}
+    assert used == set(api.SUBMODULES)
+
+
+def test_the_first_page_leads_to_every_document():
+    text = (ROOT / "docs" / "index.md").read_text()
+    trees = "".join(re.findall(r"```{toctree}\n(.*?)```", text, re.DOTALL))
+    listed = set(re.findall(r"^(?:\w+ <)?([\w./]+)>?$", trees, re.MULTILINE))
+    documents = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert documents <= listed
+    for page in listed - documents - {"rules/index", "api/index"}:
+        assert (ROOT / "docs" / f"{page}.md").resolve().exists()
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {adaptive_opt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
