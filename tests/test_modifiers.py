@@ -74,6 +74,15 @@ def test_behind_a_whole_optimizer_the_sign_is_turned_and_turned_back():
         assert_bit_equal(one, other)
 
 
+def test_of_long_weights_trust_ratio_sees_what_counts_at_most(x64):
+    """pytorch_lamb clamps the norm of a weight to 10; of shorter ones nothing changes."""
+    update = jnp.array([3.0, 4.0])
+    for scale, counted in ((0.5, 2.5), (2.0, 10.0), (9.0, 10.0)):
+        modifier, x = behind(optax.identity(), trust_ratio(largest=10.0)), scale * update
+        moved, _ = modifier.update(update, modifier.init(x), x)
+        np.testing.assert_allclose(moved, update * counted / 5, rtol=1e-12)
+
+
 def test_trust_ratio_and_clipping_are_those_of_optax(x64):
     params, gradients = normal_tree(dtype=np.float64), list(gradient_trees(3, np.float64))
     params["zero"] = jnp.zeros(3, np.float64)
