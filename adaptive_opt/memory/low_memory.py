@@ -81,7 +81,8 @@ def low_memory(
       storage: "bfloat16", for all of the buffers above; or "8-bit": "sqrt8" for ``nu``, ``nu_max``,
         ``sum_of_squares``, "int8" for ``mu``, ``velocity``, ``trace``, and "bfloat16" for the
         others: 8 bits of ``previous_gradient`` do for diffGrad (``buffers={"previous_gradient":
-        "int8"}``), but cost Adan 0.011 nats on one of the tasks of ``benchmarks.low_memory``.
+        "int8"}``), but not for Adan, which "8-bit" costs 0.007 nats on one of the tasks of
+        ``benchmarks.low_memory``, 0.011 with them, and "bfloat16" nothing.
       buffers: for single buffers another storage, by name: ``{"rate_ema": "wide", "nu": "int8"}``;
         the name is a key of ``AdaptiveState.buffers``, or a field of another state (``mu`` of
         optax's ``ScaleByAdamState``). Names of parameters do not count.
