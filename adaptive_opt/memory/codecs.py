@@ -21,6 +21,9 @@ from adaptive_opt.memory.views import BLOCK, View, in_blocks, seen_by, spread
 _NOT_FINITE_INT8, _NOT_FINITE_SQRT8 = -128, 255
 _MOST = float(np.finfo(np.float32).max) * 0.999
 """The largest scale, such that no code times its step overflows, which rounding could make it."""
+_LEAST = 2.0**-100
+"""The smallest magnitude of a scale whose sign says something."""
+_WITHOUT_255 = (255 / 254) ** 2 * (1 + 2.0**-20)
 
 
 class Blocks(NamedTuple):
@@ -80,7 +83,7 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
 @seen_by
 def _to_int8(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
     scales = jnp.minimum(view.largest(x), _MOST)
-    code = jnp.floor(_times(view, x, 127.0, scales) + _uniform(bits))
+    code = jnp.floor(127 * _over(view, x, scales) + _uniform(bits))
     code = jnp.where(jnp.isfinite(x), jnp.clip(code, -127, 127), _NOT_FINITE_INT8)
     return Blocks(code.astype(jnp.int8), scales)
 
@@ -97,15 +100,16 @@ def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
 def _to_sqrt8(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
     marked = view.marked(x)
     largest = jnp.minimum(jnp.abs(marked), _MOST)
-    # Rounded down where 255 is taken, so that nothing finite comes to it.
-    top = jnp.where(jnp.signbit(marked), 254.0**2 * (1 - 2.0**-20), 255.0**2)
-    squared = _times(view, x, top, largest)
+    has_mark = jnp.signbit(marked)
+    # Where 255 is taken, by a little less than 254: nothing finite comes to 255.
+    squared = 255.0**2 * _over(view, x, jnp.where(has_mark, _WITHOUT_255 * largest, largest))
     below = jnp.clip(jnp.floor(jnp.sqrt(squared)), 0, 255)
     # The chance of the step above is such that the mean of the squares is right.
     above = squared - jnp.square(below) > _uniform(bits) * (2 * below + 1)
     code = jnp.clip(below + above, jnp.where(x > 0, 1, 0), 255)
     code = jnp.where(jnp.isfinite(x), code, _NOT_FINITE_SQRT8)
-    return Blocks(code.astype(jnp.uint8), jnp.copysign(jnp.sqrt(largest), marked))
+    scales = jnp.where(has_mark, -jnp.maximum(jnp.sqrt(largest), _LEAST), jnp.sqrt(largest))
+    return Blocks(code.astype(jnp.uint8), scales)
 
 
 def to_sqrt8(x: jax.Array, bits: jax.Array | None) -> Blocks:
@@ -125,7 +129,7 @@ def _from_blocks(view: View, blocks: Blocks) -> jax.Array:
     if codes.dtype == jnp.int8:
         values = codes * view.spread(scales / 127, codes.shape)
         return jnp.where(codes == _NOT_FINITE_INT8, jnp.nan, values)
-    steps = view.spread(scales / jnp.where(jnp.signbit(scales), 254, 255), codes.shape)
+    steps = view.spread(scales / jnp.where(scales < 0, 254, 255), codes.shape)
     return jnp.where(_is_infinite(codes, steps), jnp.inf, jnp.square(codes * steps))
 
 
@@ -149,18 +153,12 @@ def from_blocks(blocks: Blocks) -> jax.Array:
 
 def _is_infinite(codes: jax.Array, scales: jax.Array) -> jax.Array:
     """Of roots, with a scale for each."""
-    return (codes == _NOT_FINITE_SQRT8) & jnp.signbit(scales)
+    return (codes == _NOT_FINITE_SQRT8) & (scales < 0)
 
 
-def _times(view: View, x: jax.Array, factor: Any, over: jax.Array) -> jax.Array:
-    """``x * factor / over``, with one number ``over`` for each block; 0 where that is 0.
-
-    A product with the inverse, which is calculated once for a block; in two factors where it would
-    overflow.
-    """
-    raised = jnp.where(over < 2.0**-64, 2.0**64, 1.0)
-    inverse = factor / jnp.where(over == 0, 1, over * raised)
-    return x * view.spread(raised, x.shape) * view.spread(inverse, x.shape)
+def _over(view: View, x: jax.Array, divisors: jax.Array) -> jax.Array:
+    """``x`` over the divisor of its block; 0 where that is 0."""
+    return x / view.spread(jnp.where(divisors == 0, 1, divisors), x.shape)
 
 
 def own_bits(x: jax.Array) -> jax.Array:

@@ -42,7 +42,8 @@ class View(NamedTuple):
     largest: Callable[[jax.Array], jax.Array]
     """The largest magnitude among the finite numbers of each block."""
     marked: Callable[[jax.Array], jax.Array]
-    """The same of numbers of at least 0, negative (-0.0) where one is not finite."""
+    """The same of numbers of at least 0, negative (-0.0) where one is not finite, or so many are
+    above 1e36 that it does not matter."""
     spread: Callable[[jax.Array, tuple[int, ...]], jax.Array]
     """From one number for each block to one for each element of a shape."""
 
@@ -74,9 +75,10 @@ def _largest_by_halves(x: jax.Array) -> jax.Array:
 
 
 def _marked_by_halves(x: jax.Array) -> jax.Array:
+    # A sum shows what is not finite at little cost; of finite numbers it overflows above 1e36 only.
     # The largest of all would not do: XLA:CPU loses a NaN on the way.
-    largest, has_mark = _largest_by_halves(x), _folded(jnp.where(x < jnp.inf, 0.0, 1.0)) > 0
-    return jnp.where(has_mark, -largest, largest)
+    largest = _largest_by_halves(x)
+    return jnp.where(jnp.isfinite(jnp.sum(in_blocks(x), axis=-1)), largest, -largest)
 
 
 _MAGNITUDE, _INFINITY, _MARK = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(-(2**31))
