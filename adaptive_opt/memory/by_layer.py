@@ -17,7 +17,14 @@ from adaptive_opt.core.trees import Tree, downhill
 class Layered(NamedTuple):
     """Parameters of a model in layers, or the state of an optimizer for each of its parts.
 
-    ``layers`` is a list of trees, alike in structure and shapes.
+    ``layers`` is a list of trees, alike in structure and shapes; ``first`` and ``last`` are ()
+    where nothing is to be trained.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from adaptive_opt import Layered
+    >>> params = Layered(first=(), layers=[jnp.eye(2)] * 3, last=jnp.ones(2))
+    >>> len(jax.tree.leaves(params))
+    4
     """
 
     first: Tree
