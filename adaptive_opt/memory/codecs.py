@@ -19,6 +19,7 @@ from adaptive_opt.memory.residuals import rounded
 from adaptive_opt.memory.views import BLOCK, View, in_blocks, seen_by, spread
 
 _NOT_FINITE_INT8, _NOT_FINITE_SQRT8 = -128, 255
+_NAN, _INFINITY = np.int32(0x7FC00000), np.int32(0x7F800000)
 _MOST = float(np.finfo(np.float32).max) * 0.999
 """The largest scale, such that no code times its step overflows, which rounding could make it."""
 _LEAST = 2.0**-100
@@ -128,9 +129,9 @@ def _from_blocks(view: View, blocks: Blocks) -> jax.Array:
     codes, scales = blocks
     if codes.dtype == jnp.int8:
         values = codes * view.spread(scales / 127, codes.shape)
-        return jnp.where(codes == _NOT_FINITE_INT8, jnp.nan, values)
+        return _with(_NAN, codes == _NOT_FINITE_INT8, values)
     steps = view.spread(scales / jnp.where(scales < 0, 254, 255), codes.shape)
-    return jnp.where(_is_infinite(codes, steps), jnp.inf, jnp.square(codes * steps))
+    return _with(_INFINITY, _is_infinite(codes, steps), jnp.square(codes * steps))
 
 
 def from_blocks(blocks: Blocks) -> jax.Array:
@@ -149,6 +150,12 @@ def from_blocks(blocks: Blocks) -> jax.Array:
             " split as the codes are (state_shardings): keep it in bfloat16, or use jit."
         )
     return _from_blocks(blocks)
+
+
+def _with(bits: np.int32, where: jax.Array, values: jax.Array) -> jax.Array:
+    """Values, in places others by their bits: a NaN in the program is one to ``jax_debug_nans``."""
+    integers = jax.lax.bitcast_convert_type(values, jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.where(where, bits, integers), jnp.float32)
 
 
 def _is_infinite(codes: jax.Array, scales: jax.Array) -> jax.Array:
