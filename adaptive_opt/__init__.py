@@ -20,6 +20,7 @@ from adaptive_opt.core.recipe import RECIPES, recipe
 from adaptive_opt.core.stage import WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep, RateRule
 from adaptive_opt.core.tree import OpenStep
+from adaptive_opt.memory.by_layer import Layered, step_by_layer
 from adaptive_opt.memory.low_memory import LowMemoryState, low_memory
 from adaptive_opt.memory.master_weights import (
     MasterWeightsState,
@@ -218,6 +219,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "zero1",
     # Speed and memory.
     "train_step",
+    "step_by_layer",
+    "Layered",
     "memory_plan",
     "single_pass",
     "enable_single_pass",

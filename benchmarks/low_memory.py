@@ -22,7 +22,17 @@ import optax
 
 import adaptive_opt
 
-RATES = {"adam": 1e-3, "amsgrad": 1e-3, "adamod": 3e-3, "diffgrad": 2e-3, "diffmod": 3e-3}
+USUAL = {"adam": 1e-3, "amsgrad": 1e-3, "adamod": 3e-3, "diffgrad": 2e-3, "diffmod": 3e-3}
+OTHERS = {
+    "adamax": 2e-3,
+    "ademamix": 1e-3,
+    "adan": 2e-3,
+    "adagrad": 1e-2,
+    "adadelta": 1.0,
+    "sgdw": 5e-2,
+}
+"""Whose buffers the usual ones do not have."""
+RATES = USUAL | OTHERS
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -122,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--optimizers", nargs="+", default=list(RATES), choices=RATES)
+    parser.add_argument("--optimizers", nargs="+", default=list(USUAL), choices=RATES)
     parser.add_argument("--storages", nargs="+", default=["bfloat16", "8-bit"])
     parser.add_argument("--seeds", type=int, default=16, help="how many (16)")
     parser.add_argument("--first-seed", type=int, default=0, help="0")

@@ -169,9 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for way, seconds in zip(ways, spent, strict=True):
         row: dict[str, Any] = dict(zip(("parameters", "residual", "state"), way[:3], strict=True))
         row |= {"bytes": bytes_of(way), "time": seconds / spent[0], "error": drift(way)}
-        if way is ways[0] or (way.residual and way.state != "bfloat16"):
-            for task in options.tasks:  # of states alone benchmarks.low_memory has the losses
-                row[task] = losses(way, task, seeds, options.steps).tolist()
+        for task in options.tasks:
+            row[task] = losses(way, task, seeds, options.steps).tolist()
         rows.append(row)
         print(row, flush=True)
     found = table(rows, options.tasks)

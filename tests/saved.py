@@ -1,4 +1,4 @@
-"""What the checkpoints in references/format_1.npz and format_2.npz belong to."""
+"""What the checkpoints in references/format_1.npz, format_2.npz and blocks.npz belong to."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from adaptive_opt import Group, ParameterGroups, adamod, adamw, low_memory, nada
 
 FORMAT_1 = pathlib.Path(__file__).parent / "references" / "format_1.npz"
 FORMAT_2 = FORMAT_1.with_name("format_2.npz")
+BLOCKS = FORMAT_1.with_name("blocks.npz")
 
 GROUPS = ParameterGroups([Group("bias", weight_decay=0.0)], default=Group())
 WRAPPED = {
@@ -58,6 +59,16 @@ def trees_of_format_2():
         },
         "a function": {"activation": jax.nn.relu, "weights": few.astype(np.complex64)},
     }
+
+
+WITH_BLOCKS = low_memory(adamod(1e-2), "8-bit", min_size=1)
+
+
+def blocks_start():
+    """Parameters whose states have blocks along the last axis, and in the flattened array."""
+    rng = np.random.default_rng(0)
+    shapes = {"along": (4, 512), "flat": (7, 50)}
+    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
 
 
 def small_tree():

@@ -26,7 +26,7 @@ TWO_ON_TPUS = {"adadelta", *(name for name in ONE_LOOP if "bfloat16" in name)}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     output = tmp_path_factory.mktemp("accelerators")
-    cases = ("adam", "adamod", "diffmod", "diffmod, bfloat16")
+    cases = ("adam", "adamod", "diffmod", "diffmod, bfloat16", "adam, 8-bit")
     command = [sys.executable, "-m", "benchmarks.accelerators", "--cases", *cases]
     finished = subprocess.run(
         [*command, "--output", str(output)],
@@ -60,6 +60,21 @@ def test_one_loop_over_every_leaf_on_every_accelerator(found):
     assert_one_loop(found)
 
 
+MOST_IN_8_BITS = {"NVIDIA H100": 22.5, "TPU v5e": 30.0}
+"""Bytes that Adam moves, where 16.1 is the least: the largest of each block must be known first."""
+
+
+def assert_few_bytes_in_8_bits(found):
+    for target, results in found.items():
+        facts = results["cases"]["adam, 8-bit"]
+        assert 16 < facts["bytes"] <= MOST_IN_8_BITS[target], target
+        assert facts["temporary"] < 4  # no array is laid out anew
+
+
+def test_8_bits_are_read_where_they_lie(found):
+    assert_few_bytes_in_8_bits(found)
+
+
 def test_what_is_kept_says_the_same_of_all_recipes():
     kept = json.loads((RESULTS / "accelerators.json").read_text())
     assert list(kept) == list(accelerators.TARGETS)
@@ -67,6 +82,7 @@ def test_what_is_kept_says_the_same_of_all_recipes():
         assert len(results["cases"]) > 20
         assert set(results["cases"]) <= set(accelerators.CASES)
     assert_one_loop(kept)
+    assert_few_bytes_in_8_bits(kept)
     assert accelerators.table(kept) + "\n" == (RESULTS / "accelerators.md").read_text()
 
 

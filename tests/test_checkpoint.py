@@ -14,7 +14,15 @@ import pytest
 from common import CONVENTIONS, EVERY_CONVENTION, RECIPES, assert_bit_equal, normal_tree
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from saved import FORMAT_1, SAVED_BY_FORMAT_1, a_few_steps, small_tree
+from saved import (
+    BLOCKS,
+    FORMAT_1,
+    SAVED_BY_FORMAT_1,
+    WITH_BLOCKS,
+    a_few_steps,
+    blocks_start,
+    small_tree,
+)
 
 from adaptive_opt import (
     CheckpointMismatch,
@@ -36,6 +44,7 @@ from adaptive_opt import (
     to_bytes,
 )
 from adaptive_opt.checkpoints.headers import STATE_FORMAT
+from adaptive_opt.memory import codecs
 
 CYCLE = one_cycle(0.1, 10)
 IN_THE_MIDDLE = {
@@ -302,7 +311,27 @@ def test_a_checkpoint_of_format_1_is_read_and_goes_on_as_it_did(name):
     params, _ = a_few_steps(optimizer, params, state)
     found = np.concatenate([x.ravel() for x in jax.tree.leaves(params)])
     # The bias corrections of that version were 7e-6 off the rule: so much of three steps of 1e-2.
-    np.testing.assert_allclose(found, after, rtol=1e-6, atol=3 * 1e-2 * 7.5e-6)
+    off = 7.5e-6
+    if name == "low_memory":  # whose noise is another since: moments are a step of bfloat16 apart
+        off += 2.0**-7
+    np.testing.assert_allclose(found, after, rtol=1e-6, atol=3 * 1e-2 * off)
+
+
+def test_8_bit_blocks_of_the_version_before_are_read_and_mean_what_they_meant():
+    """This file stays, too."""
+    state = WITH_BLOCKS.init(blocks_start())
+    with np.load(BLOCKS) as recorded:
+        read = from_bytes(WITH_BLOCKS, state, recorded["data"].tobytes())
+        leaves = jax.tree.leaves(codecs.decoded(read.inner_state))
+        expected = [recorded[f"leaf_{i}"] for i in range(len(leaves))]
+        assert len(recorded.files) == len(leaves) + 1
+    # Decoded in one program, or line by line: a unit in the last place in two factors, squared.
+    for x, y in zip(leaves, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=5e-7, atol=0)
+    assert any(np.abs(x).max() > 0.1 for x in expected)
+    updates, new = WITH_BLOCKS.update(blocks_start(), read, blocks_start())
+    assert jax.tree.structure(new) == jax.tree.structure(read)
+    assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
 
 
 def test_there_are_checkpoints_of_format_1_of_49_optimizers():

@@ -16,27 +16,45 @@ import numpy as np
 
 from adaptive_opt.core.containers import is_box, unboxed
 from adaptive_opt.memory.residuals import rounded
+from adaptive_opt.memory.views import BLOCK, View, in_blocks, seen_by, spread
 
-BLOCK = 256
-"""How many numbers share a scale in 8 bits."""
+_NOT_FINITE_INT8, _NOT_FINITE_SQRT8 = -128, 255
+_NAN, _INFINITY = np.int32(0x7FC00000), np.int32(0x7F800000)
+_MOST = float(np.finfo(np.float32).max) * 0.999
+"""The largest scale, such that no code times its step overflows, which rounding could make it."""
+_LEAST = 2.0**-100
+"""The smallest magnitude of a scale whose sign says something."""
+_WITHOUT_255 = (255 / 254) ** 2 * (1 + 2.0**-20)
 
 
 class Blocks(NamedTuple):
     """An array in 8 bits: codes of its shape, and a float32 scale for each block of 256.
 
-    int8 codes are ``value / scale`` in steps of 1/127; uint8 codes are ``sqrt(value) / scale`` in
-    steps of 1/255. Blocks lie along the last axis if they divide it, which the scales then have
-    divided by 256; else in the flattened array, and the scales are of the shape (blocks, 1).
+    int8 codes are ``value / scale`` in steps of 1/127, and -128 is what is not finite. uint8 codes
+    are ``sqrt(value) / scale`` in steps of 1/255. Where something in a block is not finite, the
+    scale has a minus before it, steps are of 1/254, and 255 is what is not finite.
+
+    Blocks lie along the last axis if they divide it, which the scales then have divided by 256;
+    else in the flattened array, and the scales are of the shape (blocks, 1).
     """
 
     codes: jax.Array
     scales: jax.Array
 
+    def are_finite(self) -> jax.Array:
+        """Which of the numbers are finite."""
+        codes, scales = map(unboxed, self)
+        scales = spread(scales, codes.shape)
+        if codes.dtype == jnp.int8:
+            return jnp.isfinite(scales) & (codes != _NOT_FINITE_INT8)
+        return jnp.isfinite(scales) & ~_is_infinite(codes, scales)
+
 
 def noise(shape: tuple[int, ...], count: jax.Array, salt: int | jax.Array) -> jax.Array:
     """32 random bits for every element: a hash of its position, of the step and of ``salt``.
 
-    The salt is of 32 bits, without a sign.
+    The salt is of 32 bits, without a sign. The codes below take the upper 16 of the bits that they
+    are given, so that ``bits`` and ``bits << 16`` serve two arrays.
     """
     index = jnp.full(shape, salt, jnp.uint32)
     stride = 1
@@ -63,12 +81,36 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     return rounded(x, jnp.bfloat16, bits)
 
 
+@seen_by
+def _to_int8(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
+    scales = jnp.minimum(view.largest(x), _MOST)
+    code = jnp.floor(127 * _over(view, x, scales) + _uniform(bits))
+    code = jnp.where(jnp.isfinite(x), jnp.clip(code, -127, 127), _NOT_FINITE_INT8)
+    return Blocks(code.astype(jnp.int8), scales)
+
+
 def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
-    """Signed values in blocks: at most one step, 1/127 of the largest in the block, off."""
-    scales = _decodable(jnp.max(jnp.abs(_in_blocks(x)), axis=-1))
-    code = 127 * (x / _spread(jnp.where(scales == 0, 1, scales), x.shape))
-    code = jnp.floor(code + (0.5 if bits is None else _uniform(bits)))
-    return Blocks(jnp.clip(code, -127, 127).astype(jnp.int8), scales)
+    """Signed values in blocks: at most one step, 1/127 of the largest in the block, off.
+
+    What is not finite takes no part in the scale, and comes back as NaN.
+    """
+    return _to_int8(x, bits)
+
+
+@seen_by
+def _to_sqrt8(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
+    marked = view.marked(x)
+    largest = jnp.minimum(jnp.abs(marked), _MOST)
+    has_mark = jnp.signbit(marked)
+    # Where 255 is taken, by a little less than 254: nothing finite comes to 255.
+    squared = 255.0**2 * _over(view, x, jnp.where(has_mark, _WITHOUT_255 * largest, largest))
+    below = jnp.clip(jnp.floor(jnp.sqrt(squared)), 0, 255)
+    # The chance of the step above is such that the mean of the squares is right.
+    above = squared - jnp.square(below) > _uniform(bits) * (2 * below + 1)
+    code = jnp.clip(below + above, jnp.where(x > 0, 1, 0), 255)
+    code = jnp.where(jnp.isfinite(x), code, _NOT_FINITE_SQRT8)
+    scales = jnp.where(has_mark, -jnp.maximum(jnp.sqrt(largest), _LEAST), jnp.sqrt(largest))
+    return Blocks(code.astype(jnp.uint8), scales)
 
 
 def to_sqrt8(x: jax.Array, bits: jax.Array | None) -> Blocks:
@@ -76,18 +118,20 @@ def to_sqrt8(x: jax.Array, bits: jax.Array | None) -> Blocks:
 
     The root of the decoded value is at most one step off, 1/255 of the largest root in the block.
     What is greater than 0 stays so: a second moment of 0 beside a first moment that is not would
-    be a division by 0.
+    be a division by 0. What is not finite takes no part in the scale, and comes back as infinity,
+    as which its weight stands still; the others in its block are at most 1/254 off.
     """
-    scales = jnp.sqrt(jnp.max(_in_blocks(x), axis=-1))
-    ratio = x / jnp.square(_spread(jnp.where(scales == 0, 1, scales), x.shape))
-    squared = jnp.square(255.0) * ratio
-    below = jnp.clip(jnp.floor(jnp.sqrt(squared)), 0, 255)
-    # The chance of the step above is such that the mean of the squares is right.
-    above = (squared - jnp.square(below)) / (2 * below + 1) > (
-        0.5 if bits is None else _uniform(bits)
-    )
-    code = jnp.clip(below + above, jnp.where(x > 0, 1, 0), 255)
-    return Blocks(code.astype(jnp.uint8), scales)
+    return _to_sqrt8(x, bits)
+
+
+@seen_by
+def _from_blocks(view: View, blocks: Blocks) -> jax.Array:
+    codes, scales = blocks
+    if codes.dtype == jnp.int8:
+        values = codes * view.spread(scales / 127, codes.shape)
+        return _with(_NAN, codes == _NOT_FINITE_INT8, values)
+    steps = view.spread(scales / jnp.where(scales < 0, 254, 255), codes.shape)
+    return _with(_INFINITY, _is_infinite(codes, steps), jnp.square(codes * steps))
 
 
 def from_blocks(blocks: Blocks) -> jax.Array:
@@ -96,25 +140,32 @@ def from_blocks(blocks: Blocks) -> jax.Array:
     ValueError for scales that are not those of the codes, as in a part of an array whose split does
     not go between blocks.
     """
-    codes = blocks.codes.astype(jnp.float32)
-    expected = jax.eval_shape(_in_blocks, codes).shape[:-1]
+    shape = blocks.codes.shape
+    expected = jax.eval_shape(in_blocks, blocks.codes).shape[:-1]
     if jnp.shape(blocks.scales) != expected:
         raise ValueError(
-            f"codes of shape {codes.shape} need scales of shape {expected}, got"
+            f"codes of shape {shape} need scales of shape {expected}, got"
             f" {jnp.shape(blocks.scales)}. Under shard_map and vmap an array can be in 8 bits only"
             f" where the last dimension of every part is a multiple of {BLOCK}, and the scales are"
             " split as the codes are (state_shardings): keep it in bfloat16, or use jit."
         )
-    scales = _spread(blocks.scales, codes.shape)
-    if blocks.codes.dtype == jnp.int8:
-        return codes * (scales / 127)
-    return jnp.square(codes * (scales / 255))
+    return _from_blocks(blocks)
 
 
-def _decodable(scales: jax.Array) -> jax.Array:
-    """Scales such that no code times its step overflows, which rounding could make it."""
-    largest = jnp.finfo(scales.dtype).max * 0.999
-    return jnp.where(jnp.isfinite(scales), jnp.minimum(scales, largest), scales)
+def _with(bits: np.int32, where: jax.Array, values: jax.Array) -> jax.Array:
+    """Values, in places others by their bits: a NaN in the program is one to ``jax_debug_nans``."""
+    integers = jax.lax.bitcast_convert_type(values, jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.where(where, bits, integers), jnp.float32)
+
+
+def _is_infinite(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """Of roots, with a scale for each."""
+    return (codes == _NOT_FINITE_SQRT8) & (scales < 0)
+
+
+def _over(view: View, x: jax.Array, divisors: jax.Array) -> jax.Array:
+    """``x`` over the divisor of its block; 0 where that is 0."""
+    return x / view.spread(jnp.where(divisors == 0, 1, divisors), x.shape)
 
 
 def own_bits(x: jax.Array) -> jax.Array:
@@ -164,27 +215,12 @@ def in_its_box(function: Callable[..., Any], *boxes: Any) -> Any:
     return box.unflatten([result])
 
 
-def _uniform(bits: jax.Array) -> jax.Array:
-    """Numbers in [0, 1) of 24 bits."""
-    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+def _uniform(bits: jax.Array | None) -> jax.Array | float:
+    """Numbers between 0 and 1, of the upper 16 bits, whose mean is a half; that without bits.
 
-
-def _along_last_axis(shape: tuple[int, ...]) -> bool:
-    return bool(shape) and shape[-1] % BLOCK == 0
-
-
-def _in_blocks(x: jax.Array) -> jax.Array:
-    if _along_last_axis(x.shape):  # so that an array split over devices stays where it is
-        return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-    return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, 1, BLOCK)
-
-
-def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The scale of each element."""
-    each = jnp.broadcast_to(scales[..., None], (*scales.shape, BLOCK))
-    if _along_last_axis(shape):
-        return each.reshape(shape)
-    return each.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+    More would be lost beside a code of 7 or 8 bits: a float32 has 24.
+    """
+    return 0.5 if bits is None else (bits >> 16).astype(jnp.float32) * 2.0**-16 + 2.0**-17
 
 
 def without_derivative(why: str) -> Callable[[jax.Array], jax.Array]:

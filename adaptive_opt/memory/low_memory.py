@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adaptive_opt.core.buffers import buffer
 from adaptive_opt.core.checks import check_optimizer, check_whole, choose
 from adaptive_opt.core.containers import is_box, unboxed
 from adaptive_opt.core.describe import described_around
@@ -31,27 +30,7 @@ _ENCODERS: dict[str, Callable[..., Any]] = {
 }
 _WIDE = "wide"
 
-# Slow weights are parameters, a variance is a small difference of two averages, a basis is
-# orthogonal, and the small eigenvalues of a Gram matrix are lost first.
-_ALWAYS_WIDE: dict[str, str] = dict.fromkeys(
-    ("slow", "mean_gradient", "gram", "basis", "residual"), _WIDE
-)
-_SIGNED: tuple[str, ...] = ("mu", "velocity", "trace", "previous_gradient")
-_SQUARES: tuple[str, ...] = ("nu", "nu_max", "sum_of_squares")
-_SIGNED_IN_8_BITS: dict[str, str] = dict.fromkeys(_SIGNED, "int8")
-_SQUARES_IN_8_BITS: dict[str, str] = dict.fromkeys(_SQUARES, "sqrt8")
-_DEFAULTS = {
-    "bfloat16": _ALWAYS_WIDE,
-    "8-bit": _ALWAYS_WIDE | _SIGNED_IN_8_BITS | _SQUARES_IN_8_BITS,
-}
-"""What is not kept in bfloat16."""
-
-_AXIS = re.compile(r"_\d+$")
-"""The number of the axis in the name of a buffer: ``basis_0``."""
-
-_NEAREST = ("nu_max", "previous_gradient")
-"""What is no average is rounded to the nearest: a maximum of random roundings would drift upwards,
-and a difference of two gradients grow by the noise."""
+_STORAGES = ("bfloat16", "8-bit")
 
 
 class LowMemoryState(NamedTuple):
@@ -69,13 +48,14 @@ def low_memory(
     buffers: Mapping[str, str] | None = None,
     min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the float32 arrays of an optimizer's state in fewer bits between steps.
+    """Keeps the averages in an optimizer's state in fewer bits between steps.
 
     A step decodes, calls ``inner`` in float32, and encodes with stochastic rounding, so that
     averages whose increments are smaller than a step of the code still move, in the mean rightly.
-    It saves memory; on the CPU it costs time. Compiled for a GPU, a step of Adam moves 20 bytes a
-    parameter in bfloat16 and 22 in 8 bits, in place of 28; for a TPU 28 and 136, so use bfloat16
-    there. Parameters and gradients are not touched.
+    The noise is a hash of position and step, of which one serves two buffers of a weight. It saves
+    memory; on the CPU it costs time. Compiled for a GPU, a step of Adam moves 20 bytes a parameter
+    in bfloat16 and 22 in 8 bits, in place of 28; for a TPU 28 in either, in 8 bits where the last
+    two dimensions are multiples of 8 and 256. Parameters and gradients are not touched.
 
     * "bfloat16": 2 bytes a number, 8 bits of precision. 0.5 of the state.
     * "int8": 1 byte and 1/64 for scales: blocks of 256, steps of 1/127 of the largest in the block.
@@ -84,13 +64,25 @@ def low_memory(
       the code is plainer.
     * "wide": as it is.
 
+    Only buffers that are known to bear it are encoded (``core/buffers.py`` has the table, by name):
+
+    * averages and sums of gradients and of their squares, ``mu``, ``velocity``, ``trace``, ``nu``,
+      ``sum_of_squares``; in bfloat16 also ``mu_slow``, ``change_ema``, ``acc_grads``, ``step_ema``,
+      ``infinity_norm`` and AdaMod's ``rate_ema``, whose mean a few first rates dominate;
+    * ``nu_max`` and ``previous_gradient``, which are no averages and are rounded to nearest: random
+      roundings would make a maximum drift, and a difference of gradients noisy.
+
+    Wide stay slow weights and ``z``, which are parameters (for those ``master_weights`` has codes),
+    centered RMSprop's ``mean_gradient``, SOAP's matrices, counters, and whatever
+    has another name. ``buffers`` names more.
+
     Args:
       inner: any optax transformation; extra arguments of ``update`` are passed on to it.
-      storage: "bfloat16", for everything but slow weights, centered RMSprop's ``mean_gradient``
-        and SOAP's Gram matrices and bases; or "8-bit": "int8" for ``mu``, ``velocity``, ``trace``,
-        ``previous_gradient``, "sqrt8" for ``nu``, ``nu_max``, ``sum_of_squares``, the rest as with
-        "bfloat16". AdaMod's ``rate_ema`` does not bear 8 bits: its mean is dominated by a few first
-        rates.
+      storage: "bfloat16", for all of the buffers above; or "8-bit": "sqrt8" for ``nu``, ``nu_max``,
+        ``sum_of_squares``, "int8" for ``mu``, ``velocity``, ``trace``, and "bfloat16" for the
+        others: 8 bits of ``previous_gradient`` do for diffGrad (``buffers={"previous_gradient":
+        "int8"}``), but not for Adan, which "8-bit" costs 0.007 nats on one of the tasks of
+        ``benchmarks.low_memory``, 0.011 with them, and "bfloat16" nothing.
       buffers: for single buffers another storage, by name: ``{"rate_ema": "wide", "nu": "int8"}``;
         the name is a key of ``AdaptiveState.buffers``, or a field of another state (``mu`` of
         optax's ``ScaleByAdamState``). Names of parameters do not count.
@@ -102,8 +94,11 @@ def low_memory(
     State: ``LowMemoryState(count, inner_state)``, where encoded arrays are bfloat16 of the same
       shape, or ``Blocks(codes, scales)`` with codes of the same shape. bfloat16 arrays of ``inner``
       itself are kept exactly, as their bits (uint16); other arrays that are not float32 are left
-      alone. ``codecs.decoded(state.inner_state)`` is the state as ``inner`` knows it. A NaN in a
-      block of 8 bits makes the block NaN: put ``skip_nonfinite`` around.
+      alone. ``codecs.decoded(state.inner_state)`` is the state as ``inner`` knows it.
+
+    What is not finite stays with its weight: bfloat16 keeps it, "int8" gives it back as NaN,
+    "sqrt8" as infinity, and the others in the block are encoded as if it were 0. ``skip_nonfinite``
+    around sees it in the codes, and refuses the step.
 
     8 bits under ``shard_map`` or ``vmap``: the last dimension of every part must be a multiple of
     256 (and the state's specs those of ``state_shardings``); else ValueError, or the complaint of
@@ -129,7 +124,8 @@ def low_memory(
     8-bit 2.0328
     """
     check_optimizer("low_memory", inner)
-    named = {**choose("storage", storage, _DEFAULTS), **(buffers or {})}
+    choose("storage", storage, dict.fromkeys(_STORAGES))
+    named = dict(buffers or {})
     for name, asked in named.items():
         choose(f"the storage of {name!r}", asked, {**_ENCODERS, _WIDE: None})
     check_whole(1, min_size=min_size)
@@ -149,11 +145,11 @@ def low_memory(
         if dtype == jnp.bfloat16:
             return codecs.own_bits(x)
         name = str(buffer_of(path))
-        storage = named.get(name, named.get(_AXIS.sub("", name), "bfloat16"))
-        if dtype != jnp.float32 or x.size < min_size or storage == _WIDE:
+        asked = named.get(name, _default(name, storage))
+        if dtype != jnp.float32 or x.size < min_size or asked == _WIDE:
             return x
         # A constant that XLA sees it calculates itself, slowly.
-        return _ENCODERS[storage](jax.lax.optimization_barrier(x), None)
+        return _ENCODERS[asked](jax.lax.optimization_barrier(x), None)
 
     def init(params: Tree) -> LowMemoryState:
         state = inner.init(params)
@@ -178,26 +174,57 @@ def low_memory(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _default(name: str, storage: str) -> str:
+    """How a buffer is kept of which nothing else was said."""
+    known = buffer(name)
+    if known is None or not known.bfloat16:
+        return _WIDE
+    return (storage == "8-bit" and known.in_8_bits) or "bfloat16"
+
+
 def encoded_again(count: jax.Array, stored: Any, state: Any) -> Any:
     """An inner state after the step ``count``, every array as it is in ``stored``."""
-    encode = _in_boxes(functools.partial(_encoded_again, count))
     with jax.numpy_dtype_promotion("standard"):
+        bits = _bits(count, stored)
+
+        def encode(path: Any, *leaves: Any) -> Any:
+            return _in_boxes(functools.partial(_encoded_again, bits.get(path)))(path, *leaves)
+
         return jax.tree_util.tree_map_with_path(encode, stored, state, is_leaf=_is_one)
 
 
 @counts_as_per_weight
-def _encoded_again(count: jax.Array, path: Any, stored: Any, x: Any) -> Any:
+def _bits(count: jax.Array, stored: Any) -> dict[Any, jax.Array]:
+    """Random bits for each array that is rounded stochastically, by its path: the upper 16 of 32.
+
+    One hash for each weight and step serves two of its buffers. The salt is made of the names of
+    all of them.
+    """
+    of_weight: dict[Any, list[Any]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(stored, is_leaf=_is_one)[0]:
+        name, below = _split(path)
+        known = buffer(name)
+        if _storage_of(_bare(leaf)) != _WIDE and not (known and known.to_nearest):
+            shape = jnp.shape(jax.tree.leaves(leaf)[0])
+            of_weight.setdefault((shape, below), []).append(path)
+    bits: dict[Any, jax.Array] = {}
+    for (shape, _), paths in of_weight.items():
+        names = "".join(map(jax.tree_util.keystr, paths))
+        for first in range(0, len(paths), 2):
+            hashed = codecs.noise(shape, count, zlib.crc32(f"{names}{first}".encode()))
+            bits.update(zip(paths[first : first + 2], (hashed, hashed << 16), strict=False))
+    return bits
+
+
+@counts_as_per_weight
+def _encoded_again(bits: jax.Array | None, path: Any, stored: Any, x: Any) -> Any:
     """An array after a step, as it was stored: here it may be a part of what it was."""
     dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
     if dtype == jnp.bfloat16:
         return codecs.own_bits(_without_derivative(x))
     if dtype != jnp.float32 or storage == _WIDE:
         return x
-    x = _without_derivative(x)
-    if buffer_of(path) in _NEAREST:
-        return _ENCODERS[storage](x, None)
-    salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-    return _ENCODERS[storage](x, codecs.noise(x.shape, count, salt))
+    return _ENCODERS[storage](_without_derivative(x), bits)
 
 
 def _is_one(x: Any) -> bool:
@@ -224,6 +251,11 @@ _without_derivative = codecs.without_derivative(
 )
 
 
+def _bare(stored: Any) -> Any:
+    """What is stored, without the boxes around it."""
+    return Blocks(*map(unboxed, stored)) if codecs.is_blocks(stored) else unboxed(stored)
+
+
 def _storage_of(stored: Any) -> str:
     if isinstance(stored, Blocks):
         return "int8" if stored.codes.dtype == jnp.int8 else "sqrt8"
@@ -235,10 +267,17 @@ def buffer_of(path: Any) -> Any:
 
     Keys below it are those of parameters, which may be called anything.
     """
-    for key, below in itertools.zip_longest(path, path[1:]):
+    return _split(path)[0]
+
+
+def _split(path: Any) -> tuple[Any, Any]:
+    """The buffer that an array is of, and the path below it, which is that of a parameter."""
+    for index, key in enumerate(path):
         if isinstance(key, jax.tree_util.GetAttrKey) and "state" not in key.name:
-            return getattr(below, "key", None) if key.name == "buffers" else key.name
-    return None
+            if key.name != "buffers":
+                return key.name, path[index + 1 :]
+            return getattr((*path, None)[index + 1], "key", None), path[index + 2 :]
+    return None, path
 
 
 def check_names(buffers: Iterable[str], state: Any, params: Tree) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from adaptive_opt.core.trees import Tree, dtype_of
+from adaptive_opt.memory.by_layer import StepByLayer
 from adaptive_opt.wrappers.train_step import TrainStep
 
 
@@ -72,8 +73,8 @@ def memory_plan(step: Any, *args: Any, **kwargs: Any) -> MemoryPlan:
     they take one another's place.
 
     Args:
-      step: what ``train_step`` returns, or a function under ``jax.jit`` that takes parameters and
-        state first.
+      step: what ``train_step`` or ``step_by_layer`` returns, or a function under ``jax.jit`` that
+        takes parameters and state first.
       *args: of the step, arrays or ``jax.ShapeDtypeStruct``.
       **kwargs: the same.
 
@@ -92,6 +93,8 @@ def memory_plan(step: Any, *args: Any, **kwargs: Any) -> MemoryPlan:
     >>> print(plan.per_parameter("params"), round(plan.per_parameter("state"), 3), plan.others)
     4.0 8.0 40000
     """
+    if isinstance(step, StepByLayer):
+        return _plan_by_layer(step, *args)
     if isinstance(step, TrainStep):
         given = step.taken(args[0], args[1:], dict(kwargs)) if args else None
         if given is None:
@@ -124,6 +127,22 @@ def memory_plan(step: Any, *args: Any, **kwargs: Any) -> MemoryPlan:
             sign * getattr(planned, f"host_{name}_size_in_bytes", 0)
             for name, sign in (("argument", 1), ("output", 1), ("alias", -1), ("temp", 1))
         ),
+    )
+
+
+def _plan_by_layer(step: StepByLayer, params: Any, state: Any, *args: Any) -> MemoryPlan:
+    """Temporaries are those of the largest program, and all that goes between the layers."""
+    planned = [
+        program.compile().memory_analysis() for program in step.lowered(params, state, *args)
+    ]
+    new = [_both(p, "output") - _both(p, "alias") + _both(p, "temp") for p in planned]
+    return MemoryPlan(
+        count=sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params)),
+        params=_bytes(params),
+        state=_bytes(state),
+        others=_bytes(args),
+        results=0,
+        temporaries=max(new) + (len(params.layers) + 1) * _bytes(step.between(params, *args)),
     )
 
 

@@ -47,7 +47,7 @@ def rounded(x: jax.Array, dtype: Any, bits: jax.Array | None = None) -> jax.Arra
     are; nothing finite becomes infinite.
     """
     left = BITS_LEFT[jnp.dtype(dtype)]
-    magnitude = jnp.abs(_position(x, dtype))
+    magnitude = _magnitude(x, dtype)
     if bits is None:
         lift = (1 << (left - 1)) - 1 + ((magnitude >> left) & 1)
     else:
@@ -136,13 +136,18 @@ def _position_of(x: jax.Array) -> jax.Array:
 
 def _position(x: jax.Array, dtype: Any) -> jax.Array:
     """Of float32 numbers, among those of a 16-bit dtype."""
+    magnitude = _magnitude(x, dtype)
+    return jnp.where(_is_negative(x), -magnitude, magnitude)
+
+
+def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
     magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & _MAGNITUDE
     if jnp.dtype(dtype) == jnp.float16:
         exact = jnp.minimum(jnp.abs(x), 2.0**-14) * 2.0**37
         small = exact.astype(jnp.int32)
         small |= exact > small  # to odd, so that rounding again does not see a tie
         magnitude = jnp.where(magnitude < _NORMAL, small, magnitude - _REBIASED)
-    return jnp.where(_is_negative(x), -magnitude, magnitude)
+    return magnitude
 
 
 def _at(position: jax.Array, dtype: Any, is_negative: jax.Array) -> jax.Array:

@@ -99,14 +99,25 @@ def skips(good: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
 
 def _all_finite(tree: Any, before: Any = None) -> jax.Array:
     """Whether all numbers are finite, but for those that were not before."""
-    leaves = jax.tree.leaves(tree)
-    others = [None] * len(leaves) if before is None else jax.tree.leaves(before)
+    leaves = jax.tree.leaves(tree, is_leaf=_says_itself)
+    others = [None] * len(leaves)
+    if before is not None:
+        others = jax.tree.leaves(before, is_leaf=_says_itself)
     finite = [
-        jnp.all(jnp.isfinite(x) if y is None else jnp.isfinite(x) | ~jnp.isfinite(y))
+        jnp.all(_finite(x) if y is None else _finite(x) | ~_finite(y))
         for x, y in zip(leaves, others, strict=True)
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        if _says_itself(x) or jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
     return functools.reduce(jnp.logical_and, finite, jnp.array(True))
+
+
+def _says_itself(x: Any) -> bool:
+    """Whether a node knows which of its numbers are finite, as codes do that do not show it."""
+    return callable(getattr(x, "are_finite", None))
+
+
+def _finite(x: Any) -> jax.Array:
+    return x.are_finite() if _says_itself(x) else jnp.isfinite(x)
 
 
 def _astype(x: Any, to: Any) -> Any:
