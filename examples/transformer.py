@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -102,14 +104,46 @@ def fully_sharded(params: dict, mesh: Mesh) -> dict:
     return jax.tree.map(split, params)
 
 
-def restore(manager: ocp.CheckpointManager, optimizer, training: tuple) -> tuple:
-    """The last checkpoint, laid out like ``training``, if it is one of this optimizer and model."""
-    saved = manager.restore(
-        manager.latest_step(), args=ocp.args.Composite(header=ocp.args.JsonRestore())
+def digest(training: tuple) -> str:
+    """Of every number, however it is laid out: a damaged file may still be read as numbers."""
+    sums = hashlib.blake2b()
+    for leaf in jax.tree.leaves(training):
+        sums.update(np.asarray(leaf).tobytes())
+    return sums.hexdigest()
+
+
+def save(manager: ocp.CheckpointManager, step: int, training: tuple, header: dict) -> None:
+    """In the background; whose it is, and the digest of what it holds, stand beside it."""
+    header = header | {"digest": digest(training)}
+    args = ocp.args.Composite(
+        training=ocp.args.StandardSave(training), header=ocp.args.JsonSave(header)
     )
-    check_checkpoint(saved["header"], optimizer, training)
-    args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
-    return manager.restore(manager.latest_step(), args=args)["training"]
+    manager.save(step, args=args)
+
+
+def restore(manager: ocp.CheckpointManager, optimizer, training: tuple) -> tuple[int, tuple]:
+    """The last whole checkpoint of this optimizer and model and its step, laid out like
+    ``training``. Later ones, which are damaged, are deleted: they will be written again."""
+    damaged = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            args = ocp.args.Composite(header=ocp.args.JsonRestore())
+            header = manager.restore(step, args=args)["header"]
+            check_checkpoint(header, optimizer, training)
+            args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
+            restored = manager.restore(step, args=args)["training"]
+            if digest(restored) != header["digest"]:
+                raise ValueError("other numbers than were saved.")
+        except CheckpointMismatch:
+            raise
+        except Exception as error:  # Orbax and what is below it raise no kind of their own
+            damaged[step] = str(error).partition("\n")[0]
+            continue
+        for broken, reason in damaged.items():
+            print(f"The checkpoint of step {broken} is damaged: {reason}", file=sys.stderr)
+            manager.delete(broken)
+        return step, restored
+    raise ValueError(f"no checkpoint in {manager.directory} can be read: {damaged}")
 
 
 def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, int]:
@@ -151,9 +185,9 @@ def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, 
     done, losses = 0, []
     if options.checkpoint:
         folder = pathlib.Path(options.checkpoint).absolute()
-        manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=3))
         if manager.latest_step() is not None:
-            done, training = manager.latest_step(), restore(manager, optimizer, training)
+            done, training = restore(manager, optimizer, training)
             print(f"Going on after step {done} of {folder}.")
     header = checkpoint_header(optimizer, training)
     steps = tqdm(
@@ -168,10 +202,7 @@ def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, 
         losses.append(float(loss))
         steps.set_postfix(loss=f"{losses[-1]:.3f}")
         if manager and (number % options.save_every == 0 or number == options.steps):
-            args = ocp.args.Composite(
-                training=ocp.args.StandardSave(training), header=ocp.args.JsonSave(header)
-            )
-            manager.save(number, args=args)
+            save(manager, number, training, header)
     if manager:
         manager.close()  # once what is being saved is
     params, state = training
