@@ -54,10 +54,12 @@ def x64():
 
 @pytest.fixture(scope="session")
 def example():
-    """Imports a script of examples/ by name."""
+    """Imports a script of examples/ by name, with its own folder in the path as when it is run."""
+    folder = pathlib.Path(__file__).parent.parent / "examples"
+    sys.path.append(str(folder))
 
     def load(name: str):
-        path = pathlib.Path(__file__).parent.parent / "examples" / f"{name}.py"
+        path = folder / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"example_{name}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
