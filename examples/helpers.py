@@ -51,9 +51,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def parsed(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
-) -> argparse.Namespace:
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options: whole numbers but ``--seed`` at least 1, ``--output`` in a folder that is."""
     options = parser.parse_args(arguments)
     for name, value in vars(options).items():
@@ -121,6 +119,7 @@ def darker(colour: Any) -> tuple[float, ...]:
 def label_ends(axes: Any, *, size: float = 8.5) -> None:
     """Names the lines where they end, in place of a legend; names that would touch move apart."""
     named = [line for line in axes.lines if not line.get_label().startswith("_")]
+    axes.get_xlim(), axes.get_ylim()  # which are brought up to date by this
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
     gap, ends = 1.3 * size / height, []
     for line in named:

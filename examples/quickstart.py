@@ -123,9 +123,10 @@ def conclusion(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result], path: str) -> None:
     """The training losses with a band over the seeds, and the test errors, a dot for each seed."""
     seeds = len(results[0].errors)
-    with picture(
-        path, conclusion(results), 1, 2, figsize=(9, 3.6), width_ratios=(1.5, 1)
-    ) as (left, right):
+    with picture(path, conclusion(results), 1, 2, figsize=(9, 3.6), width_ratios=(1.5, 1)) as (
+        left,
+        right,
+    ):
         for index, result in enumerate(results):
             losses, steps = smooth(result.losses), 1 + np.arange(result.losses.shape[1])
             label = f"{result.name}, lr {result.learning_rate:.1g}"

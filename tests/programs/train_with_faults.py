@@ -18,7 +18,8 @@ import optax
 import orbax.checkpoint as ocp
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent / "examples"))
-from transformer import Transformer, draw, fully_sharded, mesh_of, restore, save
+from helpers import pieces
+from transformer import Transformer, fully_sharded, mesh_of, restore, save
 
 from adaptive_opt import (
     adamw,
@@ -42,9 +43,9 @@ def poison(step: int) -> float:
     return 1e6 if step % 48 == 30 else 1.0
 
 
-def loss_of(params, pieces, factor):
-    logits = MODEL.apply(params, pieces[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, pieces[:, 1:])
+def loss_of(params, text, factor):
+    logits = MODEL.apply(params, text[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
     return losses.mean() * factor
 
 
@@ -58,9 +59,9 @@ def start(mesh):
     training = params, init_sharded(OPTIMIZER, params)
 
     @functools.partial(jax.jit, out_shardings=jax.tree.map(lambda x: x.sharding, training))
-    def step(training, pieces, factor):
+    def step(training, text, factor):
         params, state = training
-        loss, gradients = jax.value_and_grad(loss_of)(params, pieces, factor)
+        loss, gradients = jax.value_and_grad(loss_of)(params, text, factor)
         updates, state = OPTIMIZER.update(gradients, state, params, value=loss)
         return optax.apply_updates(params, updates), state
 
@@ -89,8 +90,8 @@ def main() -> None:
         for number in range(done + 1, options.steps + 1):
             if options.left_out and poison(number) != 1:
                 continue
-            pieces = jax.device_put(draw(TEXT, (0, number), BATCH, CONTEXT), split)
-            training = step(training, pieces, poison(number))
+            batch = jax.device_put(pieces(TEXT, (0, number), BATCH, CONTEXT), split)
+            training = step(training, batch, poison(number))
             if number % SAVE_EVERY == 0 and not options.left_out:
                 print("saving", number, flush=True)
                 save(manager, number, training, header)
