@@ -170,11 +170,11 @@ def draw(rows: dict[int, dict[str, float]], path: pathlib.Path) -> None:
             axes = below if name == "b1" else above
             values = [row[SHOWN[name]] for row in rows.values()]
             axes.plot(list(rows), values, label=name, **look(index))
+        above.set(ylabel="learning rate", yscale="log")
+        below.set(ylabel="b1", xlabel="step of the optimizer, two batches each")
         for axes in (above, below):
             label_ends(axes)
             axes.grid(alpha=0.25)
-        above.set(ylabel="learning rate", yscale="log")
-        below.set(ylabel="b1", xlabel="step of the optimizer, two batches each")
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, str]:

@@ -124,9 +124,11 @@ def label_ends(axes: Any, *, size: float = 8.5) -> None:
     gap, ends = 1.3 * size / height, []
     for line in named:
         x, y = (np.asarray(a, float) for a in line.get_data())
-        last = np.flatnonzero(np.isfinite(x) & np.isfinite(y))[-1]
-        at = axes.transAxes.inverted().transform(axes.transData.transform((x[last], y[last])))
-        ends.append((float(np.clip(at[1], 0, 1)), line))
+        finite = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+        if len(finite):
+            end = axes.transData.transform((x[finite[-1]], y[finite[-1]]))
+            at = axes.transAxes.inverted().transform(end)[1]
+            ends.append((float(np.clip(at, 0, 1)), line))
     ends.sort(key=lambda end: end[0])
     heights = np.array([y for y, _ in ends])
     for _ in range(50):  # push neighbours apart until none touch

@@ -214,6 +214,29 @@ def test_bfloat16_parameters_fall_behind_and_with_master_weights_they_do_not(exa
     assert "fall behind" in module.conclusion(found)
 
 
+# --- what they share ------------------------------------------------------------------------------
+
+
+def test_tables_have_words_to_the_left_and_numbers_to_the_right(example):
+    rows = [{"name": "adam", "loss": "0.5"}, {"name": "b", "loss": "12.25"}]
+    assert example("helpers").table(rows) == "name   loss\nadam    0.5\nb     12.25"
+
+
+def test_lines_are_named_where_they_end_and_no_names_touch(example, tmp_path):
+    helpers = example("helpers")
+    with helpers.picture(tmp_path / "lines.png", "A title", figsize=(6, 3)) as axes:
+        for index, end in enumerate((1.0, 1.0, 1.01, 9.0)):
+            axes.plot([0, 1], [0, end], label=f"line {index}", **helpers.look(index))
+        axes.plot([0, 1], [np.nan, np.nan], label="diverged", **helpers.look(4))
+        helpers.label_ends(axes)
+    assert plt.imread(tmp_path / "lines.png").mean() > 0.8  # on white
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert set(heights) == {"line 0", "line 1", "line 2", "line 3"}
+    assert max(heights, key=heights.get) == "line 3"
+    letters = 8.5 / 72 / 3  # of the height of the figure
+    assert np.diff(sorted(heights.values())).min() > letters
+
+
 # --- all ------------------------------------------------------------------------------------------
 
 

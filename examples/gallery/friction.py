@@ -90,7 +90,7 @@ def draw(found: dict):
         left.plot(xs, label=label, **look(index))
     for x, what in ((-0.3, "minimum"), (0.2, "worse one")):
         left.axhline(x, color="0.6", linewidth=0.8, zorder=0)
-        left.text(190, x + 0.03, what, size=8, va="bottom", ha="left", color="0.3")
+        left.text(0.6 * len(xs), x + 0.03, what, size=8, va="bottom", ha="left", color="0.3")
     left.set(xlabel="step", ylabel="x", title="F1 from -1, learning rate 0.1")
     label_ends(left)
     lost = np.array(list(found["ends"].values())) > 0
