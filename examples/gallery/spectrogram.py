@@ -105,11 +105,15 @@ def draw(found: dict):
     title = "AdaMod holds rates down early; later they are spread as widely as Adam's"
     figure.suptitle(title, x=0.01, ha="left", size="large", weight="bold")
     panels = dict(zip(recorders, figure.axes, strict=False))
+    where = panels["AdaMod"].transAxes
     panels["AdaMod"].text(
-        590, 5.65, "weights without gradients: lr / eps", ha="right", size=8, color="#00457a"
+        0.98, 0.94, "weights without gradients, towards lr / eps", transform=where, ha="right", size=8,
+        color="#00457a",
+    )  # fmt: skip
+    steps, medians = (found["seed_0"]["Adam"][name] for name in ("steps", "median"))
+    panels["Adam"].text(
+        steps[-1], np.log10(medians[-1]) - 0.12, "median", ha="right", va="top", size=8
     )
-    median = found["seed_0"]["Adam"]["median"][-1]
-    panels["Adam"].text(590, np.log10(median) - 0.12, "median", ha="right", va="top", size=8)
     return figure
 
 
