@@ -107,8 +107,8 @@ def draw(found: dict):
     panels = dict(zip(recorders, figure.axes, strict=False))
     where = panels["AdaMod"].transAxes
     panels["AdaMod"].text(
-        0.98, 0.94, "weights without gradients, towards lr / eps", transform=where, ha="right", size=8,
-        color="#00457a",
+        0.98, 0.94, "weights without gradients, towards lr / eps", transform=where, ha="right",
+        size=8, color="#00457a",
     )  # fmt: skip
     steps, medians = (found["seed_0"]["Adam"][name] for name in ("steps", "median"))
     panels["Adam"].text(

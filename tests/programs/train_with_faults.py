@@ -33,7 +33,9 @@ SAVE_EVERY, CONTEXT, BATCH = 3, 16, 8
 MODEL = Transformer(width=16, layers=1, context=CONTEXT)
 TEXT = np.frombuffer(pathlib.Path(optax.__file__).read_bytes(), np.uint8) % 128
 RULE = optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-3, weight_decay=0.1))
-OPTIMIZER = skip_nonfinite(skip_spikes(RULE, warmup=20, loss=True))
+# A window that has forgotten a spike when the next one comes, and a threshold that no good batch
+# is over: the run without poison must skip nothing.
+OPTIMIZER = skip_nonfinite(skip_spikes(RULE, window=32, sigma_factor=30.0, warmup=20, loss=True))
 
 
 def poison(step: int) -> float:
