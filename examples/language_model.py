@@ -13,8 +13,8 @@ weight and the held-out losses; draws how far the losses are from those of float
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -89,8 +89,8 @@ def rule(learning_rate: float, steps: int) -> optax.GradientTransformationExtraA
 class Way(NamedTuple):
     """A dtype of the parameters, and what goes around the rule."""
 
-    dtype: jax.typing.DTypeLike
-    wrap: object
+    dtype: Any
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 
 def small(inner):
