@@ -1,5 +1,5 @@
 """A small Transformer of examples/transformer.py that trains for ever, and some batches of which
-are poisoned: train_with_faults.py DIR STEPS DEVICES [--x64] [--left-out].
+are poisoned: train_with_faults.py DIR STEPS DEVICES [--x64] [--no-saves] [--left-out].
 
 Prints ``resumed N``, ``saving N`` before a save and ``saved N`` when it is complete; then writes
 ``final.npz``. Every 20th batch gives a NaN, every 48th a loss a million times as large. With
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("devices", type=int)
     parser.add_argument("--x64", action="store_true")
+    parser.add_argument("--no-saves", action="store_true")
     parser.add_argument("--left-out", action="store_true")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", options.x64)
@@ -94,7 +95,7 @@ def main() -> None:
                 continue
             batch = jax.device_put(pieces(TEXT, (0, number), BATCH, CONTEXT), split)
             training = step(training, batch, poison(number))
-            if number % SAVE_EVERY == 0 and not options.left_out:
+            if number % SAVE_EVERY == 0 and not options.no_saves:
                 print("saving", number, flush=True)
                 save(manager, number, training, header)
                 manager.wait_until_finished()
