@@ -107,7 +107,7 @@ def counts(found: dict[str, np.ndarray]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("instants", "saves", "damages"), [(2, 2, 1), pytest.param(40, 40, 25, marks=pytest.mark.slow)]
+    ("instants", "saves", "damages"), [(2, 2, 1), pytest.param(60, 60, 40, marks=pytest.mark.slow)]
 )
 def test_a_run_ends_bit_equal_whatever_happens_to_it(instants, saves, damages, tmp_path):
     """With the other slow one more than 300 faults, most of them SIGKILL."""
