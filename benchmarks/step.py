@@ -123,40 +123,78 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+MARKS = {
+    "ours": ("#0072B2", "o"),
+    "optax": ("#D55E00", "s"),
+    "single_pass(ours)": ("#009E73", "D"),
+    "torch fused": ("#CC79A7", "^"),
+    "pytorch_optimizer": ("#000000", "v"),
+}
+"""Those that the chart shows; the table has all."""
+
+
+def conclusion(found: dict[str, Any]) -> str:
+    """What the times over the floor say, from the smallest to the largest of the algorithms."""
+    said = []
+    for name, words in (("single_pass(ours)", "in one pass"), ("ours", "without it")):
+        over = [
+            ratio(contestants[name]["seconds"], contestants["floor"]["seconds"])[0]
+            for contestants in found["algorithms"].values()
+            if {name, "floor"} <= set(contestants)
+        ]
+        if over:
+            least, most = f"{min(over):.2f}", f"{max(over):.2f}"
+            said.append(f"{words} {least}" + (f" to {most}" if most != least else ""))
+    return f"A step over the least that memory allows:\n{', '.join(said)}"
+
+
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """A bar for every contestant: its time over the floor's, with quartiles."""
+    """Every algorithm in a row: times over that of the floor, with quartiles, names beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [
-        (case, algorithm, contestants)
-        for case, found in results["cases"].items()
-        for algorithm, contestants in found["algorithms"].items()
-    ]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 2.6 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (case, algorithm, contestants) in zip(axes.flat, panels, strict=False):
-        names = [name for name in contestants if name != "floor"]
-        floor = contestants.get("floor", contestants[names[0]])["seconds"]
-        spread = [ratio(contestants[name]["seconds"], floor) for name in names]
-        middle = [median for median, _, _ in spread]
-        errors = [[m - low for m, low, _ in spread], [high - m for m, _, high in spread]]
-        colors = ["tab:blue" if "ours" in name else "lightgray" for name in names]
-        axis.barh(names, middle, xerr=errors, color=colors)
-        axis.axvline(1, color="black", linewidth=1)
-        axis.invert_yaxis()
-        axis.set_title(f"{algorithm}, {case}", fontsize=10)
-        axis.set_xlabel("time / floor")
-        axis.tick_params(labelsize=8)
-    title = f"{results['device']}, {results['threads']} threads; 1 moves the same bytes once"
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    cases = results["cases"]
+    rows = [sum(len(set(MARKS) & set(c)) for c in f["algorithms"].values()) for f in cases.values()]
+    with plt.style.context("default"):
+        figure, panels = plt.subplots(
+            len(cases), 1, figsize=(8, 0.8 + 0.24 * sum(rows) + 0.6 * len(rows)), squeeze=False,
+            layout="constrained", height_ratios=rows,
+        )  # fmt: skip
+        for axes, (case, found) in zip(panels[:, 0], cases.items(), strict=True):
+            at, ticks = 0.0, {}
+            for algorithm, contestants in found["algorithms"].items():
+                shown = [name for name in MARKS if {name, "floor"} <= set(contestants)]
+                ticks[at + (len(shown) - 1) / 2] = algorithm
+                for name in shown:
+                    seconds, floor = (contestants[n]["seconds"] for n in (name, "floor"))
+                    median, low, high = ratio(seconds, floor)
+                    colour, marker = MARKS[name]
+                    errors = [[median - low], [high - median]]
+                    axes.errorbar(median, at, xerr=errors, color=colour, marker=marker)
+                    axes.annotate(
+                        name, (max(high, median), at), xytext=(7, 0), va="center",
+                        textcoords="offset points", size=8,
+                    )  # fmt: skip
+                    at += 1
+                axes.axhline(at, color="0.9", linewidth=0.8)
+                at += 1
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.set(xscale="log", ylim=(at - 0.5, -1), xlabel="time over that of the floor")
+            axes.set_yticks(list(ticks), list(ticks.values()))
+            axes.tick_params("y", length=0)
+            low, high = axes.get_xlim()
+            even = [x for x in (0.2, 0.5, 1, 2, 5, 10, 20) if low <= x <= high]
+            axes.set_xticks(even, [f"{x:g}" for x in even])
+            axes.set_xticks([], minor=True)
+            axes.set_xlim(low, high * 1.35)  # for the names
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.set_title(conclusion(found), loc="left", size=10, weight="bold")
+            where = f"{results['device']}, {results['threads']} threads, {case}"
+            axes.text(1, 1, where, transform=axes.transAxes, ha="right", va="top", size=8)
+        figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+        plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -172,7 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=pathlib.Path, help="where JSON, table and chart are saved")
+    parser.add_argument("--redraw", action="store_true", help="only the chart of what is there")
     options = parser.parse_args(arguments)
+    if options.redraw:
+        if not options.output:
+            parser.error("--redraw needs --output, the folder of a step.json")
+        results = json.loads((options.output / "step.json").read_text())
+        draw(results, options.output / "step.png")
+        return results
     shapes = {
         "leaf": cases.leaf(options.elements),
         "transformer": cases.transformer(options.width),

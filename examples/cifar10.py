@@ -11,7 +11,6 @@ program is in it. Prints the accuracy on the test images, and draws the rates of
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from helpers import parsed, parser_of
 from tqdm import tqdm
 
 import adaptive_opt
@@ -78,16 +78,14 @@ class CNN(nn.Module):
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="the unpacked binary version")
     parser.add_argument("--recipe", default="adamw", help="a recipe of adaptive_opt (adamw)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(0.001)")
     parser.add_argument("--steps", type=int, default=1000, help="(1000)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
     parser.add_argument("--output", default="cifar10.png", help="the picture (cifar10.png)")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     try:
         (images, labels), (test_images, test_labels) = load(options.data)
     except ValueError as error:

@@ -235,7 +235,11 @@ def draw(path: str) -> None:
     for index, (label, (colour, _)) in enumerate(GROUPS.items()):
         axes.scatter(1.6 * index + 0.15, -0.42, s=90, marker="s", color=colour, edgecolor="#666666")
         axes.text(1.6 * index + 0.3, -0.42, label, va="center", fontsize=10)
-    figure.savefig(path, dpi=90)
+    axes.set_title(
+        "An optimizer is a list of stages; what is new in one is a few boxes, or their order",
+        loc="left", size=14, weight="bold",
+    )  # fmt: skip
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 

@@ -1,127 +1,212 @@
-"""Fine-tune in stages: freeze, train the head, unfreeze with smaller rates below.
+"""Fine-tune a Flax nnx model with all that such a run has, kill it, and go on bit for bit.
 
     python examples/finetune.py
-    python examples/finetune.py --steps 100 --seed 1
+    python examples/finetune.py --folder runs/killed --kill-at 90  # dies there
+    python examples/finetune.py --folder runs/killed  # goes on after step 80
 
-A small CNN learns to tell the digits 0 to 4 of scikit-learn apart (real images, no download), and
-is then given 5 to 9, of which it sees only 20 each: a new head on a trained body. Three ways of
-going on are compared on the digits that were held out: the head alone; all layers at one rate; and
-gradual unfreezing, in which the layers below learn later and at smaller rates (Howard & Ruder,
-arXiv:1801.06146). Each of them is one table of parameter groups.
+A small CNN has learned scikit-learn's digits 0 to 4 and is given 5 to 9: its first layer stays
+frozen, a new head learns at ten times the rate of the rest. One cycle of learning rate and
+momentum, decay of matrices only, clipping, two batches to a step, a broken batch that is skipped,
+telemetry for TensorBoard and as CSV, checkpoints with Orbax. Prints a row for every 40 batches, the
+accuracy on digits held out, and a digest of all weights: the same after a kill. Draws what the
+telemetry saw.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+import csv
+import hashlib
+import os
+import pathlib
+import signal
+from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
-from tqdm import tqdm
+import orbax.checkpoint as ocp
+from flax import nnx
+from helpers import digits, label_ends, look, parsed, parser_of, picture, table
+from logging_telemetry import step_of, to_csv, to_tensorboard
 
-from adaptive_opt import Group, ParameterGroups, adamw, decay_mask, gradual_unfreezing
+from adaptive_opt import (
+    Group,
+    ParameterGroups,
+    adamw,
+    check_checkpoint,
+    checkpoint_header,
+    decay_mask,
+    one_cycle,
+    read_telemetry,
+    skip_nonfinite,
+    telemetry,
+    train_step,
+)
 
-BATCH, EXAMPLES_EACH = 32, 20
-LAYERS = ("conv1", "conv2", "hidden", "head")
-"""From the input to the output."""
+BATCH, BROKEN, SAVE_EVERY, SHOW_EVERY = 32, 30, 20, 20
 
 
-class CNN(nn.Module):
-    """Two convolutions and two dense layers, with names for the groups."""
+class CNN(nnx.Module):
+    """Two convolutions and two dense layers."""
 
-    @nn.compact
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv1 = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(8, 16, (3, 3), rngs=rngs)
+        self.hidden = nnx.Linear(256, 32, rngs=rngs)
+        self.head = nnx.Linear(32, 5, rngs=rngs)
+
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Conv(16, (3, 3), name="conv1")(images))
-        x = nn.relu(nn.Conv(32, (3, 3), name="conv2")(x))
-        x = nn.max_pool(x, (2, 2), strides=(2, 2)).reshape(len(x), -1)
-        return nn.Dense(5, name="head")(nn.relu(nn.Dense(64, name="hidden")(x)))
+        x = nnx.relu(self.conv2(nnx.relu(self.conv1(images))))
+        x = nnx.max_pool(x, (2, 2), strides=(2, 2)).reshape(len(x), -1)
+        return self.head(nnx.relu(self.hidden(x)))
 
 
-Digits = tuple[np.ndarray, np.ndarray]
+def loss_of(model: CNN, images: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
 
-def load(seed: int) -> tuple[Digits, Digits, Digits]:
-    """Images and labels 0 to 4: to train on first; then of the other digits: few, and held out."""
-    digits = load_digits()
-    images = (digits.images / 16.0).astype(np.float32)[..., None]
-    order = np.random.default_rng(seed).permutation(len(images))
-    images, labels = images[order], digits.target[order]
-    few = np.concatenate([np.flatnonzero(labels == d)[:EXAMPLES_EACH] for d in range(5, 10)])
-    held_out = np.setdiff1d(np.flatnonzero(labels >= 5), few)
-    known = labels < 5
-    first = images[known], labels[known]
-    return first, (images[few], labels[few] - 5), (images[held_out], labels[held_out] - 5)
-
-
-def train(
-    optimizer: optax.GradientTransformation, params: Any, data: Digits, steps: int, seed: int,
-    title: str,
-) -> Any:  # fmt: skip
-    """The parameters after so many steps."""
-    images, labels = map(jnp.asarray, data)
-
-    @jax.jit
-    def step(params, state, batch):
-        def loss(params):
-            logits = CNN().apply({"params": params}, images[batch])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
-
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state, rng = optimizer.init(params), np.random.default_rng(seed)
-    for _ in tqdm(range(steps), desc=f"{title:22}", unit="step"):
-        params, state = step(params, state, rng.integers(len(images), size=BATCH))
-    return params
-
-
-def ways(steps: int) -> Mapping[str, Callable[[], optax.GradientTransformation]]:
-    """The optimizers that are compared, each made of a table of parameter groups."""
-    settings = {"learning_rate": 2e-3, "weight_decay": 1e-2, "mask": decay_mask}
-
-    def of(groups: Sequence[Group], default: Group | None = None):
-        return lambda: ParameterGroups(groups, default=default).optimizer(adamw, **settings)
-
-    # The head from the start, one more layer after each quarter of the steps, each at a third of
-    # the rate of the one above.
-    unfreezing = gradual_unfreezing(list(LAYERS), steps=max(1, steps // 4), decay=1 / 3)
-    return {
-        "head alone": of([Group("^head")], default=Group(freeze=True)),
-        "all at one rate": of([], default=Group()),
-        "gradual unfreezing": of(unfreezing),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def tuner(steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of the fine-tuning, from the inside out."""
+    cycle = one_cycle(2e-3, max(2, steps // 2))  # it counts steps taken, of two batches each
+    groups = ParameterGroups(
+        [Group("conv1", freeze=True), Group("head", learning_rate=10.0)], default=Group()
     )
-    parser.add_argument("--steps", type=int, default=200, help="steps of each training (200)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and split (0)")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-    steps, seed = options.steps, options.seed
+    rule = groups.optimizer(
+        adamw,
+        learning_rate=cycle.learning_rate,
+        b1=cycle.b1,
+        weight_decay=0.05,
+        mask=decay_mask,
+        observers=telemetry(every=5),
+    )
+    clipped = optax.chain(groups.trained(optax.clip_by_global_norm(1.0)), rule)
+    return skip_nonfinite(optax.MultiSteps(clipped, 2).gradient_transformation())
 
-    first, few, (images, labels) = load(seed)
-    fresh = CNN().init(jax.random.key(seed), first[0][:1])["params"]
-    body = train(adamw(2e-3), fresh, first, steps, seed, "digits 0 to 4")
-    new_head = CNN().init(jax.random.key(seed + 1), first[0][:1])["params"]["head"]
-    params = dict(body) | {"head": new_head}
-    accuracies = {}
-    for name, optimizer in ways(steps).items():
-        tuned = train(optimizer(), params, few, steps, seed, name)
-        guesses = jnp.argmax(CNN().apply({"params": tuned}, images), axis=-1)
-        accuracies[name] = float(np.mean(np.asarray(guesses) == labels))
-    print(f"\n{'way':22}accuracy on {len(labels)} held-out digits 5 to 9")
-    for name, accuracy in accuracies.items():
-        print(f"{name:22}{accuracy:.4f}")
-    return accuracies
+
+def batch_of(data: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
+    """The batch of a step, the same whenever it is asked for; one of them is broken."""
+    images, labels = (x[np.random.default_rng(number).integers(len(x), size=BATCH)] for x in data)
+    return [images * (np.nan if number == BROKEN else 1), labels]
+
+
+def pretrained(data: Sequence[np.ndarray], steps: int) -> CNN:
+    """A CNN that knows the digits 0 to 4, with a new head."""
+    model = CNN(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, adamw(3e-3), wrt=nnx.Param)
+    step = train_step(loss_of, optimizer)
+    for number in range(steps):
+        if number != BROKEN:
+            model, optimizer, _ = step(model, optimizer, *batch_of(data, number))
+    model.head = CNN(nnx.Rngs(1)).head
+    return model
+
+
+def tune(model: CNN, data: Sequence[np.ndarray], options: Any) -> nnx.Optimizer:
+    """Go on after the last checkpoint, save every 20 steps, log what the optimizer sees."""
+    folder = options.folder.absolute()
+    optimizer = nnx.Optimizer(model, tuner(options.steps), wrt=nnx.Param)
+    step, whole = train_step(loss_of, optimizer), {"model": model, "optimizer": optimizer}
+    header, done, seen = checkpoint_header(optimizer.tx, nnx.state(whole)), 0, 0
+    with (
+        to_csv(folder) as to_file,
+        to_tensorboard(folder) as to_board,
+        ocp.CheckpointManager(folder / "checkpoints") as manager,
+    ):
+        if (last := manager.latest_step()) is not None:
+            saved = manager.restore(
+                last,
+                args=ocp.args.Composite(
+                    training=ocp.args.StandardRestore(nnx.state(whole)),
+                    header=ocp.args.JsonRestore(),
+                ),
+            )
+            check_checkpoint(saved["header"], optimizer.tx, nnx.state(whole))
+            nnx.update(whole, saved["training"])
+            done = last
+            print(f"Going on after step {done} of {folder}.")
+        for number in range(done + 1, options.steps + 1):
+            model, optimizer, _ = step(model, optimizer, *batch_of(data, number))
+            if (looked := step_of(read_telemetry(optimizer))) != seen:
+                seen = looked
+                to_file(optimizer)
+                to_board(optimizer)
+            if number % SAVE_EVERY == 0:
+                args = ocp.args.Composite(
+                    training=ocp.args.StandardSave(nnx.state(whole)),
+                    header=ocp.args.JsonSave(header),
+                )
+                manager.save(number, args=args)
+            if number == options.kill_at:
+                manager.wait_until_finished()
+                os.kill(os.getpid(), signal.SIGKILL)
+    return optimizer
+
+
+def logged(folder: pathlib.Path) -> dict[int, dict[str, float]]:
+    """What stands in the CSV file, by the step; what was seen again after a kill is the same."""
+    rows: dict[int, dict[str, float]] = {}
+    with (folder / "telemetry.csv").open() as file:
+        for row in csv.DictReader(file):
+            rows.setdefault(int(row["step"]), {})[row["key"]] = float(row["value"])
+    return rows
+
+
+SHOWN = {
+    "rate of the head": "head/learning_rate",
+    "rate of the body": "default/learning_rate",
+    "b1": "default/b1",
+    "gradient of the body": "default/gradient_norm/all",
+    "skipped": "skipped",
+}
+
+
+def draw(rows: dict[int, dict[str, float]], path: pathlib.Path) -> None:
+    """The learning rates of the groups, and b1 below them."""
+    title = "The head learns at ten times the rate of the body;\nb1 is low while rates are high"
+    with picture(path, title, 2, 1, figsize=(6.5, 4.2), sharex=True) as (above, below):
+        for index, name in enumerate(("rate of the head", "rate of the body", "b1")):
+            axes = below if name == "b1" else above
+            values = [row[SHOWN[name]] for row in rows.values()]
+            axes.plot(list(rows), values, label=name, **look(index))
+        above.set(ylabel="learning rate", yscale="log")
+        below.set(ylabel="b1", xlabel="step of the optimizer, two batches each")
+        for axes in (above, below):
+            label_ends(axes)
+            axes.grid(alpha=0.25)
+
+
+def main(arguments: Sequence[str] | None = None) -> tuple[float, str]:
+    parser = parser_of(__doc__)
+    parser.add_argument("--steps", type=int, default=200, help="batches (200)")
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/finetune"))
+    parser.add_argument("--kill-at", type=int, help="the batch after which it kills itself")
+    options = parsed(parser, arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+
+    images, labels = digits(0)
+    few = np.concatenate([np.flatnonzero(labels == digit)[:20] for digit in range(5, 10)])
+    held_out = np.setdiff1d(np.flatnonzero(labels >= 5), few)
+    model = pretrained((images[labels < 5], labels[labels < 5]), 200)
+    optimizer = tune(model, (images[few], labels[few] - 5), options)
+
+    rows = logged(options.folder)
+    shown = [
+        {"step": str(step)} | {name: f"{row.get(key, 0):.4g}" for name, key in SHOWN.items()}
+        for step, row in rows.items()
+        if step % SHOW_EVERY == 1
+    ]
+    print(table(shown))
+    guesses = jnp.argmax(model(images[held_out]), axis=-1)
+    accuracy = float(np.mean(np.asarray(guesses) == labels[held_out] - 5))
+    leaves = jax.tree.leaves(nnx.state((model, optimizer)))
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
+    print(
+        f"Right of {len(held_out)} digits held out: {100 * accuracy:.1f} %. Weights: {digest[:16]}"
+    )
+    draw(rows, options.folder / "finetune.png")
+    return accuracy, digest
 
 
 if __name__ == "__main__":

@@ -6,17 +6,17 @@
 The stage is caution (Liang et al., arXiv:2411.16085): a weight moves only where the direction and
 the gradient of the step agree in sign, and those that move take steps that are larger in
 proportion. It remembers nothing. The problem is a noisy quadratic, so that the distance to the
-minimum is known; the median over 20 seeds is printed.
+minimum is known. Prints the stages, and the median distance over 20 seeds.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
+from helpers import parsed, parser_of
 
 from adaptive_opt import (
     AdaptiveStep,
@@ -71,13 +71,9 @@ def distance(optimizer: optax.GradientTransformation, steps: int, seed: jax.Arra
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="steps per run (200)")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
+    options = parsed(parser, arguments)
     optimizers = {"adam": adam(1e-2), "with caution": adam(1e-2, cautious())}
     print(describe(optimizers["with caution"]), "\n")
     medians = {}

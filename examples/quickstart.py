@@ -1,175 +1,187 @@
-"""Train a small CNN on real handwritten digits with five optimizers, and compare them.
+"""Five optimizers on real handwritten digits, each at a learning rate found in the same way.
 
     python examples/quickstart.py
-    python examples/quickstart.py --optimizers adam adamod --steps 200 --seed 1 --output curves.png
+    python examples/quickstart.py --optimizers adam adamod --steps 200 --seeds 3 --output curves.png
 
-The data are the 1,797 digits that come with scikit-learn; nothing is downloaded. A fifth of them is
-held out. Prints a table and saves a picture of the curves.
+The data are the 1,797 digits that come with scikit-learn; nothing is downloaded. Every optimizer is
+given the same learning rates and seeds, all in one program (``adaptive_opt.sweep``), and keeps the
+rate with the lowest loss on digits set aside for that. Prints a row for each, with the error on
+digits that neither training nor choice has seen, and draws the losses with a band over the seeds.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import pathlib
+import functools
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from flax.training.train_state import TrainState
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from helpers import digits, label_ends, look, parsed, parser_of, picture, table
 from tqdm import tqdm
 
 import adaptive_opt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 OPTIMIZERS = {
-    "adam": lambda: adaptive_opt.adam(2e-3),
-    "adamw": lambda: adaptive_opt.adamw(2e-3, weight_decay=1e-2),
-    "amsgrad": lambda: adaptive_opt.amsgrad(2e-3),
-    "adamod": lambda: adaptive_opt.adamod(5e-3, b3=0.99),
-    "diffmod": lambda: adaptive_opt.diffmod(5e-3, len_memory=100),
+    "adam": adaptive_opt.adam,
+    "adamw": functools.partial(adaptive_opt.adamw, weight_decay=1e-2),
+    "amsgrad": adaptive_opt.amsgrad,
+    "adamod": functools.partial(adaptive_opt.adamod, b3=0.99),
+    "diffmod": functools.partial(adaptive_opt.diffmod, len_memory=100),
 }
-BATCH, EVALUATE_EVERY = 64, 25
+RATES = np.logspace(-4, -1, 7)
+BATCH = 64
 
 
-class CNN(nn.Module):
-    """Two convolutions, a pooling and two dense layers: 38,282 weights."""
+class Network(nn.Module):
+    """Two dense layers: 9,610 weights."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Conv(16, (3, 3))(images))
-        x = nn.relu(nn.Conv(32, (3, 3))(x))
-        x = nn.max_pool(x, (2, 2), strides=(2, 2)).reshape(len(x), -1)
-        return nn.Dense(10)(nn.relu(nn.Dense(64)(x)))
+        return nn.Dense(10)(nn.relu(nn.Dense(128)(images.reshape(len(images), 64))))
 
 
-@dataclasses.dataclass
-class Result:
-    """How one optimizer did."""
+def loss_of(params, batch) -> jax.Array:
+    images, labels = batch
+    logits = Network().apply({"params": params}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class Result(NamedTuple):
+    """How one optimizer did at its best learning rate."""
 
     name: str
+    learning_rate: float
     losses: np.ndarray
-    """The training loss of every step."""
-    accuracies: list[tuple[int, float]]
-    """The held-out accuracy after so many steps."""
+    """The training loss, (seeds, steps)."""
+    errors: np.ndarray
+    """The part of the test digits that each seed gets wrong."""
     seconds: float
     state_bytes: int
 
 
-def load(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Images (n, 8, 8, 1) in [0, 1] and labels (n,): those to train on, and those held out."""
-    digits = load_digits()
-    images = (digits.images / 16.0).astype(np.float32)[..., None]
-    split = train_test_split(
-        images, digits.target, test_size=0.2, random_state=seed, stratify=digits.target
-    )
-    return (split[0], split[2]), (split[1], split[3])
-
-
-def train(name: str, steps: int, seed: int) -> Result:
-    """Train with one optimizer, with a progress bar."""
+def train(name: str, steps: int, seeds: int, seed: int) -> Result:
+    """Every learning rate and seed at once, with a progress bar."""
     began = time.perf_counter()
-    (images, labels), (test_images, test_labels) = load(seed)
-    model = CNN()
-    state = TrainState.create(
-        apply_fn=model.apply,
-        params=model.init(jax.random.key(seed), images[:1]),
-        tx=optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name]()),
+    images, labels = digits(seed)
+    to_choose, to_test = (images[:300], labels[:300]), (images[300:700], labels[300:700])
+    bar = tqdm(total=steps, desc=f"{name:8}", unit="step")
+    found = adaptive_opt.sweep(
+        lambda learning_rate: optax.chain(
+            optax.clip_by_global_norm(1.0), OPTIMIZERS[name](learning_rate)
+        ),
+        {"learning_rate": RATES},
+        loss=loss_of,
+        init=lambda key: Network().init(key, images[:1])["params"],
+        data=(images[700:], labels[700:]),
+        batch_size=BATCH,
+        steps=steps,
+        seeds=range(seeds),
+        evaluate=lambda params: loss_of(params, to_choose),
+        progress=lambda done, of: bar.update(done - bar.n),
     )
+    bar.close()
+    best = found.best()[0]["learning_rate"]
+    members = np.flatnonzero([member[0] == best for member in found.members])
+    params = jax.tree.map(lambda leaf: leaf[members], found.params)
 
-    def loss_of(params, batch_images, batch_labels):
-        logits = model.apply(params, batch_images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch_labels).mean()
+    def error(params):
+        guesses = jnp.argmax(Network().apply({"params": params}, to_test[0]), axis=-1)
+        return jnp.mean(guesses != to_test[1])
 
-    @jax.jit
-    def step(state, batch):
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, images[batch], labels[batch])
-        return state.apply_gradients(grads=gradients), loss
-
-    @jax.jit
-    def accuracy(params):
-        return jnp.mean(jnp.argmax(model.apply(params, test_images), axis=-1) == test_labels)
-
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    rng = np.random.default_rng(seed)
-    losses, accuracies = [], []
-    for done in (bar := tqdm(range(1, steps + 1), desc=f"{name:8}", unit="step")):
-        state, loss = step(state, rng.integers(len(images), size=BATCH))
-        losses.append(float(loss))
-        if done % EVALUATE_EVERY == 0 or done == steps:
-            accuracies.append((done, float(accuracy(state.params))))
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracies[-1][1]:.3f}")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    return Result(name, np.asarray(losses), accuracies, time.perf_counter() - began, size)
+    one = jax.tree.map(lambda leaf: leaf[0], params)
+    state = jax.eval_shape(OPTIMIZERS[name](best).init, one)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    errors = np.asarray(jax.vmap(error)(params))
+    seconds = time.perf_counter() - began
+    return Result(name, best, found.losses[members], errors, seconds, size)
 
 
 def smooth(losses: np.ndarray, width: int = 15) -> np.ndarray:
     """The running mean over the last ``width`` steps."""
-    sums = np.cumsum(np.concatenate([np.zeros(1), losses]))
-    ends = np.arange(1, len(losses) + 1)
+    sums = np.cumsum(np.pad(losses, ((0, 0), (1, 0))), axis=1)
+    ends = np.arange(1, losses.shape[1] + 1)
     starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return (sums[:, ends] - sums[:, starts]) / (ends - starts)
+
+
+def conclusion(results: Sequence[Result]) -> str:
+    """What the errors allow to say."""
+    means = [100 * result.errors.mean() for result in results]
+    seeds = 100 * np.mean([result.errors.std() for result in results])
+    apart = max(means) - min(means)
+    if len(results) == 1:
+        return f"{results[0].name}: {means[0]:.1f} % of the test digits wrong"
+    said = "no more than" if apart <= 2 * seeds else "more than"
+    return f"Each at its own best learning rate, test errors differ {said} those of seeds"
 
 
 def draw(results: Sequence[Result], path: str) -> None:
-    """The training loss and the held-out error of every optimizer, on a logarithmic scale."""
-    colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]
-    dashes = ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for index, result in enumerate(results):
-        style = {"color": colours[index % 5], "linestyle": dashes[index % 5], "linewidth": 1.6}
-        left.plot(1 + np.arange(len(result.losses)), smooth(result.losses), **style)
-        steps, accuracies = zip(*result.accuracies, strict=True)
-        right.plot(steps, 100 * (1 - np.array(accuracies)), label=result.name, **style)
-    left.set(xlabel="step", ylabel="training loss (nats, mean of 15 steps)", yscale="log")
-    right.set(xlabel="step", ylabel="held-out error (%)", yscale="log")
-    right.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    right.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    right.set_yticks([1, 2, 5, 10, 20, 50])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    right.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    """The training losses with a band over the seeds, and the test errors, a dot for each seed."""
+    seeds = len(results[0].errors)
+    with picture(path, conclusion(results), 1, 2, figsize=(9, 3.6), width_ratios=(1.5, 1)) as (
+        left,
+        right,
+    ):
+        for index, result in enumerate(results):
+            losses, steps = smooth(result.losses), 1 + np.arange(result.losses.shape[1])
+            label = f"{result.name}, lr {result.learning_rate:.1g}"
+            left.plot(steps, np.median(losses, axis=0), label=label, **look(index))
+            left.fill_between(
+                steps, losses.min(axis=0), losses.max(axis=0), color=look(index)["color"],
+                alpha=0.15, linewidth=0,
+            )  # fmt: skip
+            up = index + np.linspace(-0.15, 0.15, seeds)
+            right.plot(100 * result.errors, up, "o", markersize=4, color=look(index)["color"])
+            right.plot(100 * result.errors.mean(), index, "|", markersize=20, color="black")
+        left.set(xlabel="step", ylabel="training loss (nats, mean of 15 steps)", yscale="log")
+        left.set_title(f"median and range of {seeds} seeds")
+        label_ends(left)
+        right.set(xlabel="test error (%)", xlim=(0, None), ylim=(len(results) - 0.5, -0.5))
+        right.set_title("a dot for each seed, a dash for their mean")
+        right.set_yticks(range(len(results)), [result.name for result in results])
+        for axes in (left, right):
+            axes.grid(alpha=0.25)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     names = list(OPTIMIZERS)
-    parser.add_argument("--steps", type=int, default=600, help="steps per optimizer (600)")
+    parser.add_argument("--steps", type=int, default=500, help="steps of each training (500)")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings at each rate (5)")
     parser.add_argument(
         "--optimizers", nargs="+", choices=names, default=names, metavar="NAME",
         help=f"which to train with: {', '.join(names)} (all)",
     )  # fmt: skip
     parser.add_argument("--output", default="quickstart.png", help="the picture (quickstart.png)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and split (0)")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-    folder = pathlib.Path(options.output).parent
-    if not folder.is_dir():
-        parser.error(f"--output: there is no folder {folder}")
+    parser.add_argument("--seed", type=int, default=0, help="of the split of the digits (0)")
+    options = parsed(parser, arguments)
 
-    results = [train(name, options.steps, options.seed) for name in options.optimizers]
-    print(f"\n{'optimizer':10}{'final loss':>12}{'accuracy':>10}{'seconds':>9}{'state bytes':>13}")
-    for result in results:
-        loss, accuracy = smooth(result.losses)[-1], result.accuracies[-1][1]
-        row = f"{result.name:10}{loss:12.4f}{accuracy:10.4f}{result.seconds:9.1f}"
-        print(f"{row}{result.state_bytes:13,}")
+    results = [train(n, options.steps, options.seeds, options.seed) for n in options.optimizers]
+    rows = [
+        {
+            "optimizer": result.name,
+            "best rate": f"{result.learning_rate:.2g}",
+            "training loss": f"{smooth(result.losses)[:, -1].mean():.4f}",
+            "test error": f"{100 * result.errors.mean():.2f} %",
+            "of seeds": f"{100 * result.errors.std():.2f}",
+            "seconds": f"{result.seconds:.1f}",
+            "state bytes": f"{result.state_bytes:,}",
+        }
+        for result in results
+    ]
+    print(f"\n{table(rows)}")
+    print(
+        f"\nBest of the learning rates {', '.join(f'{rate:.2g}' for rate in RATES)}, by the loss on"
+        f" 300 digits set aside;\nerrors on 400 others, means over {options.seeds} seeds, and"
+        f" their standard deviation. {conclusion(results)}."
+    )
     draw(results, options.output)
-    print(f"\nThe curves are in {options.output}.")
+    print(f"The curves are in {options.output}.")
     return results
 
 

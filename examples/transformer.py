@@ -6,16 +6,20 @@
 Character by character, on 8 devices; where there are not so many, the CPU is taken for 8. The
 second command goes on where the first one stopped, on 4 devices. Layouts: "data" has parameters and
 optimizer state on every device, "zero1" splits the state among them, "fsdp" both. The losses are
-the same in all, and checkpoints of "data" and "fsdp" fit each other.
+the same in all, and checkpoints of "data" and "fsdp" fit each other; a damaged one is passed over
+for the one before it. Prints the last loss, that on text held out, and the bytes of optimizer state
+on each device; draws the loss with --output.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from helpers import CHARACTERS, library_text, look, parsed, parser_of, picture, pieces
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -37,8 +42,6 @@ from adaptive_opt import (
     init_sharded,
     zero1,
 )
-
-CHARACTERS = 128  # ASCII
 
 
 class Block(nn.Module):
@@ -68,22 +71,6 @@ class Transformer(nn.Module):
         return nn.Dense(CHARACTERS)(nn.LayerNorm()(x))
 
 
-def load() -> tuple[np.ndarray, np.ndarray]:
-    """The modules of the standard library in one row; the last twentieth is held out."""
-    library = pathlib.Path(os.__file__).parent
-    sources = [path.read_bytes() for path in sorted(library.glob("*.py"))]
-    text = np.frombuffer(b"\n".join(sources), np.uint8)
-    text = np.where(text < CHARACTERS, text, ord("?"))
-    end = len(text) * 19 // 20
-    return text[:end], text[end:]
-
-
-def draw(text: np.ndarray, seed: Sequence[int], batch: int, context: int) -> np.ndarray:
-    """Random pieces of one character more than the context, the same for the same seed."""
-    starts = np.random.default_rng(seed).integers(len(text) - context, size=batch)
-    return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
-
-
 def mesh_of(count: int) -> Mesh:
     """The first so many devices, of the CPU if there are too few others."""
     devices = jax.devices() if len(jax.devices()) >= count else jax.devices("cpu")
@@ -102,20 +89,52 @@ def fully_sharded(params: dict, mesh: Mesh) -> dict:
     return jax.tree.map(split, params)
 
 
-def restore(manager: ocp.CheckpointManager, optimizer, training: tuple) -> tuple:
-    """The last checkpoint, laid out like ``training``, if it is one of this optimizer and model."""
-    saved = manager.restore(
-        manager.latest_step(), args=ocp.args.Composite(header=ocp.args.JsonRestore())
+def digest(training: tuple) -> str:
+    """Of every number, however it is laid out: a damaged file may still be read as numbers."""
+    sums = hashlib.blake2b()
+    for leaf in jax.tree.leaves(training):
+        sums.update(np.asarray(leaf).tobytes())
+    return sums.hexdigest()
+
+
+def save(manager: ocp.CheckpointManager, step: int, training: tuple, header: dict) -> None:
+    """In the background; whose it is, and the digest of what it holds, stand beside it."""
+    header = header | {"digest": digest(training)}
+    args = ocp.args.Composite(
+        training=ocp.args.StandardSave(training), header=ocp.args.JsonSave(header)
     )
-    check_checkpoint(saved["header"], optimizer, training)
-    args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
-    return manager.restore(manager.latest_step(), args=args)["training"]
+    manager.save(step, args=args)
+
+
+def restore(manager: ocp.CheckpointManager, optimizer, training: tuple) -> tuple[int, tuple]:
+    """The last whole checkpoint of this optimizer and model and its step, laid out like
+    ``training``. Later ones, which are damaged, are deleted: they will be written again."""
+    damaged = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            args = ocp.args.Composite(header=ocp.args.JsonRestore())
+            header = manager.restore(step, args=args)["header"]
+            check_checkpoint(header, optimizer, training)
+            args = ocp.args.Composite(training=ocp.args.StandardRestore(training))
+            restored = manager.restore(step, args=args)["training"]
+            if digest(restored) != header["digest"]:
+                raise ValueError("other numbers than were saved.")
+        except CheckpointMismatch:
+            raise
+        except Exception as error:  # Orbax and what is below it raise no kind of their own
+            damaged[step] = str(error).partition("\n")[0]
+            continue
+        for broken, reason in damaged.items():
+            print(f"The checkpoint of step {broken} is damaged: {reason}", file=sys.stderr)
+            manager.delete(broken)
+        return step, restored
+    raise ValueError(f"no checkpoint in {manager.directory} can be read: {damaged}")
 
 
 def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, int]:
     """The loss of every step, the held-out loss, and the bytes of state on one device."""
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    text, held_out = load()
+    text, held_out = library_text()
     model = Transformer(options.width, options.layers, options.context)
 
     rule = adamw(
@@ -130,30 +149,30 @@ def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, 
     params = jax.jit(init, out_shardings=of_params)()
     training = params, init_sharded(optimizer, params)
 
-    def loss_of(params, pieces):
-        logits = model.apply(params, pieces[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, pieces[:, 1:]).mean()
+    def loss_of(params, text):
+        logits = model.apply(params, text[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
     layout = jax.tree.map(lambda x: x.sharding, training)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, whole))
-    def step(training, pieces):
+    def step(training, text):
         params, state = training
-        loss, gradients = jax.value_and_grad(loss_of)(params, pieces)
+        loss, gradients = jax.value_and_grad(loss_of)(params, text)
         updates, state = optimizer.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
     def batch(of, *seed):
-        pieces = draw(of, (options.seed, *seed), options.batch, options.context)
-        return jax.device_put(pieces, split)
+        drawn = pieces(of, (options.seed, *seed), options.batch, options.context)
+        return jax.device_put(drawn, split)
 
     manager = None
     done, losses = 0, []
     if options.checkpoint:
         folder = pathlib.Path(options.checkpoint).absolute()
-        manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=3))
         if manager.latest_step() is not None:
-            done, training = manager.latest_step(), restore(manager, optimizer, training)
+            done, training = restore(manager, optimizer, training)
             print(f"Going on after step {done} of {folder}.")
     header = checkpoint_header(optimizer, training)
     steps = tqdm(
@@ -168,10 +187,7 @@ def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, 
         losses.append(float(loss))
         steps.set_postfix(loss=f"{losses[-1]:.3f}")
         if manager and (number % options.save_every == 0 or number == options.steps):
-            args = ocp.args.Composite(
-                training=ocp.args.StandardSave(training), header=ocp.args.JsonSave(header)
-            )
-            manager.save(number, args=args)
+            save(manager, number, training, header)
     if manager:
         manager.close()  # once what is being saved is
     params, state = training
@@ -183,25 +199,17 @@ def train(options: argparse.Namespace, mesh: Mesh) -> tuple[list[float], float, 
     return losses, float(held_out_loss), on_first
 
 
-def picture(losses: Sequence[float], first: int, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    axes.plot(first + np.arange(len(losses)), losses, color="#0072B2", linewidth=1.2)
-    axes.set(xlabel="step", ylabel="training loss (nats per character)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def draw(losses: Sequence[float], first: int, path: str) -> None:
+    """The training loss; of a run that went on, its last part."""
+    title = f"The loss goes from {losses[0]:.2f} to {losses[-1]:.2f} nats per character"
+    with picture(path, title, figsize=(6, 3.4)) as axes:
+        axes.plot(first + np.arange(len(losses)), losses, linewidth=1.2, **look(0))
+        axes.set(xlabel="step", ylabel="training loss (nats per character)")
+        axes.grid(alpha=0.25)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--sharding", choices=["data", "fsdp", "zero1"], default="data", help="layout (data)")
     add("--devices", type=int, default=8, help="how many (8)")
@@ -215,11 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     add("--context", type=int, default=64, help="characters that it sees (64)")
     add("--batch", type=int, default=32, help="pieces of text a step, over all devices (32)")
     add("--seed", type=int, default=0, help="of weights and batches (0)")
-    options = parser.parse_args(arguments)
-    for name in ("devices", "steps", "save_every", "width", "layers", "context", "batch"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, got {getattr(options, name)}")
+    options = parsed(parser, arguments)
     if options.width % 4:
         parser.error(f"--width must be a multiple of 4, got {options.width}")
     if options.batch % options.devices:
@@ -227,8 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             f"--batch {options.batch} cannot be split over --devices {options.devices}: give a"
             " multiple of it"
         )
-    if options.output and not pathlib.Path(options.output).parent.is_dir():
-        parser.error(f"--output: there is no folder {pathlib.Path(options.output).parent}")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(8, options.devices))
 
@@ -245,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     print(f"Held out: {held_out:.4f} nats, {held_out / math.log(2):.2f} bits per character.")
     print(f"Optimizer state on each device: {size:,} bytes.")
     if options.output and losses:
-        picture(losses, options.steps - len(losses) + 1, options.output)
+        draw(losses, options.steps - len(losses) + 1, options.output)
     return losses
 
 

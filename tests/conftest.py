@@ -11,6 +11,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))  # as when one of them is run
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 
@@ -57,7 +60,7 @@ def example():
     """Imports a script of examples/ by name."""
 
     def load(name: str):
-        path = pathlib.Path(__file__).parent.parent / "examples" / f"{name}.py"
+        path = EXAMPLES / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"example_{name}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up

@@ -50,6 +50,26 @@ def test_table_and_chart_show_every_contestant(small_run):
     assert plt.imread(output / "step.png").std() > 0.05
 
 
+def test_the_chart_is_drawn_again_from_what_was_measured(small_run):
+    results, output = small_run
+    before = plt.imread(output / "step.png")
+    (output / "step.png").unlink()
+    assert step.main(["--redraw", "--output", str(output)]) == results
+    np.testing.assert_array_equal(plt.imread(output / "step.png"), before)
+
+
+def test_the_title_of_the_chart_is_the_range_of_the_medians():
+    def of(floor, ours, one_pass):
+        times = {"floor": floor, "ours": ours, "single_pass(ours)": one_pass}
+        return {name: {"seconds": [seconds] * 3} for name, seconds in times.items()}
+
+    found = {"adam": of(2.0, 3.0, 2.0), "adamod": of(2.0, 8.0, 2.2)}
+    title = "A step over the least that memory allows:\nin one pass 1.00 to 1.10, without it "
+    assert step.conclusion({"algorithms": found}) == title + "1.50 to 4.00"
+    del found["adamod"], found["adam"]["single_pass(ours)"]
+    assert step.conclusion({"algorithms": found}).endswith(":\nwithout it 1.50")
+
+
 def test_ratios_are_paired_by_round():
     assert timing.ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (2.0, 1.5, 2.5)
 

@@ -74,7 +74,7 @@ def test_every_script_has_a_picture_numbers_and_a_section():
         assert f"]({name}.py)" in README
         assert f"]({name}.png)" in README
         assert f"]({name}.json)" in README
-        assert 2_000 < (GALLERY / f"{name}.png").stat().st_size <= 80 * 1024
+        assert 2_000 < (GALLERY / f"{name}.png").stat().st_size <= 150 * 1024
         assert plt.imread(GALLERY / f"{name}.png")[..., :3].mean() > 0.6  # a light background
 
 

@@ -24,7 +24,9 @@ from adaptive_opt import (
     describe,
     gradual_unfreezing,
     layerwise_learning_rates,
+    read_telemetry,
     sgd,
+    telemetry,
 )
 
 
@@ -267,6 +269,21 @@ def test_groups_work_in_an_nnx_optimizer():
     optimizer.update(model, gradients)
     assert_bit_equal(model.body.kernel[...], before[0])
     assert np.any(model.head.kernel[...] != before[1])
+
+
+def test_groups_with_a_mask_and_telemetry_work_in_an_nnx_optimizer():
+    model = Nnx(nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    groups = ParameterGroups([Group("head", learning_rate=10.0)], default=Group())
+    settings = {"weight_decay": 0.5, "mask": decay_mask, "observers": telemetry(every=1)}
+    optimizer = nnx.Optimizer(model, groups.optimizer(adamw, 1e-2, **settings), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+    for layer, decayed in ((model.body, 0.995), (model.head, 0.95)):
+        np.testing.assert_allclose(layer.kernel[...], decayed, rtol=1e-6)
+        np.testing.assert_array_equal(layer.bias[...], 1.0)
+    np.testing.assert_array_equal(model.norm.scale[...], 1.0)
+    rates = [v for k, v in read_telemetry(optimizer).items() if k.endswith("learning_rate")]
+    np.testing.assert_allclose(sorted(rates), [1e-2, 1e-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,8 @@ SPEC.loader.exec_module(EXAMPLE)
 
 
 def test_a_csv_file_holds_what_was_seen(tmp_path):
-    state = EXAMPLE.train(EXAMPLE.to_csv(tmp_path), 25)
+    with EXAMPLE.to_csv(tmp_path) as log:
+        state = EXAMPLE.train(log, 25)
     with (tmp_path / "telemetry.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = {(int(row["step"]), row["key"]): float(row["value"]) for row in rows}
@@ -198,11 +199,10 @@ def test_a_csv_file_holds_what_was_seen(tmp_path):
 
 
 def test_tensorboard_reads_what_was_seen(tmp_path):
-    pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401 (writes what is read below)
 
-    state = EXAMPLE.train(EXAMPLE.to_tensorboard(tmp_path), 25)
+    with EXAMPLE.to_tensorboard(tmp_path) as log:
+        state = EXAMPLE.train(log, 25)
     (file,) = tmp_path.glob("events*")
     data, at, found = file.read_bytes(), 0, {}
     while at < len(data):  # a length of 8 bytes, its checksum of 4, the event, its checksum
@@ -219,7 +219,8 @@ def test_wandb_is_given_what_was_seen(tmp_path, monkeypatch):
     logged = []
     run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
-    state = EXAMPLE.train(EXAMPLE.to_wandb(tmp_path), 25)
+    with EXAMPLE.to_wandb(tmp_path) as log:
+        state = EXAMPLE.train(log, 25)
     assert [step for step, _ in logged] == [1, 1, 11, 11, 21, 21]
     assert logged[-2][1] == read_telemetry(state)
     json.dumps(logged)

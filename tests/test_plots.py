@@ -72,7 +72,7 @@ def test_the_spectrogram_draws_the_histograms_on_one_scale(two):
     panels = figure.axes[:2]
     assert [axes.get_title() for axes in panels] == ["Adam", "AMSGrad"]
     assert panels[0].get_ylim() == panels[1].get_ylim()
-    assert panels[0].get_ylabel() == "rate of a weight (log10)"
+    assert panels[0].get_ylabel() == "learning rate times rate of a weight (log10)"
     meshes = [next(c for c in axes.collections if isinstance(c, QuadMesh)) for axes in panels]
     assert meshes[0].norm.vmin == meshes[1].norm.vmin
     assert meshes[0].norm.vmax == meshes[1].norm.vmax == 100

@@ -161,7 +161,7 @@ def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -
             axes.set(
                 title=name, xlabel="step", ylim=(BIN_EDGES[low] - 0.25, BIN_EDGES[high] + 0.25)
             )
-        panels[0].set_ylabel("rate of a weight (log10)")
+        panels[0].set_ylabel("learning rate times rate of a weight (log10)")
         panels[0].yaxis.get_major_locator().set_params(integer=True)
         bar = figure.colorbar(mesh, ax=panels, pad=0.01)
         bar.set_label("weights per bin (%)")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from adaptive_opt.core.containers import unboxed
 from adaptive_opt.core.observe import HYPERPARAMETERS
 from adaptive_opt.watching.tally import BIN_EDGES, NO_COUNT, NORMS, QUANTILES, UNKNOWN
 
@@ -181,17 +182,10 @@ class Reading(NamedTuple):
 def _names(state: Any) -> dict[str, Any]:
     """A state as dicts of dicts, by the names on the way to each array."""
     nnx = sys.modules.get("flax.nnx")
-    if nnx is not None:
-        if isinstance(state, nnx.Module | nnx.Optimizer):
-            state = nnx.state(state)
-        variables = nnx.Variable
-        state = jax.tree.map(
-            lambda x: x[...] if isinstance(x, variables) else x,
-            state,
-            is_leaf=lambda x: isinstance(x, variables),
-        )
+    if nnx is not None and isinstance(state, nnx.Module | nnx.Optimizer):
+        state = nnx.state(state)
     root: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(unboxed(state))[0]:
         *way, last = [jax.tree_util.keystr((key,), simple=True) for key in path] or [""]
         node = root
         for name in way:

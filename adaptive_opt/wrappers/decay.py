@@ -165,7 +165,7 @@ def _surroundings(tree: Tree) -> Iterator[tuple[str, str, int]]:
 
     def of(node: Any, name: str, module: str, kind: str) -> Iterator[tuple[str, str, int]]:
         if is_box(node):
-            names = vars(node).get("names", ())  # of linen
+            names = getattr(node, "__dict__", {}).get("names", ())  # of linen, not of nnx
             count = sum(axis in STACKED_AXES for axis in names)
             yield from ((module, kind, count) for _ in jax.tree.leaves(node, is_leaf=is_none))
             return

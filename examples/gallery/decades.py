@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from shared import (
-    COLOURS,
-    DASHES,
     accuracy,
     cross_entropy,
+    darker,
     digits,
-    plt,
+    look,
     progress,
     row,
     run,
+    subplots,
     train,
-)  # fmt: skip
+)
 
 from adaptive_opt import adam, adamod, sgd
 
@@ -35,6 +35,7 @@ OPTIMIZERS = {
 }
 LONGER = 10
 TOLERANCE = 0.01
+END = ("lowest", "highest")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -103,22 +104,42 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3), sharey=True)
+    """The errors, and below them the range of rates that are usable."""
+    figure, axes = subplots(
+        "AdaMod's learning rates are no more forgiving than Adam's: they lie higher",
+        2, 2, figsize=(8.8, 4), sharex=True, height_ratios=(1, 0.32),
+    )  # fmt: skip
     lengths = [found["settings"]["steps"] * k for k in (1, LONGER)]
-    for ax, length in zip(axes, lengths, strict=True):
-        for name, colour, dash, marker in zip(OPTIMIZERS, COLOURS, DASHES, "os^", strict=False):
+    rows = {r["what"]: r["mean"] for r in found["rows"]}
+    for (above, below), length in zip(axes.T, lengths, strict=True):
+        for index, (name, marker) in enumerate(zip(OPTIMIZERS, "os^", strict=False)):
             errors = 100 * np.array(found["errors"][f"{name}, {length} steps"])
-            mean, sd = errors.mean(0), errors.std(0)
-            ax.errorbar(
-                found["rates"], mean, sd, color=colour, linestyle=dash, label=name,
-                marker=marker, markersize=3.5, elinewidth=0.8,
+            above.errorbar(
+                found["rates"], errors.mean(0), errors.std(0), marker=marker, markersize=3.5,
+                elinewidth=0.8, **look(index),
             )  # fmt: skip
-        ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"{length:,} steps")
-        ax.set_yticks([2, 5, 10, 20, 50, 90], [2, 5, 10, 20, 50, 90])
-        ax.set_yticks([], minor=True)
-        ax.grid(alpha=0.25)
-    axes[0].set_ylabel("held-out error (%)")
-    axes[0].legend(loc="lower left", borderaxespad=0.2)
+            ends = [rows.get(f"{end} usable rate, {name}, {length} steps") for end in END]
+            if None not in ends:
+                below.plot(
+                    ends,
+                    [index] * 2,
+                    linewidth=7,
+                    solid_capstyle="butt",
+                    color=look(index)["color"],
+                )
+                below.plot(ends, [index] * 2, marker, color="black", markersize=3.5)
+            else:
+                below.text(1e-1, index, "none", va="center", ha="right", size=8, color="0.3")
+        above.set(xscale="log", yscale="log", title=f"{length:,} steps")
+        above.set_yticks([2, 5, 10, 20, 50, 90], [2, 5, 10, 20, 50, 90])
+        above.set_yticks([], minor=True)
+        above.grid(alpha=0.25)
+        below.set_yticks(range(len(OPTIMIZERS)), list(OPTIMIZERS))
+        for index, label in enumerate(below.get_yticklabels()):
+            label.set_color(darker(look(index)["color"]))
+        below.set(xlabel="learning rate", ylim=(len(OPTIMIZERS) - 0.4, -0.6))
+        below.set_title("usable: within a point of the best error of all", size=8.5)
+    axes[0, 0].set_ylabel("held-out error (%)")
     return figure
 
 

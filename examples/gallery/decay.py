@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import COLOURS, cross_entropy, digits, plt, progress, row, run, train
+from shared import (
+    cross_entropy,
+    darker,
+    digits,
+    label_ends,
+    look,
+    progress,
+    row,
+    run,
+    subplots,
+    train,
+)
 
 from adaptive_opt import adam, adamw
 
@@ -139,35 +150,47 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), width_ratios=(1.3, 1, 1, 1))
+    figure, (left, right) = subplots(
+        "AdamW decays all weights alike, L2 does not;\n"
+        "the best decay moves with the learning rate only where it is not times it",
+        1, 2, figsize=(9.4, 3.7),
+    )  # fmt: skip
     scales = np.array(found["scales"])
     closed_form = found["rows"][0]["mean"]
-    axes[0].axhline(
-        closed_form, color="0.4", linewidth=1, label=r"$(1-\mathrm{lr}\,\mathrm{wd})^t$"
+    left.axhline(closed_form, color="0.4", linewidth=1)
+    left.text(
+        scales[0], closed_form + 0.03, r"$(1-\mathrm{lr}\,\mathrm{wd})^t$", size=8, color="0.3"
     )
-    for (name, left), colour, marker in zip(
-        found["left"].items(), COLOURS[1::-1], "so", strict=False
-    ):
-        label = "Adam + L2" if name.startswith("L2") else "AdamW"
-        mean, sd = np.mean(left, 0), np.std(left, 0)
-        axes[0].errorbar(scales, mean, sd, color=colour, marker=marker, markersize=4, label=label)
-    axes[0].set(
-        xscale="log", xlabel="size of the gradient noise", ylabel="fraction of the weight left",
-        title="Noise only, 3,000 steps", ylim=(-0.03, 1.03),
+    for index, (name, of) in enumerate(found["left"].items()):
+        of, marker = np.array(of), "so"[index]
+        label = "Adam with L2" if name.startswith("L2") else "AdamW"
+        left.errorbar(scales, of.mean(0), of.std(0), marker=marker, markersize=4, **look(index))
+        at = (scales[6], of.mean(0)[6])
+        below = {"xytext": (8, -12)} if index == 0 else {"xytext": (0, 10)}
+        left.annotate(
+            label, at, textcoords="offset points", color=darker(look(index)["color"]), **below
+        )
+    left.set(
+        xscale="log", xlabel="size of the gradients, which are noise",
+        ylabel="fraction of the weight left", title="What is left of a weight after 3,000 steps",
+        ylim=(-0.03, 1.03),
     )  # fmt: skip
-    axes[0].legend(loc="upper left")
-    for ax, (name, m) in zip(axes[1:], found["maps"].items(), strict=True):
-        loss = np.array(m["loss"], float)
-        ax.set_facecolor("0.8")  # diverged
-        mesh = ax.pcolormesh(
-            m["rates"], m["decays"], loss.T, cmap="viridis", vmin=0.5, vmax=1.8, shading="nearest",
-            rasterized=True,
-        )  # fmt: skip
-        ax.plot(m["rates"], m["best_decay"], "o-", color="white", mec="black", markersize=4)
+    for index, (name, m) in enumerate(found["maps"].items()):
+        best = np.array(m["best_decay"])
         tilt = next(r["mean"] for r in found["rows"] if r["what"].endswith(f"best decay, {name}"))
-        ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"{name}\ntilt {tilt:.2f}")
-    axes[1].set_ylabel("weight decay")
-    figure.colorbar(mesh, ax=axes[3], label="held-out loss (nats)", extend="both")
+        right.plot(
+            m["rates"], best / best[0], marker="so^"[index], markersize=4,
+            label=f"{name}: slope {tilt:.2f}", **look(index),
+        )  # fmt: skip
+    right.set(
+        xscale="log", yscale="log", xlabel="learning rate",
+        ylabel="best weight decay, over that at the left",
+        title="Digits, 40 % of the labels wrong",
+    )  # fmt: skip
+    right.set_xticks([0.002, 0.005, 0.01, 0.02, 0.05], [0.002, 0.005, 0.01, 0.02, 0.05])
+    right.set_xticks([], minor=True)
+    right.grid(alpha=0.25)
+    label_ends(right)
     return figure
 
 

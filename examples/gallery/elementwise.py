@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import COLOURS, DASHES, plt, progress, row, run
+from shared import label_ends, look, progress, row, run, subplots
 
 from adaptive_opt import rmsprop
 
@@ -113,39 +113,29 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3))
-    styles = dict(
-        zip((*SCOPES.values(), "gradient flow"), zip(COLOURS, DASHES, strict=True), strict=False)
-    )
-    styles["gradient flow"] = ("0.35", ":")
-    for name, curve in found["curves"].items():
-        label = next(label for label in styles if label in name)
-        colour, dash = styles[label]
-        for ax, way in zip(axes, WAYS, strict=False):
+    figure, axes = subplots(
+        "A rate for every weight helps where curvatures lie along the axes, and only there",
+        1, 3, figsize=(11, 3.4),
+    )  # fmt: skip
+    labels = (*SCOPES.values(), "gradient flow")
+    styles = {label: look(index) for index, label in enumerate(labels)}
+    styles["gradient flow"] = {"color": "0.35", "linestyle": ":"}
+    for ax, way in zip(axes, WAYS, strict=False):
+        for name, curve in found["curves"].items():
+            label = next(label for label in labels if label in name)
             if way in name or label == "gradient flow":
-                ax.plot(
-                    np.array(found["shown"]) + 1, curve, color=colour, linestyle=dash, label=label
-                )
+                x = np.array(found["shown"]) + 1
+                ax.plot(x, curve, label=label, **styles[label])
+        ax.set(xscale="log", yscale="log", xlabel="step")
     for label, (lengths, losses) in found["paths"].items():
-        colour, dash = styles[label]
-        axes[2].plot(lengths, losses, color=colour, linestyle=dash, label=label)
-    axes[0].set(
-        xscale="log",
-        yscale="log",
-        xlabel="step",
-        ylabel="loss (1 at the start)",
-        title="Axis-aligned, best lr",
-    )
-    axes[1].set(xscale="log", yscale="log", xlabel="step", title="Turned at random, best lr")
-    axes[1].set_ylim(axes[0].get_ylim())
+        axes[2].plot(lengths, losses, label=label, **styles[label])
+    axes[0].set(ylabel="loss (1 at the start)", title="Along the axes, best learning rate")
+    axes[1].set(title="Turned at random, best learning rate", ylim=axes[0].get_ylim())
     axes[2].set(
-        yscale="log",
-        xlabel="length of the path",
-        title="Axis-aligned, small lr",
-        xlim=(0, 9),
-        ylim=(1e-7, 2),
-    )
-    axes[0].legend(loc="lower left")
+        yscale="log", xlabel="length of the path", xlim=(0, 9), ylim=(1e-7, 2),
+        title="Small steps: one rate follows the flow",
+    )  # fmt: skip
+    label_ends(axes[0])
     return figure
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import COLOURS, DASHES, plt, progress, row, run
+from shared import label_ends, look, progress, row, run, subplots
 
 from adaptive_opt import adam, diffgrad
 
@@ -81,25 +81,28 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3))
-    for (name, xs), colour, dash in zip(found["paths"].items(), COLOURS[1:], DASHES, strict=False):
-        left.plot(xs, color=colour, linestyle=dash, label=name)
-    left.axhline(-0.3, color="0.6", linewidth=0.8, zorder=0)
-    left.axhline(0.2, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-    left.text(len(xs), -0.3, " minimum", size=7, va="bottom", ha="right", color="0.3")
-    left.text(len(xs), 0.2, " worse one", size=7, va="bottom", ha="right", color="0.3")
-    left.set(xlabel="step", ylabel="x", title="F1 from -1, lr .1")
-    left.legend(loc="lower right")
+    figure, (left, right) = subplots(
+        "Half of Adam's learning rate does what diffGrad's friction does",
+        1, 2, figsize=(9.4, 3.3), width_ratios=(1, 0.9),
+    )  # fmt: skip
+    for index, (name, xs) in enumerate(found["paths"].items()):
+        label = name.replace(", half the learning rate", ", half the rate")
+        left.plot(xs, label=label, **look(index))
+    for x, what in ((-0.3, "minimum"), (0.2, "worse one")):
+        left.axhline(x, color="0.6", linewidth=0.8, zorder=0)
+        left.text(0.6 * len(xs), x + 0.03, what, size=8, va="bottom", ha="left", color="0.3")
+    left.set(xlabel="step", ylabel="x", title="F1 from -1, learning rate 0.1")
+    label_ends(left)
     lost = np.array(list(found["ends"].values())) > 0
     names = [name.replace(", half the", ",\nhalf the") for name in found["ends"]]
     rates = np.array(found["rates"])
     edges = rates[0] * (rates[1] / rates[0]) ** (np.arange(len(rates) + 1) - 0.5)
-    for i, (line, colour) in enumerate(zip(lost, COLOURS[1:], strict=False)):
+    for i, line in enumerate(lost):
         right.axhspan(i - 0.3, i + 0.3, color="0.94", zorder=0)
         for low, high in zip(edges[:-1][line], edges[1:][line], strict=True):
-            right.fill_between([low, high], i - 0.3, i + 0.3, color=colour, linewidth=0)
+            right.fill_between([low, high], i - 0.3, i + 0.3, color=look(i)["color"], linewidth=0)
     right.axvline(found["settings"]["lr"], color="0.3", linewidth=0.8, linestyle=":")
-    right.set(xscale="log", xlabel="learning rate", title="Coloured: ends in the worse one")
+    right.set(xscale="log", xlabel="learning rate", title="Coloured: ends in the worse minimum")
     right.set_yticks(range(len(names)), names)
     right.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
     right.set_xticks([], minor=True)

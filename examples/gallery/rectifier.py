@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shared import COLOURS, plt, progress, row, run
+from shared import label_ends, look, progress, row, run, subplots
 
 from adaptive_opt import adaptive, debias, per_weight_rate, radam_rectifier, second_moment
 
@@ -68,16 +68,20 @@ def measure(seeds: int, steps: int, draws: int) -> dict:
 
 
 def draw(found: dict):
-    figure, ax = plt.subplots(figsize=(4.8, 3))
-    for name, label, colour, dash in (
-        ("plain", "Adam: 1/sqrt(v^)", COLOURS[1], "--"),
-        ("rectified", "RAdam: r/sqrt(v^)", COLOURS[0], "-"),
+    figure, ax = subplots(
+        "RAdam's factor makes the rates of weights\nscatter alike at all steps", figsize=(5.6, 3.4)
+    )
+    for index, (name, label) in enumerate(
+        (("rectified", "RAdam: r / sqrt(v)"), ("plain", "Adam: 1 / sqrt(v)"))
     ):
         lines = np.array(found[name])
-        ax.plot(found["shown"], lines.mean(0), color=colour, linestyle=dash, label=label)
-        ax.fill_between(found["shown"], lines.min(0), lines.max(0), color=colour, alpha=0.25)
+        ax.plot(found["shown"], lines.mean(0), label=label, **look(index))
+        ax.fill_between(
+            found["shown"], lines.min(0), lines.max(0), color=look(index)["color"], alpha=0.25
+        )
     ax.set(xscale="log", yscale="log", xlabel="step", ylabel="variance of the rate")
-    ax.legend()
+    ax.grid(alpha=0.25)
+    label_ends(ax)
     return figure
 
 

@@ -1,4 +1,7 @@
-"""What the scripts of the gallery share: options, numbers with their spread, style, digits."""
+"""What the scripts of the gallery share: options, numbers with their spread, digits.
+
+Their pictures are in the style of ``examples/helpers.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,29 @@ import argparse
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 HERE = pathlib.Path(__file__).parent
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1, 1, 1)), (0, (8, 2))]
+sys.path.append(str(HERE.parent))
+from helpers import STYLE, darker, label_ends, look, plt  # noqa: E402
 
-plt.rcParams.update(
-    {
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "font.size": 9,
-        "legend.frameon": False,
-        "lines.linewidth": 1.6,
-        "savefig.dpi": 100,
-    }
-)
+__all__ = ["darker", "label_ends", "look", "plt"]
+
+
+def subplots(title: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """A figure whose title says what is to be seen, and its axes."""
+    figure, axes = plt.subplots(*args, **kwargs)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure, axes
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -119,9 +115,10 @@ def run(
         found = {"settings": settings | found.pop("settings", {}), **found}
         path.write_text(pretty(found) + "\n")
     found = json.loads(path.read_text())
-    figure = draw(found)
-    figure.savefig(folder / f"{name}.png", pil_kwargs={"optimize": True})
-    plt.close(figure)
+    with plt.style.context(["default", STYLE | {"savefig.dpi": 100}]):
+        figure = draw(found)
+        figure.savefig(folder / f"{name}.png", pil_kwargs={"optimize": True})
+        plt.close(figure)
     print(table(found))
     return found
 
