@@ -13,7 +13,7 @@ import functools
 import jax
 import numpy as np
 from amsgrad import PERIOD, RATES, online
-from shared import COLOURS, DASHES, plt, progress, row, run
+from shared import darker, look, progress, row, run, subplots
 
 from adaptive_opt import adam, adopt, amsgrad
 
@@ -58,25 +58,21 @@ def measure(seeds: int, periods: int) -> dict:
 
 
 def draw(found: dict):
-    figure, ax = plt.subplots(figsize=(6.5, 3.2))
+    figure, ax = subplots(
+        "At small $b_2$ ADOPT goes to the worst point; without its clipping it does not",
+        figsize=(6.5, 3.2),
+    )
     rates, forgets = np.array(found["rates"]), np.array(found["forgets"])
     chosen = int(np.flatnonzero(rates == DRAWN)[0])
     for number, (name, x) in enumerate(found["x"].items()):
-        ends, colour = np.array(x)[chosen], COLOURS[number]
-        ax.plot(forgets, ends, color=colour, linestyle=DASHES[number], marker="o", markersize=3.5)
+        ends = np.array(x)[chosen]
+        ax.plot(forgets, ends, **look(number), marker="o", markersize=3.5)
         at, offset, side = NAMES[name]
         ax.annotate(
-            name, (forgets[at], ends[at]), offset, textcoords="offset points", color=colour,
-            ha=side, va="center",
+            name, (forgets[at], ends[at]), offset, textcoords="offset points",
+            color=darker(look(number)["color"]), ha=side, va="center",
         )  # fmt: skip
-    ax.set(
-        xscale="log",
-        xlabel=r"$1-b_2$",
-        ylabel="x at the end (best: -1)",
-        ylim=(-1.2, 1.1),
-        title="Only ADOPT without its clipping finds the best point at every $b_2$",
-    )
-    ax.set_title("At small $b_2$ ADOPT goes to the worst point; without its clipping it does not")
+    ax.set(xscale="log", xlabel=r"$1-b_2$", ylabel="x at the end (best: -1)", ylim=(-1.2, 1.1))
     return figure
 
 

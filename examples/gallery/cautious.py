@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 from language import SETTINGS, compared, draw_sweep, held_out
-from shared import plt, progress, run
+from shared import progress, run, subplots
 
 from adaptive_opt import adamw, behind, cautious, lion
 
@@ -48,12 +48,13 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2))
+    figure, axes = subplots(
+        "Caution helps Lion at every rate, AdamW only below its best", 1, 2, figsize=(8.5, 3.2)
+    )
     for ax, plain in zip(axes, PLAIN, strict=True):
         places = {plain: (1, 14), f"cautious {plain}": (1, -16)}
         draw_sweep(ax, found["rates"], found["losses"], places)
     axes[1].set_ylabel("")
-    figure.suptitle("Caution helps Lion at every rate, AdamW only below its best")
     return figure
 
 

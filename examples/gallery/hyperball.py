@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import cross_entropy, digits, mlp, plt, progress, row, run, train
+from shared import cross_entropy, digits, mlp, plt, progress, row, run, subplots, train
 
 from adaptive_opt import adam, adamh, adamw
 
@@ -92,7 +92,10 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.1), sharey=True)
+    figure, axes = subplots(
+        "Wider networks want lower rates, of AdamH nearly as of AdamW",
+        1, 2, figsize=(8, 3.1), sharey=True,
+    )  # fmt: skip
     widths, rates = found["widths"], np.array(found["rates"])
     shades = plt.get_cmap("viridis")(np.linspace(0.75, 0.0, len(widths)))
     for ax, (name, losses) in zip(axes, found["losses"].items(), strict=True):
@@ -108,12 +111,11 @@ def draw(found: dict):
         ax.set(
             xscale="log",
             yscale="log",
-            xlim=(1.5e-5, None),
+            xlim=(1e-5, None),
             xlabel="learning rate of the matrices",
             title=name,
         )
     axes[0].set_ylabel("held-out loss (nats); dots: lowest")
-    figure.suptitle("Wider networks want lower rates, of AdamH nearly as of AdamW")
     return figure
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from shared import COLOURS, cross_entropy, digits, mlp, plt, progress, row, run
+from shared import cross_entropy, darker, digits, look, mlp, progress, row, run, subplots
 
 from adaptive_opt import adam
 
@@ -96,24 +96,25 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, ax = plt.subplots(figsize=(6.5, 3.0))
+    figure, ax = subplots(
+        "At its gamma of .025 MARS hardly changes the error;\nin full it wants today's batch",
+        figsize=(6.5, 3.0),
+    )
     forms = [form for form in FORMS if form != "plain"]
     for number, (rate, errors_of) in enumerate(found["errors"].items()):
+        colour = look(number)["color"]
         for place, form in enumerate(forms):
             ratios = np.array(errors_of[form]) / np.array(errors_of["plain"])
             at = place + 0.16 * (2 * number - 1)
-            ax.plot(ratios, [at] * len(ratios), "os"[number], color=COLOURS[number], alpha=0.5,
+            ax.plot(ratios, [at] * len(ratios), "os"[number], color=colour, alpha=0.5,
                     markeredgewidth=0)  # fmt: skip
             if not place:
                 ax.annotate(f"lr {rate}", (max(ratios), at), (8, 0), textcoords="offset points",
-                            color=COLOURS[number], va="center")  # fmt: skip
+                            color=darker(colour), va="center")  # fmt: skip
     ax.axvline(1, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(forms)), forms)
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="squared error of the average of gradients, without MARS = 1")
-    figure.suptitle(
-        "At its gamma of .025 MARS hardly changes the error; in full it wants today's batch"
-    )
     return figure
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 from language import SETTINGS, batch_of, best, compared, held_out, initial, is_matrix, loss
-from shared import COLOURS, plt, progress, row, run
+from shared import look, progress, row, run, subplots
 from warmup import text
 
 from adaptive_opt import adamw, muon, soap, train_step
@@ -89,20 +89,21 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, ax = plt.subplots(figsize=(6.5, 2.6))
+    figure, ax = subplots(
+        "Step for step Muon and SOAP are ahead; second for second SOAP is not", figsize=(6.5, 2.6)
+    )
     steps = found["settings"]["steps"]
     lines = {f"{name}, {steps} steps": each for name, each in found["at_best"].items()}
     for name, each in found["in_time"].items():
         ratio = found["seconds"][name] / found["seconds"]["AdamW"]
         lines[f"AdamW, as long as {name}: {round(steps * ratio)} steps"] = each
     for place, (name, each) in enumerate(lines.items()):
-        colour = COLOURS[list(METHODS).index(name.split(",")[0])]
+        colour = look(list(METHODS).index(name.split(",")[0]))["color"]
         ax.plot(each, [place] * len(each), "o", color=colour, alpha=0.5, markeredgewidth=0)
         ax.plot([np.mean(each)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
     ax.set_yticks(range(len(lines)), list(lines))
     ax.invert_yaxis()
     ax.set(xlabel="held-out loss (nats per character), every seed and the mean")
-    figure.suptitle("Step for step Muon and SOAP are ahead; second for second SOAP is not")
     return figure
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 from language import SETTINGS, best, held_out
-from shared import COLOURS, DASHES, plt, progress, row, run
+from shared import darker, look, progress, row, run, subplots
 
 from adaptive_opt import adamw, schedule_free_adamw
 
@@ -64,17 +64,21 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, ax = plt.subplots(figsize=(6.5, 3.4))
+    figure, ax = subplots(
+        "Schedule-Free, trained once, is ahead of cosines tuned for their length",
+        figsize=(6.5, 3.4),
+    )
     lengths = np.array(found["lengths"])
     every = lengths[-1] // MARKS
     for number, (name, curves) in enumerate(found["curves"].items()):
         curves = np.array(curves, float)
         x, mean, sd = every * np.arange(1, MARKS + 1), curves.mean(0), curves.std(0)
-        ax.plot(x, mean, color=COLOURS[number], linestyle=DASHES[number])
-        ax.fill_between(x, mean - sd, mean + sd, color=COLOURS[number], alpha=0.15, linewidth=0)
+        colour = look(number)["color"]
+        ax.plot(x, mean, **look(number))
+        ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
         ax.annotate(
             name, (x[4], mean[4]), (20, 16) if number else (-20, -16), textcoords="offset points",
-            color=COLOURS[number], ha="center", va="center",
+            color=darker(colour), ha="center", va="center",
         )  # fmt: skip
     cosine = np.array(found["cosine"], float)
     ax.errorbar(
@@ -86,7 +90,6 @@ def draw(found: dict):
         (8, 8), textcoords="offset points",
     )  # fmt: skip
     ax.set(xlabel="steps", ylabel="held-out loss (nats per character)")
-    ax.set_title("Schedule-Free, trained once, is ahead of cosines tuned for their length")
     return figure
 
 

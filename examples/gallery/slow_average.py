@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 from language import SETTINGS, compared, draw_sweep, held_out
-from shared import plt, progress, run
+from shared import progress, run, subplots
 
 from adaptive_opt import adamw, ademamix
 
@@ -47,11 +47,12 @@ def measure(seeds: int, steps: int) -> dict:
 
 
 def draw(found: dict):
-    figure, ax = plt.subplots(figsize=(6.5, 3.4))
+    figure, ax = subplots(
+        "A slow average does not help a training of a thousand steps", figsize=(6.5, 3.4)
+    )
     names = list(found["losses"])
-    places = dict(zip(names, ((2, -14), (3, 14), (2, 14)), strict=True))
+    places = dict(zip(names, ((2, -14), (3, 14), (3, -14)), strict=True))
     draw_sweep(ax, found["rates"], found["losses"], places)
-    ax.set_title("A slow average does not help a training of a thousand steps")
     return figure
 
 
