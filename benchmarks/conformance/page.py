@@ -52,7 +52,7 @@ def _short(cell: dict[str, Any] | None) -> str:
 def _section(method: str, row: dict[str, Any]) -> list[str]:
     reference = METHODS[method]
     lines = [
-        f"### {method}",
+        f"## {method}",
         "",
         f"`{reference.source}`: {reference.whose}. {_listed(reference.cases)}.",
         "",
