@@ -283,7 +283,7 @@ def adopt(
     observers: Observers = (),
     state_dtype: DTypeLike | None = None,
 ) -> Parts:
-    """Adam that converges at any b2: the average of ``clip(g_t / max(sqrt(v_{t-1}), eps))``.
+    """Adam with the second moment before: the average of ``clip(g_t / max(sqrt(v_{t-1}), eps))``.
 
     A gradient is divided by the second moment of the step before, then clipped to ``(t -
     1)^(1/4)``, then averaged; nothing is debiased. The first gradient only fills v, see
@@ -294,7 +294,8 @@ def adopt(
     Use it where Adam's b2 would have to be tuned.
 
     Do without it where the first steps count: the first gradient moves nothing, and the clipping
-    holds down those that follow.
+    holds down those that follow. Do without the clipping, convention="unclipped", where b2 is .9
+    or less: rare, large gradients do not get through it, and x can go to the worst point.
 
     Args:
       learning_rate, b1, b2, mask, state_dtype: see ``adam``.
