@@ -124,3 +124,12 @@ def test_slow_weights_move_in_and_out_of_groups_with_frozen_parameters(x64):
     groups = {name: part.inner_state[0] for name, part in moved.inner_state.inner_states.items()}
     assert {name: int(part.count) for name, part in groups.items()} == {"trained": 5, "frozen": 0}
     assert_close(moved.slow, state.slow)
+
+
+def test_what_is_remembered_of_parameters_whose_updates_are_zero_is_kept(x64):
+    """They are frozen, and their moments go on."""
+    still = optax.masked(optax.chain(adam(LR), optax.set_to_zero()), {"b": True, "w": True})
+    x, state = after(still, gradients(5))
+    moved = convert_state(state, still, adam(LR), x)
+    assert int(moved[0].count) == 5
+    assert_close(moved[0].mu, state.inner_state[0][0].mu)

@@ -7,7 +7,7 @@ counts sums of gradients; a group that was frozen starts later.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.known: list[Count] = []
-        self.given: int | Mapping[str, int] | Callable[[str], int] | None = None
+        self.given: Any = None  # a number, or one for each path: a mapping, or a function
         self.paths: Collection[str] = ()
 
     def note(self, place: Place, covered: frozenset[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.core import Tracer
@@ -41,8 +42,11 @@ def _of_factors(held: Meaning, wanted: Meaning) -> float | str:
     if (exact := _of_equal_steps(held, wanted, there, here)) is not None:
         return exact
     there, here = _apart(there, here, _by_kind)
-    behind = [_apart(each.of_update, each.factors, _by_value)[0] for each in (held, wanted)]
-    more, less = _apart(*_apart(*behind, _by_value), _by_kind)
+    behind_it, behind = (
+        _apart(each.of_update, each.factors, _by_value)[0] for each in (held, wanted)
+    )
+    more, less = _apart(behind_it, behind, _by_value)
+    more, less = _apart(more, less, _by_kind)
     less = [f for f in map(_settled, less) if f.value != 1]
     if (not there and not here) or _are_laid_out_alike(held, wanted):
         return 1.0
@@ -134,7 +138,8 @@ def _settled(factor: Factor) -> Factor:
     """Of the target: a schedule that is one number, as that."""
     if not callable(factor.value):
         return factor
-    values = {float(factor.value(np.asarray(step))) for step in (0, 1, 10, 100, 1000, 10**5, 10**7)}
+    schedule: Any = factor.value
+    values = {float(schedule(np.asarray(step))) for step in (0, 1, 10, 100, 1000, 10**5, 10**7)}
     return factor._replace(value=values.pop()) if len(values) == 1 else factor
 
 

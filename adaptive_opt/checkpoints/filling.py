@@ -110,7 +110,7 @@ class Filling:
                 arrays = set(over(tree))
                 here = arrays if arrays <= self.paths else self.covered[place.key] or self.paths
                 places_for.setdefault(name, set()).update(here)
-        frozen = frozen_in(self.places)
+        frozen = frozen_in(self.places, self.buffers, self.paths)
         lost: dict[str, set[str]] = {}
         theirs = [(name, set(arrays)) for name, arrays in self.found.buffers.items()]
         theirs += [(name, set(of)) for name, values in self.found.of_tree.items() for of in values]

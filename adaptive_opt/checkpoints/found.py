@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +104,7 @@ def found_in(optimizer: optax.GradientTransformation, state: Any, params: Tree) 
     paths = frozenset(over(params))
     buffers = {place.key: buffers_at(place, paths) for place in there}
     known = meanings(there, buffers)
-    found = Found(describe(optimizer).name, frozen=frozen_in(there))
+    found = Found(describe(optimizer).name, frozen=frozen_in(there, buffers, paths))
     start: dict[Any, Place] = {}
     for place in there:
         mine = buffers[place.key]
@@ -187,10 +187,13 @@ def seen_at(place: Place, buffers: Mapping[str, Tree], paths: Collection[str]) -
     return covered_by(buffers, paths) if place.sees is None else place.sees
 
 
-def frozen_in(there: Iterable[Place]) -> frozenset[str]:
-    """The parameters that get no update, of which nothing is kept."""
-    zeros = (p for p in there if p.within and p.name == "set_to_zero")
-    return frozenset(path for place in zeros for path in place.sees or ())
+def frozen_in(
+    there: Sequence[Place], buffers: Mapping[Any, Mapping[str, Tree]], paths: Collection[str]
+) -> frozenset[str]:
+    """The parameters that get no update, of which nothing is kept but by wrappers."""
+    zeros = [p.sees or frozenset() for p in there if p.within and p.name == "set_to_zero"]
+    kept = [covered_by(buffers[p.key], paths) for p in there if p.inner is None]
+    return frozenset().union(*zeros).difference(*kept)
 
 
 def _is_inexact(x: Any) -> bool:
