@@ -65,8 +65,8 @@ def test_another_rate_is_told_from_another_factor_or_refused(x64):
             convert_state(state, source, target, x)
 
 
-def test_what_stands_in_front_of_a_buffer_of_nobody_knows_what_is_part_of_it(x64):
-    """An average of gradients is no average of updates."""
+def test_an_average_of_gradients_is_no_average_of_updates(x64):
+    """What stands in front of a buffer is part of what it means, though nobody knows its lines."""
     smooth, velocity = optax.ema(0.9), torch(LR)
     source = optax.chain(smooth, velocity)
     x, state = after(source, gradients(5))

@@ -94,9 +94,14 @@ def test_what_a_plateau_has_seen_stays_with_its_group(x64):
     moved = convert_state(state, source, target, x)
     scales = [float(moved.inner_states[of].inner_state[1].scale) for of in ("one", "two")]
     assert scales == pytest.approx([0.01, 0.25])
-    whole = optax.chain(adam(LR), optax.contrib.reduce_on_plateau(patience=2))
+    whole = optax.chain(adam(LR), optax.contrib.reduce_on_plateau(0.5, patience=2))
     with pytest.raises(ValueError, match="no place for best_value, scale, which would be lost"):
         convert_state(state, source, whole, x)
+    state = whole.init(x)
+    for _ in range(6):
+        _, state = whole.update(x, state, x, value=3.0)
+    moved = convert_state(state, whole, with_frozen_b(whole), x)
+    assert float(moved.inner_states["trained"].inner_state[1].scale) == 0.25
 
 
 def test_an_accumulation_in_its_middle_goes_to_the_same_parameters_and_means_the_same(x64):

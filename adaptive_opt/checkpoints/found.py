@@ -124,11 +124,15 @@ def found_in(optimizer: optax.GradientTransformation, state: Any, params: Tree) 
     return found
 
 
+_BY_THE_LOSS = ("ReduceLROnPlateauState",)
+
+
 def pairs(theirs: Collection[Own], here: Collection[Own]) -> dict[Any, Own]:
     """For places of another state, by their keys, what the same transformation held here.
 
     It is the same if it is of the same type and sees the same parameters, in the same order if
-    there are several. What has not moved is the same for any parameters, if there is one of a type.
+    there are several. If there is one of a type, some may be others where that changes nothing: if
+    it has not moved, or goes by the loss.
     """
     found: dict[Any, Own] = {}
     for kind in {own.kind for own in here}:
@@ -137,7 +141,8 @@ def pairs(theirs: Collection[Own], here: Collection[Own]) -> dict[Any, Own]:
             old, new = ([x for x in some if x.covered == covered] for some in (those, these))
             if len(old) == len(new):
                 found |= {y.place.key: x for x, y in zip(old, new, strict=True)}
-        if len(those) == len(these) == 1 and not those[0].moved:
+        is_one = len(those) == len(these) == 1 and those[0].covered & these[0].covered
+        if is_one and (not those[0].moved or kind in _BY_THE_LOSS):
             found[these[0].place.key] = those[0]
     return found
 
