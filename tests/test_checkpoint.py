@@ -372,3 +372,20 @@ def test_names_that_are_allowed_are_a_set():
     optimizer, x = sgd(1e-2), jnp.ones(3)
     with pytest.raises(TypeError, match=r"allow takes a set of names: \{'learning_rate'\}"):
         check_checkpoint(checkpoint_header(optimizer, x), optimizer, x, allow="learning_rate")
+    with pytest.raises(
+        ValueError, match=r"'learning_rat', .* Did you mean 'learning_rate'\? There"
+    ):
+        check_checkpoint(checkpoint_header(optimizer, x), optimizer, x, allow={"learning_rat"})
+
+
+@pytest.mark.parametrize("where", ["state_format", "leaves", "optimizer"])
+def test_numbers_that_python_does_not_print_are_in_no_header(where):
+    optimizer, x = sgd(1e-2), jnp.ones(3)
+    header = checkpoint_header(optimizer, x)
+    huge = {
+        "state_format": 10**5000,
+        "leaves": {".": [[10**5000], "float32"]},
+        "optimizer": header["optimizer"] | {"settings": {"learning_rate": 10**5000}},
+    }
+    with pytest.raises(CheckpointMismatch, match="this is not a header of a checkpoint: its"):
+        check_checkpoint(header | {where: huge[where]}, optimizer, x)

@@ -68,6 +68,10 @@ def saved_by_format_1():
 SAVED_1 = list(saved_by_format_1())
 
 
+DIGITS = "a number of 5,000 digits"
+"""Which JSON holds, and Python neither reads nor prints."""
+
+
 def signed(content: bytes) -> bytes:
     """With the checksum that belongs to it."""
     return content + hashlib.sha256(content).digest()
@@ -85,6 +89,7 @@ def in_parts(data: bytes) -> tuple[dict, bytes]:
 
 def together(data: bytes, header: str | bytes, leaves: bytes) -> bytes:
     text = header.encode() if isinstance(header, str) else header
+    text = text.replace(json.dumps(DIGITS).encode(), b"1" * 5000)
     return signed(data[:8] + len(text).to_bytes(8, "little") + text + leaves)
 
 
@@ -129,6 +134,7 @@ HOSTILE = (
     None, True, False, -1, 0, 1.5, 2**63, 10**400, 10**12, "", "x" * 1000, [], {}, [[]], "object",
     "Python int", "key<fry>", "float64", "<f4", "V8", [10**12, 10**12], [-3], [2.0, 3], [True, 3],
     {"schedule": "s", "values": []}, {"schedule": "s", "values": [10**400] * 12},
+    DIGITS,
 )  # fmt: skip
 
 
@@ -365,7 +371,9 @@ def test_what_is_wrong_with_a_forged_header_is_said():
         (with_entry([[], "key<rbg>"], "['key']"), r"was key<rbg>\[\], is key<fry>\[\]"),
         (replaced('"learning_rate": 0.01', '"learning_rate": NaN'), "NaN for a number"),
         (replaced('"learning_rate": 0.01', '"learning_rate": 1e999'), "of plain data"),
-        (replaced('"learning_rate": 0.01', f'"learning_rate": {10**400}'), "learning_rate of sgd"),
+        (replaced('"learning_rate": 0.01', f'"learning_rate": {10**400}'), "number of 401 digits"),
+        (replaced('"learning_rate": 0.01', f'"learning_rate": {3 * 10**19}'), "of plain data"),
+        (replaced('"state_format": 2', f'"state_format": "{DIGITS}"'), "number of 5000 digits"),
         (replaced('"learning_rate": 0.01', '"learning_rate": 0.01, "learning_rate": 0.01'),
          "a name twice"),
         (replaced('"state_format": 2', '"state_format": true'), "no whole number"),
@@ -385,7 +393,7 @@ def test_a_schedule_with_other_values_than_numbers_is_another_setting(values):
     data = to_bytes(optimizer, x)
     header, leaves = in_parts(data)
     header["optimizer"]["settings"]["learning_rate"]["values"] = values
-    with pytest.raises(CheckpointMismatch, match="learning_rate of adam was"):
+    with pytest.raises(CheckpointMismatch, match=r"learning_rate of adam was|401 digits"):
         from_bytes(optimizer, x, together(data, json.dumps(header), leaves))
 
 

@@ -183,13 +183,14 @@ def test_a_warm_adamod_bounds_nothing_at_first_and_something_later():
     assert np.all(ratio <= 1 + 1e-5)
 
 
-def test_slow_weights_start_at_the_parameters():
+def test_a_new_lookahead_starts_at_its_beginning():
     params = normal_tree()
     source, target = adam(LR), lookahead(adam(LR))
     _, state, _ = train(source, params, [normal_tree(1)])
     moved = convert_state(state, source, target, params)
     assert_bit_equal(moved.slow, params)
-    assert int(moved.count) == 1
+    assert int(moved.count) == 0  # so that its first pull is a whole period away
+    assert int(moved.inner_state[0].count) == 1
 
 
 def test_what_would_be_lost_or_guessed_is_refused():

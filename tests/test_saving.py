@@ -115,6 +115,7 @@ TREES = {
     "a FrozenDict": flax.core.FrozenDict(a=X),
     "a container without names": Unnamed(X, X + 1),
     "an Equinox module": eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0)),
+    "a module with a string": eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch"),
     "a module with a partial": eqx.nn.Lambda(functools.partial(jax.nn.gelu, approximate=False)),
     "an nnx.State": nnx.state(nnx.Linear(2, 1, rngs=nnx.Rngs(0))),
     "a TrainState": TrainState.create(apply_fn=None, params={"a": X}, tx=adam(1e-3)),
@@ -232,7 +233,13 @@ def test_keys_of_another_implementation_and_raw_keys_are_refused():
             check_checkpoint(checkpoint_header(SGD, saved), SGD, {"key": other})
 
 
-def test_a_module_with_another_function_is_refused():
+def test_a_module_with_another_function_or_string_is_refused():
+    norms = (
+        eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, name, mode="batch") for name in ("batch", "b")
+    )
+    saved = to_bytes(SGD, next(norms))
+    with pytest.raises(CheckpointMismatch, match=r"axis_name was string 'batch', is string 'b'"):
+        from_bytes(SGD, next(norms), saved)
     mlp = functools.partial(eqx.nn.MLP, 2, 1, 3, 1, key=jax.random.key(0))
     with pytest.raises(CheckpointMismatch, match=r"\.activation was function relu, is .* gelu"):
         from_bytes(SGD, mlp(activation=jax.nn.gelu), to_bytes(SGD, mlp()))
@@ -246,7 +253,7 @@ def test_a_module_with_another_function_is_refused():
 @pytest.mark.parametrize(
     ("leaf", "kind"),
     [
-        ("text", "str"), (object(), "object"), (np.array([None]), "ndarray of object"),
+        (b"text", "bytes"), (object(), "object"), (np.array([None]), "ndarray of object"),
         (np.array(["a"]), "ndarray of <U1"), (np.zeros(2, "i4,f4"), "ndarray of .*f0"),
         (np.array(["2020-01-01"], "M8[D]"), "ndarray of datetime64"),
         (np.ma.masked_array([1.0], [True]), "MaskedArray of float64"),
@@ -402,8 +409,8 @@ def test_a_file_is_written_and_read(tmp_path):
 def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside(tmp_path, monkeypatch):
     path = tmp_path / "run"
     write_checkpoint(path, SGD, X)
-    with pytest.raises(TypeError, match="str"):
-        write_checkpoint(path, SGD, {"a": "text"})
+    with pytest.raises(TypeError, match="bytes"):
+        write_checkpoint(path, SGD, {"a": b"text"})
 
     def full(*_):
         raise OSError("no space left on device")

@@ -74,7 +74,8 @@ def test_layers_of_linen_make_of_an_input_what_those_of_pytorch_make(name, x64):
         like = jax.eval_shape(model.init, jax.random.key(0), last(x))["params"]
         (layer,) = like
         names = {f"{layer}/kernel": "weight", f"{layer}/bias": "bias"}
-        params = import_torch_params(saved, like, names)
+        told = {f"{layer}/kernel": "conv_transpose"} if "square" in name else None
+        params = import_torch_params(saved, like, names, layout=told)
         assert_equal_to(model.apply({"params": params}, last(x)), last(y))
 
 
@@ -85,8 +86,41 @@ def test_layers_of_nnx_make_of_an_input_what_those_of_pytorch_make(name, x64):
     state = nnx.state(model, nnx.Param)
     if name == "transposed":  # its path says nothing, its shape does
         assert saved["weight"].shape[0] != saved["weight"].shape[1]
-    nnx.update(model, import_torch_params(saved, state, {"kernel": "weight", "bias": "bias"}))
+    told = {"kernel": "conv"} if name == "conv" else None  # as many channels in as out
+    names = {"kernel": "weight", "bias": "bias"}
+    nnx.update(model, import_torch_params(saved, state, names, layout=told))
     assert_equal_to(model(last(x)), last(y))
+
+
+@pytest.mark.parametrize(
+    "layer", ["up", "layers_0", "ConvTranspose_0", "deconv", "conv_transpose_2"]
+)
+def test_a_square_kernel_that_may_be_of_two_layers_has_to_be_told(layer, x64):
+    """Both layers of Flax are the one of PyTorch, if they are told."""
+    saved, x, y = layer_of("transposed square")
+    names = {f"{layer}/kernel": "weight", f"{layer}/bias": "bias"}
+    for is_as_in_torch, told in ((False, "conv_transpose"), (True, "conv")):
+        model = nn.ConvTranspose(2, (3,), transpose_kernel=is_as_in_torch, **VALID)
+        like = {layer: jax.eval_shape(model.init, jax.random.key(0), last(x))["params"]}
+        with pytest.raises(ValueError, match=rf"channels in as out.*'{layer}/kernel': 'conv_tran"):
+            import_torch_params(saved, like, names)
+        params = import_torch_params(saved, like, names, layout={f"{layer}/kernel": told})
+        assert_equal_to(model.apply({"params": params[layer]}, last(x)), last(y))
+    for wrong, message in (
+        ({f"{layer}/kernel": "deconv"}, "layout= says 'deconv' for"),
+        ({f"{layer}/kernal": "conv"}, f"layout= names .*Did you mean '{layer}/kernel'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            import_torch_params(saved, like, names, layout=wrong)
+
+
+def test_a_convolution_that_is_called_so_is_laid_out_by_itself(x64):
+    saved, x, y = layer_of("conv")
+    model = nn.Conv(2, (2, 2), **VALID)
+    like = {"conv1": jax.eval_shape(model.init, jax.random.key(0), last(x))["params"]}
+    names = {"conv1/kernel": "weight", "conv1/bias": "bias"}
+    params = import_torch_params(saved, like, names)["conv1"]
+    assert_equal_to(model.apply({"params": params}, last(x)), last(y))
 
 
 @pytest.mark.parametrize("name", EQUINOX)

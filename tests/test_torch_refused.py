@@ -225,6 +225,10 @@ def test_what_is_no_state_dict_or_contradicts_itself_is_refused():
     x = np.ones(2)
     moments = {"step": 3, "exp_avg": x, "exp_avg_sq": x}
     groups = [{"params": [0]}]
+
+    def with_settings(**settings):
+        return {"state": {0: moments}, "param_groups": [{**groups[0], **settings}]}
+
     for message, saved in [
         ("it is a dict of model. Give what optimizer.state_dict", {"model": {}}),
         ("it is a list", [1]),
@@ -234,7 +238,23 @@ def test_what_is_no_state_dict_or_contradicts_itself_is_refused():
             "seen .3, 4. gradients",
             {"state": {0: moments}, "param_groups": [{"step": 4, **groups[0]}]},
         ),
-        ("a number of gradients, got 3.5", {"state": {0: moments | {"step": 3.5}}}),
+        ("step of 0 should be a number of gradients, got 3.5", {"state": {0: {"step": 3.5}}}),
+        ("step of 0 should be a number of gradients, got nan", {"state": {0: {"step": np.nan}}}),
+        (
+            "step of 0 should be a number of grad.*, got .1. 2.",
+            {"state": {0: {"step": 1 + x * [0, 1]}}},
+        ),
+        ("step of 0 should .* from 0 to 2147483647; got 1099", {"state": {0: {"step": 2**40}}}),
+        ("step of 0 should .* from 0 to 2147483647; got -1", {"state": {0: {"step": -1}}}),
+        ("the state of 0 in the state dict should be a dict of tens", {"state": {0: 3}}),
+        ("its 'state' in the state dict should be a dict", {"state": [1], "param_groups": groups}),
+        ("group 0 in the state dict should be a dict", {"state": {}, "param_groups": [{}]}),
+        ("group 0 in the state dict should be a dict", {"state": {}, "param_groups": [3]}),
+        ("betas in group 0 of .* two or three numbers, got None", with_settings(betas=None)),
+        ("betas in group 0 of .* two or three numbers, got .0.9,", with_settings(betas=(0.9,))),
+        ("betas in group 0 of .* two or three numbers, got 0.9", with_settings(betas=0.9)),
+        ("eps in group 0 of the state dict should be a number, got None", with_settings(eps=None)),
+        ("1 params and 2 param_names", with_settings(param_names=["a", "b"])),
         (
             "trust=1 of PyTorch is not known here",
             {"state": {0: moments}, "param_groups": [{"trust": 1, "params": [0]}]},
@@ -242,3 +262,124 @@ def test_what_is_no_state_dict_or_contradicts_itself_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             import_torch_state(saved, adam(LR), {"w": jnp.zeros(2)}, {"w": 0})
+
+
+X = np.ones(2)
+SGD_GROUP = {"lr": LR, "momentum": 0.9, "dampening": 0, "weight_decay": 0.1, "nesterov": False}
+VELOCITY = {"momentum_buffer": X}
+MOMENTS = {"step": 20, "exp_avg": X, "exp_avg_sq": X}
+ADAM_GROUP = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}
+
+
+def of_one(target, state, group, **how):
+    """What comes of the state dict of one parameter."""
+    saved = {
+        "state": {} if state is None else {0: state},
+        "param_groups": [{"params": [0], **group}],
+    }
+    return import_torch_state(saved, target, {"w": jnp.zeros(2)}, {"w": 0}, **how)
+
+
+@pytest.mark.parametrize("count", [5.7, "5", -1, True, [5], 2**40, {"w": 5}])
+def test_a_count_is_a_whole_number(count):
+    target = sgd(LR, 0.9, weight_decay=0.1)
+    with pytest.raises(ValueError, match="count= should be a number of gradients, a whole number"):
+        of_one(target, VELOCITY, SGD_GROUP | {"maximize": False}, count=count)
+
+
+def test_an_optimizer_that_has_not_begun_is_a_fresh_state_here():
+    for target, group in (
+        (adam(LR), ADAM_GROUP),
+        (sgd(LR, 0.9, weight_decay=0.1), SGD_GROUP | {"maximize": False}),
+    ):
+        made = of_one(target, None, group, count=0)
+        jax.tree.map(np.testing.assert_array_equal, made, target.init({"w": jnp.zeros(2)}))
+        with pytest.raises(ValueError, match=r"give count=.*; 0 if there was none"):
+            of_one(target, None, group)
+    with pytest.raises(ValueError, match=r"b2 here 0\.99"):
+        of_one(adam(LR, b2=0.99), None, ADAM_GROUP, count=0)
+    with pytest.raises(ValueError, match="count=0, but there is a state of w"):
+        of_one(target, VELOCITY, SGD_GROUP | {"maximize": False}, count=0)
+
+
+def test_the_decay_of_an_sgd_that_may_be_another_is_refused():
+    """SGDW of torch_optimizer has the settings of SGD before PyTorch 1.11."""
+    target = sgd(LR, 0.9, weight_decay=0.1)
+    with pytest.raises(
+        ValueError, match="weight_decay of PyTorch may be that of torch_optimizer's"
+    ):
+        of_one(target, VELOCITY, SGD_GROUP, count=3)
+    of_one(target, VELOCITY, SGD_GROUP, count=3, allow={"weight_decay"})
+    of_one(sgd(LR, 0.9), VELOCITY, SGD_GROUP | {"weight_decay": 0}, count=3)
+
+
+SPARSE_ADAM = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False}
+FIRA = {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 0.0, "weight_decouple": True, "eps": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("target", "state", "group"),
+    [
+        (adam(LR), MOMENTS, SPARSE_ADAM),
+        (adam(LR, eps=1e-6), MOMENTS, FIRA),
+        (sgd(LR), None, {"lr": LR}),
+    ],
+    ids=["SparseAdam", "Fira", "Fromage"],
+)
+def test_an_optimizer_that_is_not_known_is_refused(target, state, group):
+    count = {"count": 20} if state is None else {}
+    with pytest.raises(ValueError, match=r"the optimizer is none of those .* its groups say .*lr"):
+        of_one(target, state, group, **count)
+    of_one(target, state, group, allow={"optimizer", "weight_decouple"}, **count)
+
+
+def test_the_final_rate_of_adabound_goes_with_the_rate():
+    """It is 0.05 after a scheduler has halved the rate: 0.1 lr / initial_lr."""
+    group = {
+        **{"lr": LR / 2, "initial_lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
+        **{"final_lr": 0.1, "gamma": 1e-3, "amsbound": False},
+    }
+    for target in (
+        adabound(LR / 2, base_learning_rate=LR),
+        adabound(LR),  # at the rate of the start again
+        adabound(lambda t: LR, base_learning_rate=LR),
+    ):
+        state = of_one(target, MOMENTS, group)
+        assert (
+            int(optax.tree.get(state, "count", filtering=lambda p, _: "count" in str(p[-1]))) == 20
+        )
+    with pytest.raises(
+        ValueError, match=r"final_lr \* lr / initial_lr of PyTorch is 0.05, final_le"
+    ):
+        of_one(adabound(LR / 2), MOMENTS, group)
+
+
+def test_lr_decay_goes_by_the_steps_of_a_parameter():
+    groups = grouped(
+        lambda learning_rate: adagrad(lambda t: learning_rate / (1 + 0.05 * t)), Group("b")
+    )
+    params, x = {"a": jnp.zeros(2), "b": jnp.zeros(2)}, {"sum": X}
+    group = {"params": [0, 1], "lr": LR, "lr_decay": 0.05, "eps": 1e-10, "weight_decay": 0}
+    saved = {"state": {0: {"step": 20, **x}, 1: {"step": 12, **x}}, "param_groups": [group]}
+    with pytest.raises(
+        ValueError, match=r"b saw 12 gradients, the run 20: .* later by 8, and allow"
+    ):
+        import_torch_state(saved, groups, params, {"a": 0, "b": 1})
+    import_torch_state(saved, groups, params, {"a": 0, "b": 1}, allow={"lr_decay"})
+
+
+def test_names_that_are_misspelt_are_told():
+    for how, message in (
+        (
+            {"allow": {"weight_decoy"}},
+            r"allow= names 'weight_decoy', .*Did you mean 'weight_decay'",
+        ),
+        ({"layout": {"v": (0,)}}, "layout= names 'v', which is not there.* There are w"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            of_one(adam(LR), MOMENTS, ADAM_GROUP, **how)
+    with pytest.raises(TypeError, match=r"allow takes a set of names: \{'eps'\}"):
+        of_one(adam(LR), MOMENTS, ADAM_GROUP, allow="eps")
+    saved = {"state": {0: MOMENTS}, "param_groups": [{"params": [0], **ADAM_GROUP}]}
+    with pytest.raises(ValueError, match=r"names= names 'weigt', .*Did you mean 'weight'"):
+        import_torch_state(saved, adam(LR), {"weight": jnp.zeros(2)}, {"weight": 0, "weigt": 0})

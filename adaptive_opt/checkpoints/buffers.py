@@ -53,7 +53,7 @@ def put_together(
         given.buffers = {name: over(_without_masks(tree)) for name, tree in found.items()}
         given.counts = Counts()
         found = given
-    return Filling(target, params, found, count, frozenset(drop)).state()
+    return Filling(target, params, found, count, drop).state()
 
 
 def _without_masks(tree: Tree) -> Tree:

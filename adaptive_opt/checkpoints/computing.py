@@ -9,6 +9,7 @@ import jax
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.checkpoints.places import labels_over
 from adaptive_opt.core.describe import Description, describe
 from adaptive_opt.core.stage import STAGES
 from adaptive_opt.core.trees import Tree
@@ -41,6 +42,11 @@ class Computed(NamedTuple):
     is_frozen: bool
     is_scheduled: bool
 
+    @property
+    def is_rate_scheduled(self) -> bool:
+        rates = [stage.settings for stage in self.stages if stage.name == RATE]
+        return any(callable(value) for rate in rates for value in rate.values())
+
     def rate_at(self, count: int) -> float | None:
         """The learning rate at a count; None where no number is to be seen."""
         rates = [
@@ -66,7 +72,7 @@ def _by_leaf(
     """For every leaf the groups it is in and the stages that see it."""
     parts = [_by_leaf(part, params) for part in described.parts]
     if described.labels is not None and described.parts:
-        labels = _flat(described.labels, params)
+        labels = jax.tree.leaves(labels_over(params, described.labels))
         if described.parts[0].key is None:  # a mask
             return [
                 row if masked else ((), ()) for masked, row in zip(labels, parts[0], strict=True)
@@ -84,14 +90,10 @@ def _by_leaf(
         stages = describe(scale_by_adam(**described.settings)).stages()
     mask = described.settings.get("mask")
     if mask is not None:  # of a weight decay
-        return [((), stages if masked else ()) for masked in _flat(mask, params)]
+        return [
+            ((), stages if masked else ()) for masked in jax.tree.leaves(labels_over(params, mask))
+        ]
     return [((), stages)] * len(jax.tree.leaves(params))
-
-
-def _flat(labels: Any, params: Tree) -> list[Any]:
-    return jax.tree.leaves(
-        jax.tree.broadcast(labels(params) if callable(labels) else labels, params)
-    )
 
 
 def computed(group: tuple[str, ...], listed: tuple[Description, ...]) -> Computed:

@@ -7,18 +7,24 @@ counts sums of gradients; a group that was frozen starts later.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from adaptive_opt.checkpoints.meaning import rule_of
 from adaptive_opt.checkpoints.places import Place, over
+from adaptive_opt.checkpoints.rules import rule_of
 from adaptive_opt.core.bracket import AdaptiveState, OpenStepState
+from adaptive_opt.core.describe import shown
 
 _HOLD_BACK = ("MultiStepsState", "SkipNonfiniteState", "SkipSpikesState", "ApplyIfFiniteState",
               "ConditionallyMaskState", "ConditionallyTransformState")  # fmt: skip
 """The wrappers that do not hand on every gradient."""
+
+
+_MOST = 2**31 - 1
+"""What optax counts up to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +73,24 @@ def _of(counts: Iterable[Count]) -> frozenset[str]:
     return frozenset(path for count in counts for path in count.covered)
 
 
+def number_of_gradients(given: Any, what: str) -> int:
+    """A number of gradients that somebody says, as an int: of whatever type, but whole."""
+    is_whole = jnp.issubdtype(getattr(given, "dtype", np.bool_), jnp.integer)
+    is_int = type(given) is int or (is_whole and np.ndim(given) == 0)
+    if is_int and 0 <= int(given) <= _MOST:
+        return int(given)
+    raise ValueError(
+        f"{what} should be a number of gradients, a whole number from 0 to {_MOST}; got"
+        f" {shown(given)[:100]}."
+    )
+
+
 class Counts:
     """The counts of a state."""
 
     def __init__(self) -> None:
         self.known: list[Count] = []
-        self.given: int | Mapping[str, int] | Callable[[str], int] | None = None
+        self.given: Any = None  # a number, or one for each path: a mapping, or a function
         self.paths: Collection[str] = ()
 
     def note(self, place: Place, covered: frozenset[str]) -> None:
@@ -84,9 +102,25 @@ class Counts:
             self.known.append(Count(owner, _behind(place), place.labels, covered, value))
 
     def at(self, given: Any, paths: Collection[str]) -> Counts:
-        """The same, where somebody says how many there were."""
+        """The same, where somebody says how many there were: what the state says too, if it does.
+
+        Where its counts differ, it is one of them.
+        """
         new = Counts()
-        new.known, new.given, new.paths = self.known, given, paths
+        new.known, new.paths = self.known, paths
+        if given is None or callable(given) or isinstance(given, Mapping):
+            new.given = given
+            return new
+        new.given = number_of_gradients(given, "count=")
+        of_moments = {c.value for c in self.known if c.whose == "moments"}
+        most = max((c.value for c in self.known), default=_MOST)
+        if (of_moments and new.given not in of_moments) or new.given > most:
+            said = sorted(of_moments or {c.value for c in self.known})
+            raise ValueError(
+                f"count={new.given}, but the state has seen {' or '.join(map(str, said))}"
+                " gradients. Leave count= out; it is for what the state does not say, and for"
+                " counts that differ."
+            )
         return new
 
     def are_zero(self, given: Any) -> bool:
@@ -106,10 +140,16 @@ class Counts:
                     return sorted({one.value, other.value})
         return []
 
-    def of(self, place: Place, covered: frozenset[str]) -> int | str:
-        """The count of a place of another state that goes on; or why nobody knows it."""
+    def of(self, place: Place, covered: frozenset[str], kept: frozenset[str]) -> int | str:
+        """The count of a place of another state that goes on; or why nobody knows it.
+
+        Args:
+          place: it.
+          covered: the parameters whose gradients come by.
+          kept: those of which it has buffers.
+        """
         if self.given is not None:
-            return self._given(covered)
+            return self._given(kept)
         owner, behind, labels = whose(place), _behind(place), place.labels
 
         def is_near(count: Count) -> bool:
@@ -135,12 +175,11 @@ class Counts:
                     return f"the counts in the state{of} differ: {values}; give count=."
         return "the state of the source does not say how many gradients it has seen: give count=."
 
-    def _given(self, covered: frozenset[str]) -> int | str:
+    def _given(self, kept: frozenset[str]) -> int | str:
         if isinstance(self.given, int):
             return self.given
-        ask: Any = self.given.__getitem__ if isinstance(self.given, Mapping) else self.given
-        values = {path: int(ask(path)) for path in sorted(covered or self.paths)}
-        if not covered:
+        values = {path: self._given_of(path) for path in sorted(kept or self.paths)}
+        if not kept:
             return max(values.values(), default=0)
         if len(set(values.values())) > 1:
             said = ", ".join(f"{path}: {n}" for path, n in values.items())
@@ -149,3 +188,14 @@ class Counts:
                 " target counts them together: put them in groups of their own."
             )
         return next(iter(values.values()))
+
+    def _given_of(self, path: str) -> int:
+        given: Any = self.given
+        if isinstance(given, Mapping):
+            if path not in given:
+                raise ValueError(
+                    f"count= does not say how many gradients {path} has seen; it has"
+                    f" {', '.join(map(str, given)) or 'nothing'}."
+                )
+            given = given.__getitem__
+        return number_of_gradients(given(path), f"count= of {path}")

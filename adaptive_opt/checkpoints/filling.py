@@ -14,16 +14,21 @@ import optax
 
 from adaptive_opt.checkpoints.counting import count_of, whose
 from adaptive_opt.checkpoints.deriving import DERIVED, derived
+from adaptive_opt.checkpoints.factors import ratio
 from adaptive_opt.checkpoints.found import (
     Found,
+    Own,
     buffers_at,
     covered_by,
-    freezes,
+    frozen_in,
     own_of,
+    pairs,
+    seen_at,
     with_buffers,
 )
-from adaptive_opt.checkpoints.meaning import Meaning, Unknown, meanings, ratio, unknown_at
+from adaptive_opt.checkpoints.meaning import Meaning, Unknown, meaning_at, meanings
 from adaptive_opt.checkpoints.places import Place, over, path_of, places, replaced
+from adaptive_opt.core.checks import check_names
 from adaptive_opt.core.describe import describe, held_by, held_in, made_of
 from adaptive_opt.core.trees import Tree
 from adaptive_opt.memory.master_weights import with_float32_weights, with_residuals_like
@@ -44,28 +49,42 @@ class Filling:
         params: Tree,
         found: Found,
         count: Any,
-        drop: frozenset[str],
+        drop: Collection[str],
     ) -> None:
-        self.target, self.found, self.drop = target, found, drop
+        self.target, self.found = target, found
         self.params, self.kinds = params, target.init(params)
         self.fresh = with_float32_weights(self.kinds, params)
         self.paths = frozenset(over(params))
         self.name = describe(target).name
-        self.places = places(target, self.fresh)
+        self.places = places(target, self.fresh, params)
         self.buffers = {place.key: buffers_at(place, self.paths) for place in self.places}
-        self.covered = {key: covered_by(mine, self.paths) for key, mine in self.buffers.items()}
-        self.meanings = meanings(self.places)
+        self.covered = {
+            place.key: seen_at(place, self.buffers[place.key], self.paths) for place in self.places
+        }
+        self.own = {
+            place.key: Own(place, self.covered[place.key], own)
+            for place in self.places
+            if (own := own_of(place, self.buffers[place.key]))
+        }
+        self.pairs = pairs(found.own, self.own.values())
+        self.held = {
+            key: own
+            for key, own in self.pairs.items()
+            if jax.tree.structure(own.held) == jax.tree.structure(self.own[key].held)
+        }
+        self.meanings = meanings(self.places, self.buffers)
         self.counts = found.counts.at(count, self.paths)
-        self.new_groups = {p.labels for p in self.places if p.labels and self.starts_anew(p)}
+        here = {name for mine in self.buffers.values() for name in mine}
+        theirs = {name for own in found.own for name in own.held}
+        self.drop = check_names("drop", drop, found.names() | here | theirs)
         self.missing: dict[str, list[str]] = {}
         self.wrong: dict[str, None] = {}
-        self.taken_over: dict[str, int] = {}
 
     def state(self) -> Any:
         """The state, or an error that says all that is wrong."""
         self.check_losses()
         self.check_schedules()
-        new = replaced(self.target, self.fresh, self.filled)
+        new = replaced(self.target, self.fresh, self.params, self.filled)
         if self.missing:
             self.wrong[
                 f"{self.name} needs {listed(self.of_whom(self.missing))}, which cannot be derived"
@@ -91,17 +110,19 @@ class Filling:
                 arrays = set(over(tree))
                 here = arrays if arrays <= self.paths else self.covered[place.key] or self.paths
                 places_for.setdefault(name, set()).update(here)
-        kept = set().union(*places_for.values()) if places_for else set()
-        frozen = self.paths - kept if freezes(self.places) else set()
-        lost = {name: set() for name in self.found.of_tree if name not in places_for}
-        for name, arrays in self.found.buffers.items():
-            without = set(arrays) - places_for.get(name, set()) - frozen
+        frozen = frozen_in(self.places, self.buffers, self.paths)
+        lost: dict[str, set[str]] = {}
+        theirs = [(name, set(arrays)) for name, arrays in self.found.buffers.items()]
+        theirs += [(name, set(of)) for name, values in self.found.of_tree.items() for of in values]
+        for name, paths in theirs:
+            without = paths - places_for.get(name, set()) - frozen
             if without:
-                lost[name] = without
-        kinds = [place.kind for place in self.places]
-        for kind, names in self.found.numbers.items():
-            if kinds.count(kind) != len(self.found.own[kind]) and not kind.startswith("Inject"):
-                lost |= {name: set() for name in names}
+                lost.setdefault(name, set()).update(without)
+        held = [id(own) for own in self.held.values()]
+        for own in self.found.own:
+            if id(own) not in held and not own.kind.startswith("Inject"):
+                for name in own.moved:
+                    lost.setdefault(name, set()).update(own.covered)
         lost = {name: paths for name, paths in lost.items() if name not in self.drop}
         if lost:
             self.wrong[
@@ -125,33 +146,35 @@ class Filling:
 
     def count(self, place: Place) -> int | None:
         """The count at a place that goes on; None, and it is wrong, where nobody knows it."""
-        count = self.counts.of(place, self.covered[place.key])
+        kept = covered_by(self.buffers[place.key], self.paths)
+        count = self.counts.of(place, self.covered[place.key], kept)
         if isinstance(count, str):
             self.wrong[count] = None
             return None
         return count
 
     def starts_anew(self, place: Place) -> bool:
-        """Parameters that were frozen until now, in a group of their own."""
+        """Whether it sees only parameters that were frozen until now."""
         covered = self.covered[place.key]
-        known = {path for arrays in self.found.buffers.values() for path in arrays}
-        return self.found.freezes and bool(known and covered) and not covered & known
+        return bool(covered) and covered <= self.found.frozen
 
     # --- one place ----------------------------------------------------------------------------
 
     def filled(self, place: Place) -> Any:
-        if place.labels in self.new_groups:
+        if self.starts_anew(place):
             return place.state
         if place.kind.startswith("Inject"):
             return self.injected(place)
-        fields = self.own(place)
-        counting = count_of(place)
+        fields = self.own_of(place)
+        counting, buffers = count_of(place), self.buffers_of(place)
         if place.kind == "MultiStepsState" and not fields:
             counting = ("gradient_step",)
+        if set(self.buffers[place.key]) & set(_STARTS) - set(buffers):
+            counting = ()  # a wrapper that begins
         for field in counting:
             if (count := self.count(place)) is not None:
                 fields[field] = jnp.asarray(count, getattr(place.state, field).dtype)
-        state = with_buffers(place, self.buffers_of(place))
+        state = with_buffers(place, buffers)
         return state._replace(**fields) if fields else state
 
     def buffers_of(self, place: Place) -> dict[str, Tree]:
@@ -168,9 +191,9 @@ class Filling:
             made = derived(place, missing, new, count)
             new |= {name: self.cast_all(name, mine[name], tree) for name, tree in made.items()}
         for name in missing:
-            if name in new:
+            if name in new or name in self.missing:
                 continue
-            if name in self.found.names() - self.drop:
+            if name in self.found.names() - self.drop and self.is_of_tree(place, name):
                 where = self.name if name in self.found.buffers else self.found.name
                 self.wrong[
                     f"{name!r} is one number of the tree, or of a group, in {where}, and elsewhere"
@@ -180,36 +203,56 @@ class Filling:
                 self.missing.setdefault(name, []).extend(self.covered[place.key])
         return new
 
+    def is_of_tree(self, place: Place, name: str) -> bool:
+        """Whether a buffer is one number of several parameters, here or there."""
+        here = not set(over(self.buffers[place.key][name])) <= self.paths
+        return here or name in self.found.of_tree
+
     def taken(self, place: Place, name: str, tree: Tree) -> Tree | None:
         """A buffer of the source in the place of ``tree``; None where it is not there."""
-        wanted = self.meanings.get((place.key, name)) or unknown_at(place)
+        wanted = meaning_at(place, name, self.meanings)
         covered = self.covered[place.key]
         arrays = over(tree)
         if set(arrays) <= self.paths:
             there = self.found.buffers.get(name, {})
             without = [path for path in arrays if path not in there]
-            if without:
-                if len(without) < len(arrays):
-                    self.missing.setdefault(name, []).extend(without)
-                    return tree
+            if len(without) == len(arrays) > 0:
                 return None
+            if without and name not in _STARTS:
+                self.missing.setdefault(name, []).extend(without)
+                return tree
 
             def move(path: Any, old: Any) -> Any:
                 key = path_of(path)
+                if key in without:
+                    return old
                 return self.cast(name, path, old, self.converted(name, key, there[key], wanted))
 
             return jax.tree_util.tree_map_with_path(move, tree)
-        there = self.found.of_tree.get(name, ())
-        own = [x for paths, labels, x in there if (paths, labels) == (covered, place.labels)]
-        if (
-            isinstance(wanted, Meaning) and not wanted.is_of_gradients
-        ):  # the same for any parameters
-            own += [x for _, _, x in there]
-        if not own:
+        there = self.found.of_tree.get(name, {})
+        of = [paths for paths in there if paths == covered]
+        if not of and isinstance(wanted, Meaning) and not wanted.is_of_gradients:
+            of = self.those_of(name, covered)
+        if not of:
             return None
-        return self.cast_all(name, tree, self.converted(name, "", own[0], wanted))
+        return self.cast_all(name, tree, self.converted(name, of[0], there[of[0]], wanted))
 
-    def converted(self, name: str, path: str, value: Any, wanted: Meaning | Unknown) -> Any:
+    def those_of(self, name: str, covered: frozenset[str]) -> list[frozenset[str]]:
+        """Of whom there is a number that goes by the count alone, among some parameters."""
+        there = self.found.of_tree.get(name, {})
+        of = [paths for paths in there if paths & covered] if covered else list(there)
+        values = [np.asarray(there[paths]) for paths in of]
+        if any(not np.array_equal(value, values[0]) for value in values):
+            self.wrong[
+                f"{name!r} is {' and '.join(map(str, values))} for different groups of"
+                f" {self.found.name}, and {self.name} has one for {listed(covered)}: give them"
+                " groups of their own."
+            ] = None
+        return of
+
+    def converted(
+        self, name: str, path: str | frozenset[str], value: Any, wanted: Meaning | Unknown
+    ) -> Any:
         """The value in the meaning that the target gives it."""
         if (name, path) not in self.found.meaning:
             return value
@@ -244,28 +287,29 @@ class Filling:
 
     # --- what is no buffer --------------------------------------------------------------------
 
-    def own(self, place: Place) -> dict[str, Any]:
-        """What the transformation holds besides, if the source has as many of its kind."""
-        fresh = own_of(place, self.buffers[place.key])
-        theirs = self.found.own.get(place.kind, [])
-        if not fresh or len(theirs) != sum(p.kind == place.kind for p in self.places):
+    def own_of(self, place: Place) -> dict[str, Any]:
+        """What the transformation holds besides, if it is the same in the source."""
+        if place.key not in self.held:
             return {}
-        index = self.taken_over.get(place.kind, 0)
-        self.taken_over[place.kind] = index + 1
-        held = theirs[index]
-        if jax.tree.structure(held) != jax.tree.structure(fresh):
-            return {}
+        held = self.held[place.key]
         if place.kind == "MultiStepsState":
             self.check_accumulation(place, held)
-        return jax.tree.map(_like, fresh, held)
+        return jax.tree.map(_like, self.own[place.key].held, held.held)
 
-    def check_accumulation(self, place: Place, held: Mapping[str, Any]) -> None:
-        every = _every_k(place.owner)
-        done = int(held["mini_step"])
-        if done and every is not None and done >= int(every(held["gradient_step"])):
+    def check_accumulation(self, place: Place, theirs: Own) -> None:
+        here, there = _multi_steps(place.owner), _multi_steps(theirs.place.owner)
+        done, steps = int(theirs.held["mini_step"]), theirs.held["gradient_step"]
+        every = here.get("_every_k_schedule")
+        if done and every is not None and done >= int(every(steps)):
             self.wrong[
                 f"the source has added up {done} gradients, and {self.name} takes a step after"
-                f" {int(every(held['gradient_step']))}: convert after a step, when mini_step is 0."
+                f" {int(every(steps))}: convert after a step, when mini_step is 0."
+            ] = None
+        if done and here.get("_use_grad_mean") != there.get("_use_grad_mean"):
+            self.wrong[
+                "acc_grads is the mean of the gradients in one of the two, and their sum in the"
+                " other (use_grad_mean of optax.MultiSteps): convert after a step, when mini_step"
+                " is 0."
             ] = None
 
     def injected(self, place: Place) -> Any:
@@ -275,8 +319,8 @@ class Filling:
             return place.state
         fields: dict[str, Any] = {"count": jnp.asarray(count, place.state.count.dtype)}
         if hasattr(place.state, "hyperparams_states"):
-            theirs = self.found.own.get(place.kind, [])
-            held = theirs[0].get("hyperparams_states", {}) if len(theirs) == 1 else {}
+            own = self.pairs.get(place.key)
+            held = {} if own is None else own.held.get("hyperparams_states", {})
             fields["hyperparams_states"] = {
                 name: _of_schedule(state, held.get(name), count)
                 for name, state in place.state.hyperparams_states.items()
@@ -292,8 +336,8 @@ def _of_schedule(fresh: Any, held: Any, count: int) -> Any:
     return held if same else fresh
 
 
-def _every_k(owner: optax.GradientTransformation | None) -> Any:
-    """After how many gradients ``MultiSteps`` takes a step, by the steps taken."""
+def _multi_steps(owner: optax.GradientTransformation | None) -> Mapping[str, Any]:
+    """The settings of a ``MultiSteps``."""
     while owner is not None:
         own = made_of(owner)
         if own is not None:
@@ -301,10 +345,10 @@ def _every_k(owner: optax.GradientTransformation | None) -> Any:
             continue
         held = held_by(inspect.unwrap(owner.update))
         if "_every_k_schedule" in held:
-            return held["_every_k_schedule"]
+            return held
         parts = held_in(owner)
         owner = parts[0][1] if len(parts) == 1 else None
-    return None
+    return {}
 
 
 def _like(old: Any, new: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,15 @@ import optax
 
 from adaptive_opt.checkpoints.buffers import put_together
 from adaptive_opt.checkpoints.computing import Computed, computed_by
+from adaptive_opt.checkpoints.counting import number_of_gradients
 from adaptive_opt.checkpoints.filling import listed
 from adaptive_opt.checkpoints.found import Found, found_in
 from adaptive_opt.checkpoints.places import over
-from adaptive_opt.checkpoints.torch_dict import Entry, Key, Saved, as_array, read
-from adaptive_opt.checkpoints.torch_layouts import Layout, Place, laid_out, places_of
-from adaptive_opt.checkpoints.torch_settings import TorchGroup
+from adaptive_opt.checkpoints.torch_counts import OF_THE_TREE, Leaf, counts_of, numbers_of, some
+from adaptive_opt.checkpoints.torch_dict import Key, Saved, as_array, read
+from adaptive_opt.checkpoints.torch_layouts import Layout, Place, check_layout, laid_out, places_of
+from adaptive_opt.checkpoints.torch_settings import TorchGroup, names_of
+from adaptive_opt.core.checks import check_names
 from adaptive_opt.core.trees import Tree, dtype_of
 from adaptive_opt.recipes.adam import amsgrad
 from adaptive_opt.recipes.bounds import adamod
@@ -38,8 +41,6 @@ _TORCH_NAMES = {
     "exp_inf": "infinity_norm",
     "mu_product": "momentum_product",
 }
-_OF_THE_TREE = ("momentum_product",)
-"""Numbers that PyTorch keeps for every parameter, and that are one here."""
 
 
 def import_torch_params(
@@ -68,13 +69,15 @@ def import_torch_params(
     [[1. 2.]]
     """
     leaves, structure = jax.tree.flatten(params)
-    made = []
-    for place, leaf in zip(places_of(params), leaves, strict=True):
+    there, made = places_of(params), []
+    check_names("names", names, [place.path for place in there])
+    check_layout(layout, there)
+    for place, leaf in zip(there, leaves, strict=True):
         name = _name_of(place, names)
         if name not in state_dict:
             raise ValueError(
                 f"PyTorch has no parameter {name!r}, which {place.path!r} should be; it has"
-                f" {_some(sorted(state_dict))}."
+                f" {some(sorted(state_dict))}."
             )
         array = laid_out(name, as_array(state_dict[name], name), place, layout)
         if np.iscomplexobj(array) and not jnp.issubdtype(dtype_of(leaf), np.complexfloating):
@@ -106,8 +109,10 @@ def import_torch_state(
     **Settings** in the state dict are compared with those of the target, parameter by parameter:
     betas, eps, weight decay and where it acts, momentum, nesterov, dampening, amsgrad, maximize,
     and so on. Of learning rates, which schedulers change, only the ratios between groups; nothing
-    that is a schedule here. ``pytorch_optimizer`` keeps ``maximize`` to itself. A group that says
-    too little to tell its optimizer is compared in what it says.
+    that is a schedule here. ``pytorch_optimizer`` keeps ``maximize`` to itself. AdaBound's final
+    rate goes with ``lr / initial_lr``, here with ``base_learning_rate``. Groups without settings
+    are taken at your word; those of an optimizer that is not known are refused, unless
+    ``allow={"optimizer"}``, and then compared in what they say.
 
     **Groups** here (``ParameterGroups``, ``optax.partition``) count each for themselves, so that
     parameters that have seen different numbers of gradients need groups of their own, unless
@@ -128,16 +133,19 @@ def import_torch_state(
         ``[names[p] for g in optimizer.param_groups for p in g["params"]]`` with
         ``names = {p: n for n, p in model.named_parameters()}``.
       layout: kernels of Flax and what Equinox lays out otherwise come into their layout by
-        themselves. For others: the axes, by path, ``{"conv/w": (2, 3, 1, 0)}``; or a function
-        ``(path, array) -> array`` for all.
-      count: how many gradients the run has seen; needed where the state dict does not say (SGD).
+        themselves. For others: the axes, by path, ``{"conv/w": (2, 3, 1, 0)}``, or ``"conv"`` or
+        ``"conv_transpose"``; or a function ``(path, array) -> array`` for all. A kernel of as many
+        channels in as out, whose path says too little, has to be told.
+      count: how many gradients the run has seen, a whole number; needed where the state dict does
+        not say (SGD), or where there was none (0).
       allow: names of settings that may differ, for instance ``{"weight_decay"}``.
 
     Raises:
       ValueError: parameters without state, or states without parameter; other shapes; names and
         positions that contradict one another; counts that one state cannot hold; settings that
-        differ; a buffer without a place; complex parameters, except for SGD, as PyTorch treats real
-        and imaginary parts as two numbers. The message says which.
+        differ; a buffer without a place; a state dict that no optimizer makes; names, layout and
+        allow that name what is not there; complex parameters, except for SGD, as PyTorch treats
+        real and imaginary parts as two numbers. The message says which.
 
     >>> import jax.numpy as jnp, numpy as np
     >>> from adaptive_opt import adam, import_torch_state
@@ -154,31 +162,24 @@ def import_torch_state(
     ...     print(error)
     the target computes something else ... betas[1] of PyTorch is 0.999, b2 here 0.99. Correct it...
     """
+    if count is not None:
+        count = number_of_gradients(count, "count=")
+    there = places_of(params)
+    check_names("names", names, [place.path for place in there])
+    check_layout(layout, there)
     saved = read(state_dict, order)
-    groups = _groups(saved)
-    leaves = _leaves(saved, computed_by(target, params), params, names, layout)
-    _check_settings(groups, leaves, frozenset(allow))
-    counts = _counts(groups, leaves, count)
-    if not {"lr", "learning_rate"} & {*allow}:
+    groups, does = _groups(saved), computed_by(target, params)
+    allow = check_names("allow", allow, names_of(groups, does))
+    leaves = _leaves(saved, does, params, names, layout)
+    _check_settings(groups, leaves, allow)
+    counts = counts_of(groups, leaves, count, allow)
+    if not {"lr", "learning_rate"} & allow:
         _check_rates(groups, leaves, max(counts.values(), default=0))
     found = _found(leaves, counts)
     if any(group.kind is None for group in groups):  # so that no settings say what buffers mean
         found = dataclasses.replace(found, meaning=_meanings(found.names(), params))
     by_path = {leaf.key: counts[leaf.computed.group] for leaf in leaves}
-    return put_together(target, params, found, by_path)
-
-
-class _Leaf(NamedTuple):
-    """A parameter here: its entry in the state dict, and that one's buffers under our names.
-
-    What the target freezes has no entry. ``key`` is the path as states are filled by.
-    """
-
-    key: str
-    place: Place
-    computed: Computed
-    entry: Entry | None
-    buffers: Mapping[str, np.ndarray]
+    return put_together(target, params, found, by_path if any(counts.values()) else 0)
 
 
 def _groups(saved: Saved) -> list[TorchGroup]:
@@ -198,7 +199,7 @@ def _leaves(
     params: Tree,
     names: Mapping[str, str | int],
     layout: Layout | None,
-) -> list[_Leaf]:
+) -> list[Leaf]:
     """Every parameter with its entry; none is left over, none is taken twice."""
     found, taken = [], dict[Key, str]()
     for (key, leaf), place, does in zip(
@@ -223,15 +224,15 @@ def _leaves(
         _check_complex(kept, leaf, place)
         buffers = {
             _torch_name(name, place): x
-            if _torch_name(name, place) in _OF_THE_TREE
+            if _torch_name(name, place) in OF_THE_TREE
             else laid_out(name, x, place, layout)
             for name, x in kept.items()
         }
-        found.append(_Leaf(key, place, does, entry, buffers))
+        found.append(Leaf(key, place, does, entry, buffers))
     left = [e for e in saved.entries.values() if e.buffers and e.key not in taken]
     if left:
         raise ValueError(
-            f"no parameter here is that of the states {_some([*map(str, left)])}, which would be"
+            f"no parameter here is that of the states {some([*map(str, left)])}, which would be"
             " lost. Name them in names=, or take them out of the state dict."
         )
     return found
@@ -240,7 +241,7 @@ def _leaves(
 def _name_of(place: Place, names: Mapping[str, Any]) -> Any:
     if place.path not in names:
         raise ValueError(
-            f"names does not say what {place.path!r} is called; it has {_some(sorted(names))}."
+            f"names does not say what {place.path!r} is called; it has {some(sorted(names))}."
         )
     return names[place.path]
 
@@ -256,7 +257,7 @@ def _not_there(saved: Saved, name: Any, place: Place) -> str:
         )
     return (
         f"{name!r}, which {place.path!r} should be, is not among the names of PyTorch:"
-        f" {_some(sorted(known))}. What its optimizer does not have, freeze here."
+        f" {some(sorted(known))}. What its optimizer does not have, freeze here."
     )
 
 
@@ -284,7 +285,7 @@ def _check_complex(buffers: Mapping[str, np.ndarray], leaf: Any, place: Place) -
 
 
 def _check_settings(
-    groups: Sequence[TorchGroup], leaves: Sequence[_Leaf], allow: frozenset[str]
+    groups: Sequence[TorchGroup], leaves: Sequence[Leaf], allow: frozenset[str]
 ) -> None:
     differ: dict[str, list[str]] = {}
     compared = [(leaf, leaf.entry.group) for leaf in leaves if leaf.entry is not None]
@@ -293,7 +294,7 @@ def _check_settings(
             differ.setdefault(said, []).append(leaf.place.path)
     if differ:
         each = [
-            said if len(paths) == len(compared) else f"{said} (of {_some(paths)})"
+            said if len(paths) == len(compared) else f"{said} (of {some(paths)})"
             for said, paths in differ.items()
         ]
         raise ValueError(
@@ -302,7 +303,7 @@ def _check_settings(
         )
 
 
-def _check_rates(groups: Sequence[TorchGroup], leaves: Sequence[_Leaf], count: int) -> None:
+def _check_rates(groups: Sequence[TorchGroup], leaves: Sequence[Leaf], count: int) -> None:
     """Learning rates may be others, as schedulers change them, but others by one factor for all."""
     by_factor: dict[str, list[str]] = {}
     for leaf in leaves:
@@ -321,99 +322,20 @@ def _check_rates(groups: Sequence[TorchGroup], leaves: Sequence[_Leaf], count: i
         )
 
 
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
-
-
-def _counts(
-    groups: Sequence[TorchGroup], leaves: Sequence[_Leaf], count: int | None
-) -> dict[tuple[str, ...], int]:
-    """How many gradients each group of the target has seen."""
-    trained = [(leaf, leaf.entry) for leaf in leaves if leaf.entry is not None]
-    steps = {entry.step for _, entry in trained if entry.step is not None}
-    depends = {leaf.computed.group for leaf, entry in trained if groups[entry.group].counts}
-    if count is None and not steps:
-        raise ValueError(
-            "the state dict does not say how many gradients it has seen (SGD counts none): give"
-            " count=, the number of optimizer.step() so far."
-        )
-    if count is not None and steps and depends and count != max(steps):
-        raise ValueError(f"count={count}, but the state dict has seen {max(steps)} gradients.")
-    total = max(steps) if count is None else int(count)
-    counts = dict.fromkeys((leaf.computed.group for leaf in leaves), total)
-    for group in depends:
-        members = [leaf for leaf, _ in trained if leaf.computed.group == group]
-        counts[group] = _one_count(members, total, group)
-        late = [leaf.place.path for leaf in members if leaf.computed.is_scheduled]
-        if counts[group] != total and late:
-            raise ValueError(
-                f"{_some(late)} saw {counts[group]} gradients, the run {total}: a schedule here"
-                " counts with the group, in PyTorch with the run. Give the group numbers."
-            )
-    return counts
-
-
-def _one_count(members: Sequence[_Leaf], total: int, group: tuple[str, ...]) -> int:
-    """The count of parameters that share one."""
-    kept = set().union(*(leaf.buffers for leaf in members))
-    if not kept and (group or total == 0):
-        return 0  # nobody has begun
-    _check_complete(members, kept)
-    by_step: dict[int, list[str]] = {}
-    for leaf in members:
-        seen = leaf.entry.step if leaf.entry and leaf.entry.step is not None else total
-        by_step.setdefault(seen if leaf.buffers or not kept else 0, []).append(leaf.place.path)
-    if len(by_step) > 1:
-        said = "; ".join(f"{n}: {_some(paths)}" for n, paths in sorted(by_step.items()))
-        raise ValueError(
-            f"the parameters have not seen one number of gradients ({said}), but their state here"
-            " has one count. Give those of each number a group of their own (ParameterGroups), or"
-            " freeze what does not train."
-        )
-    return next(iter(by_step))
-
-
-def _check_complete(members: Sequence[_Leaf], kept: Iterable[str]) -> None:
-    begun = [leaf for leaf in members if leaf.buffers]
-    for name in sorted(kept):
-        have = [leaf for leaf in begun if name in leaf.buffers]
-        if len(have) < len(begun):
-            lacking = [leaf.place.path for leaf in begun if name not in leaf.buffers]
-            raise ValueError(
-                f"only {len(have)} of {len(begun)} parameters have {name!r}: not {_some(lacking)}."
-            )
-
-
-def _numbers(leaves: Iterable[_Leaf], group: tuple[str, ...]) -> dict[str, float]:
-    """The numbers that a group of parameters has once."""
-    found: dict[str, float] = {}
-    for leaf in leaves:
-        if leaf.computed.group == group:
-            for name in set(leaf.buffers) & set(_OF_THE_TREE):
-                value = float(leaf.buffers[name])
-                if found.setdefault(name, value) != value:
-                    raise ValueError(
-                        f"{name} of {leaf.place.path!r} is {value}, but {found[name]} of parameters"
-                        " in the same group here, which has one: give them groups of their own."
-                    )
-    return found
-
-
-def _found(leaves: Sequence[_Leaf], counts: Mapping[tuple[str, ...], int]) -> Found:
+def _found(leaves: Sequence[Leaf], counts: Mapping[tuple[str, ...], int]) -> Found:
     """The buffers by name and path; zeros, as at the start, for what has none and needs none."""
     found = Found("PyTorch")
     names = {name for leaf in leaves for name in leaf.buffers}
-    for name in names - {*_OF_THE_TREE}:
+    for name in names - {*OF_THE_TREE}:
         found.buffers[name] = {
             leaf.key: leaf.buffers.get(name, np.zeros(leaf.place.shape)) for leaf in leaves
         }
-    for name in names & {*_OF_THE_TREE}:
-        found.of_tree[name] = []
+    for name in names & {*OF_THE_TREE}:
+        found.of_tree[name] = {}
         for group in counts:
             covered = frozenset(leaf.key for leaf in leaves if leaf.computed.group == group)
-            labels = tuple(("group", label) for label in group)
-            value = _numbers(leaves, group).get(name, 1.0)  # a product, 1 at the start
-            found.of_tree[name].append((covered, labels, np.asarray(value)))
+            value = numbers_of(leaves, group).get(name, 1.0)  # a product, 1 at the start
+            found.of_tree[name][covered] = np.asarray(value)
     return found
 
 

@@ -26,6 +26,7 @@ from adaptive_opt.checkpoints.leaves import (
     leaves_by_path,
     said,
 )
+from adaptive_opt.core.checks import check_names
 from adaptive_opt.core.describe import Description, describe, shown
 from adaptive_opt.core.recipe import RECIPES
 from adaptive_opt.core.renamed import in_todays_words
@@ -45,6 +46,9 @@ SAMPLED_STEPS = (0, 1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000)
 DEEPEST = 100
 """How many containers a header may have inside one another."""
 
+MOST = 2**64
+"""What no whole number in a header reaches: Python does not print those of many digits."""
+
 OBSERVERS = ("telemetry", "observer")
 """What a recipe is given and has among its parts, though no setting says so."""
 
@@ -56,7 +60,7 @@ def checkpoint_header(optimizer: optax.GradientTransformation, tree: Tree) -> di
       optimizer: any optax optimizer; what ``describe`` shows of it is in the header.
       tree: what is saved: an optimizer state, ``(params, state)``, a ``TrainState``, an
         ``nnx.Optimizer``; any tree of arrays, ``jax.ShapeDtypeStruct``, typed PRNG keys and
-        Python's numbers. Functions among the leaves (Equinox) are there by name.
+        Python's numbers. Functions and strings among the leaves (Equinox) are there by name.
 
     Returns:
       A dict of dicts, lists, strings and numbers, for ``json`` or Orbax's ``JsonSave``:
@@ -101,10 +105,12 @@ def check_checkpoint(
       optimizer, tree: what it is to be read into.
       allow: names of settings that may differ, for instance ``{"learning_rate"}`` to go on with
         another one. Nothing else is let through. Schedules are compared by their values at a dozen
-        steps, masks by name.
+        steps, masks by name. Static fields of modules of Equinox and nnx are no leaves: they are
+        those of ``tree``, and not compared.
 
     Raises:
       CheckpointMismatch: names every stage, setting, path, shape and dtype that differs.
+      ValueError: a name in ``allow`` is no setting.
 
     >>> import jax.numpy as jnp
     >>> from adaptive_opt import CheckpointMismatch, adam, check_checkpoint, checkpoint_header
@@ -125,8 +131,6 @@ def compare(
     header: Mapping[str, Any], wanted: Mapping[str, Any], allow: Collection[str] = ()
 ) -> None:
     """Raises a CheckpointMismatch where a header is not the one that is wanted."""
-    if isinstance(allow, str):
-        raise TypeError(f"allow takes a set of names: {{{allow!r}}}.")
     check_form(header)
     saved_by = header["state_format"]
     if saved_by not in READ_FORMATS:
@@ -135,13 +139,11 @@ def compare(
             f"the checkpoint has state format {saved_by}, this version of adaptive_opt reads"
             f" {read}: read it with the version that wrote it."
         )
-    differences = [
-        *_optimizers_differ(
-            _of_groups(header["optimizer"], wanted["optimizer"]),
-            wanted["optimizer"],
-            frozenset(allow),
-        )
-    ] or [*_leaves_differ(header["leaves"], wanted["leaves"], saved_by)]
+    saved, now = _of_groups(header["optimizer"], wanted["optimizer"]), wanted["optimizer"]
+    allow = check_names("allow", allow, {*_settings_of(saved), *_settings_of(now)})
+    differences = [*_optimizers_differ(saved, now, allow)] or [
+        *_leaves_differ(header["leaves"], wanted["leaves"], saved_by)
+    ]
     differences = [shortened(difference) for difference in dict.fromkeys(differences)]
     if differences:
         few = differences[:10]
@@ -163,7 +165,7 @@ def check_form(header: Any) -> None:
     missing = {"state_format", "optimizer", "leaves"} - set(header)
     if missing:
         raise _no_header(f"it has no {', '.join(sorted(missing))}")
-    if type(header["state_format"]) is not int:
+    if type(header["state_format"]) is not int or not _is_data(header["state_format"]):
         raise _no_header("its state_format is no whole number")
     if not _is_data(header["optimizer"]) or not _is_description(header["optimizer"]):
         raise _no_header("its optimizer is no name, settings and parts, of plain data")
@@ -188,7 +190,9 @@ def _is_data(value: Any, depth: int = 0) -> bool:
         return all(_is_data(x, depth + 1) for x in value)
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or isinstance(value, (bool, int, str))
+    if type(value) is int:
+        return abs(value) < MOST
+    return value is None or isinstance(value, (bool, str))
 
 
 def _is_description(value: Any) -> bool:
@@ -209,7 +213,7 @@ def _is_entry(path: Any, entry: Any) -> bool:
     return (
         isinstance(dtype, str)
         and isinstance(shape, (list, tuple))
-        and all(type(n) is int and n >= 0 for n in shape)
+        and all(type(n) is int and 0 <= n < MOST for n in shape)
     )
 
 
@@ -312,6 +316,13 @@ def _settings_differ(
         if not _are_alike(old, new):
             was, now_is = _told_apart(old, new)
             yield f"{name} of {saved['name']}{where} was {was}, is {now_is}"
+
+
+def _settings_of(optimizer: Mapping[str, Any]) -> Iterator[str]:
+    """The names of all settings."""
+    yield from in_todays_words(optimizer["name"], optimizer["settings"])
+    for part in optimizer["parts"]:
+        yield from _settings_of(part)
 
 
 def _default(recipe: str, argument: str) -> Any:

@@ -33,8 +33,8 @@ NUMBERS = {
 }
 """What Python numbers are called in a header, and what they are stored as."""
 
-FUNCTION = "function "
-"""Before the name of a function that is a leaf: of an Equinox module, say. It has no bytes."""
+FUNCTION, STRING = BY_NAME = ("function ", "string ")
+"""Before the name of a function that is a leaf, or a string: of an Equinox module. No bytes."""
 
 ARRAYS = (np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
 
@@ -108,12 +108,15 @@ def entry_of(path: str, leaf: Any) -> Entry:
             return [list(leaf.shape), str(leaf.dtype)]  # key<fry>: with their implementation
         if _is_numeric(leaf.dtype):
             return [list(np.shape(leaf)), leaf.dtype.name]
+    elif type(leaf) is str:
+        return [[], STRING + repr(leaf)]
     elif (name := _name_of_function(leaf)) is not None:
         return [[], FUNCTION + name]
     kind = type(leaf).__name__ + (f" of {leaf.dtype}" if isinstance(leaf, ARRAYS) else "")
     raise TypeError(
-        f"the leaf at {path} is {kind}: only arrays of numbers, PRNG keys and Python's numbers can"
-        " be saved. Take it out of the tree, or make it a static field of its container."
+        f"the leaf at {path} is {kind}: only arrays of numbers, PRNG keys, Python's numbers,"
+        " strings and functions can be saved. Take it out of the tree (eqx.partition), or make it a"
+        " static field of its container."
     )
 
 
@@ -129,7 +132,7 @@ def _name_of_function(leaf: Any) -> str | None:
 def said(entry: Entry) -> str:
     """An entry as it is printed."""
     shape, name = entry
-    return name if name in NUMBERS or name.startswith(FUNCTION) else f"{name}{list(shape)}"
+    return name if name in NUMBERS or name.startswith(BY_NAME) else f"{name}{list(shape)}"
 
 
 def _is_numeric(dtype: np.dtype) -> bool:
@@ -142,7 +145,7 @@ def are_alike(saved: str, now: str, *, as_jax_takes_it: bool = False) -> bool:
     A Python number and the array that JAX makes of one may; else only equals. Headers of format 1
     say all dtypes as JAX takes them (float32 for a float64 of NumPy, unless 64 bits are enabled).
     """
-    if as_jax_takes_it and not now.startswith((FUNCTION, "key<")) and now not in NUMBERS:
+    if as_jax_takes_it and not now.startswith((*BY_NAME, "key<")) and now not in NUMBERS:
         now = dtype_of(np.empty((), now)).name
     return saved == now or _as_array(saved) == _as_array(now)
 
@@ -157,7 +160,7 @@ def _as_array(name: str) -> str:
 def stored(path: str, leaf: Any) -> np.ndarray:
     """The bytes of the numbers of a leaf, as they are written."""
     name = entry_of(path, leaf)[1]
-    if name.startswith(FUNCTION):
+    if name.startswith(BY_NAME):
         return np.empty(0, np.uint8)
     if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
         raise TypeError(
@@ -168,8 +171,8 @@ def stored(path: str, leaf: Any) -> np.ndarray:
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             raise TypeError(
                 f"the leaf at {path} is split over devices of other processes, of which this one"
-                " sees a part: save with Orbax, and checkpoint_header beside (README, 'Save,"
-                " resume, move in')."
+                " sees a part: save with Orbax, and checkpoint_header beside (docs/saving.md shows"
+                " how)."
             )
         leaf = jax.random.key_data(leaf) if is_of_keys(leaf.dtype) else leaf
     if name in NUMBERS:
@@ -188,7 +191,7 @@ def _in_file(dtype: np.dtype) -> np.dtype:
 def form_of(saved: Entry, target: Any) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of the numbers of a leaf that fits in the place of ``target``."""
     name = saved[1]
-    if name.startswith(FUNCTION):
+    if name.startswith(BY_NAME):
         return (0,), np.dtype(np.uint8)
     if name in NUMBERS:
         return (), NUMBERS[name][1]
@@ -208,7 +211,7 @@ def size_of(saved: Entry, target: Any) -> int:
 
 def restored(path: str, raw: memoryview, saved: Entry, target: Any) -> Any:
     """The leaf of so many bytes: a NumPy array, a Python number, or PRNG keys."""
-    if saved[1].startswith(FUNCTION):
+    if saved[1].startswith(BY_NAME):
         return target
     shape, dtype = form_of(saved, target)
     array = np.empty(shape, _in_file(dtype))

@@ -14,111 +14,34 @@ import functools
 import inspect
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from adaptive_opt.checkpoints.places import Place, lanes
+from adaptive_opt.checkpoints.rules import rule_of
 from adaptive_opt.core import checks
 from adaptive_opt.core.describe import describe, held_by, made_of
 from adaptive_opt.core.look import init_buffers
 from adaptive_opt.core.now import Correction, Now
-from adaptive_opt.core.observe import Watch
-from adaptive_opt.core.stage import lines_of
 from adaptive_opt.core.tree import OpenStep, run
-from adaptive_opt.stages.averages import belief_moment
-from adaptive_opt.stages.directions import lion_direction
-from adaptive_opt.stages.moments import (
-    amsgrad_max,
-    centered_moment,
-    debias,
-    first_moment,
-    heavy_ball,
-    infinity_moment,
-    second_moment,
-    sum_of_squares,
-)
-from adaptive_opt.stages.rates import adadelta_units, inverse_rate, per_weight_rate
-
-_B = 0.5  # whatever it is, it is not asked for
 
 
-@dataclasses.dataclass(frozen=True)
-class AsStages:
-    """A transformation of optax as the stages that compute the same, and what it calls buffers."""
+class Factor(NamedTuple):
+    """A hyperparameter that multiplies.
 
-    stages: Callable[[Mapping[str, Any]], Sequence[Any]]
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    Attributes:
+      kind: what it is: the learning rate, perhaps.
+      by: the stage, and what that calls it.
+      value: a number, or a schedule.
+    """
 
-
-def _rms(held: Mapping[str, Any], *more: Any) -> tuple[Any, ...]:
-    correction = (debias(b2=_B),) if held.get("bias_correction") else ()
-    eps = (0.0, held["eps"]) if held.get("eps_in_sqrt", True) else (held["eps"], 0.0)
-    return (
-        second_moment(_B, initial=held["initial_scale"]),
-        *more,
-        *correction,
-        per_weight_rate(*eps),
-    )
-
-
-_ADAM = first_moment(_B), second_moment(_B), debias(_B, _B), per_weight_rate(_B)
-OPTAX = {
-    "scale_by_adam": AsStages(lambda _: _ADAM),
-    "scale_by_radam": AsStages(lambda _: _ADAM),
-    "scale_by_amsgrad": AsStages(lambda _: (*_ADAM[:3], amsgrad_max(), _ADAM[3])),
-    "scale_by_belief": AsStages(
-        lambda held: (_ADAM[0], belief_moment(_B, held["eps_root"]), *_ADAM[2:])
-    ),
-    "scale_by_adamax": AsStages(
-        lambda held: (_ADAM[0], debias(_B), infinity_moment(_B, held["eps"]), inverse_rate()),
-        {"nu": "infinity_norm"},
-    ),
-    "scale_by_lion": AsStages(lambda _: (lion_direction(_B, _B),)),
-    "scale_by_rms": AsStages(_rms),
-    "scale_by_stddev": AsStages(
-        lambda held: _rms(held, centered_moment(_B)), {"mu": "mean_gradient"}
-    ),
-    "scale_by_rss": AsStages(
-        lambda held: (
-            sum_of_squares(initial=held["initial_accumulator_value"]),
-            per_weight_rate(0.0, _B),
-        )
-    ),
-    "scale_by_adadelta": AsStages(
-        lambda held: (
-            second_moment(_B),
-            per_weight_rate(0.0, held["eps"]),
-            adadelta_units(_B, held["eps"]),
-        ),
-        {"e_g": "nu", "e_x": "step_ema"},
-    ),
-    "trace": AsStages(
-        lambda held: (heavy_ball(_B, nesterov=held["nesterov"]),), {"trace": "velocity"}
-    ),
-}
-"""Tests compare the states of both, buffer by buffer."""
-
-
-def rule_of(place: Place) -> tuple[tuple[Any, ...], Mapping[str, str]] | None:
-    """The lines of the stages at a place, and other names of buffers; None: nobody knows them."""
-    if place.owner is None:
-        return None
-    own = made_of(place.owner)
-    if own is not None:
-        parts = own.parts if own.name == "adaptive" else (place.owner,)
-        lines = [line for part in parts or () for line in lines_of(part) or ()]
-        return (tuple(x for x in lines if not isinstance(x, Watch)), {}) if lines else None
-    known = OPTAX.get(place.name)
-    if known is None:
-        return None
-    held = {**held_by(place.owner.init), **held_by(inspect.unwrap(place.owner.update))}
-    stages = known.stages(held)
-    return tuple(line for stage in stages for line in lines_of(stage) or ()), known.names
+    kind: str
+    by: tuple[str, str]
+    value: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +51,7 @@ class Meaning:
     Attributes:
       value: what the buffer holds after the made-up step, where every factor of it is 1.
       mirrored: minus that, from minus the buffer.
-      factors: the hyperparameters that multiply whatever comes in, each with its kind: a learning
-        rate, perhaps.
+      factors: the hyperparameters that multiply whatever comes in.
       of_update: those that multiply the update.
       is_linear: whether twice the factors make twice the buffer.
       is_of_gradients: whether other gradients make another buffer.
@@ -140,8 +62,8 @@ class Meaning:
 
     value: np.ndarray
     mirrored: np.ndarray
-    factors: tuple[tuple[str, Any], ...]
-    of_update: tuple[tuple[str, Any], ...]
+    factors: tuple[Factor, ...]
+    of_update: tuple[Factor, ...]
     is_linear: bool
     is_of_gradients: bool
     initial: np.ndarray
@@ -149,30 +71,60 @@ class Meaning:
     made_by: tuple[str, ...]
 
 
-class Unknown(NamedTuple):
-    """A buffer whose lines do not bear made-up numbers, or has none: the names of its place."""
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """A buffer whose lines do not bear made-up numbers, or that has none.
+
+    Attributes:
+      made_by: the names of its place.
+      incoming: what of made-up numbers comes there, if that is known.
+    """
 
     made_by: tuple[str, ...]
+    incoming: np.ndarray | None = None
+
+    def is_alike(self, other: Meaning | Unknown) -> bool:
+        if not isinstance(other, Unknown) or self.made_by != other.made_by:
+            return False
+        if self.incoming is None or other.incoming is None:
+            return self.incoming is other.incoming
+        return alike(self.incoming, other.incoming)
 
 
-def unknown_at(place: Place) -> Unknown:
+Known = Mapping[tuple[Any, str | None], Meaning | Unknown]
+
+
+def meanings(found: Sequence[Place], buffers: Mapping[Any, Collection[str]]) -> Known:
+    """The meaning of every buffer of the places, by the key of the place and the buffer's name.
+
+    Where nobody knows what is done to a gradient, but something is remembered: under None.
+    """
+    remembering = frozenset(p.key for p in found if p.inner is None and buffers.get(p.key))
+    return _meanings(tuple(dataclasses.replace(p, state=None) for p in found), remembering)
+
+
+def meaning_at(place: Place, name: str, known: Known) -> Meaning | Unknown:
+    """The meaning of a buffer at one of the places of ``known``."""
+    for key in ((place.key, name), (place.key, None)):
+        if key in known:
+            return known[key]
+    return Unknown(_names_at(place))
+
+
+def _names_at(place: Place) -> tuple[str, ...]:
     if place.owner is None or place.inner is not None:
-        return Unknown((place.kind,))
-    return Unknown(tuple(stage.name for stage in describe(place.owner).stages()))
-
-
-def meanings(found: Sequence[Place]) -> Mapping[tuple[Any, str], Meaning]:
-    """The meaning of every buffer of the places, by the key of the place and the buffer's name."""
-    return _meanings(tuple(dataclasses.replace(place, state=None) for place in found))
+        return (place.kind,)
+    return tuple(stage.name for stage in describe(place.owner).stages())
 
 
 @functools.lru_cache(maxsize=256)
-def _meanings(found: tuple[Place, ...]) -> Mapping[tuple[Any, str], Meaning]:
-    known: dict[tuple[Any, str], Meaning] = {}
+def _meanings(found: tuple[Place, ...], remembering: frozenset[Any]) -> Known:
+    known: dict[tuple[Any, str | None], Meaning | Unknown] = {}
     with jax.enable_x64(True):
-        for lane in lanes(list(found)):
+        for places in lanes(list(found)):
+            lane = _Lane(places, remembering)
             try:
-                of_lane = _Lane(lane).meanings()
+                of_lane = lane.meanings()
             except Exception:  # a user's line need not bear numbers that are made up
                 continue
             for key, meaning in of_lane.items():
@@ -188,46 +140,57 @@ _ANY = 0.37
 class _Lane:
     """The places on the way of one gradient, and what they make of made-up numbers."""
 
-    def __init__(self, lane: Sequence[Place]) -> None:
-        self.lane = lane
+    def __init__(self, lane: Sequence[Place], remembering: Collection[Any]) -> None:
+        self.lane, self.remembering = lane, remembering
         self.asked: dict[Any, Any] = {}
         """Hyperparameters by where they are asked for, filled by a run."""
+        self.by: dict[Any, str] = {}
+        """Whose they are."""
         self.remembered: dict[Any, dict[str, Any]] = {}
         self.initial: dict[Any, np.ndarray] = {}
 
-    def meanings(self) -> dict[tuple[Any, str], Meaning]:
+    def meanings(self) -> dict[tuple[Any, str | None], Meaning | Unknown]:
         first = self.run({})
+        found: dict[tuple[Any, str | None], Meaning | Unknown] = {
+            (place.key, None): Unknown(_names_at(place), self.incoming[place.key])
+            for place in self.lane
+            if place.key in self.incoming
+        }
         empty, other = self.run({}, scale=0.0), self.run({}, gradient="another gradient")
         later, as_given = self.run({}, count=4), self.run({}, as_given=True)
         of_whom: dict[Any, list[Any]] = {key: [] for key in first}
         for asked in list(self.asked):
             doubled = self.run({asked: 2 * self.value(asked)}, scale=0.0)
             for key, before in empty.items():
-                if np.any(before) and _alike(doubled[key], 2 * before):
+                if np.any(before) and alike(doubled[key], 2 * before):
                     of_whom[key].append(asked)
-        found = {}
         for key in first:
             if key == _UPDATE:
                 continue
             ones = {asked: math.copysign(1.0, self.value(asked)) for asked in of_whom[key]}
             twice = {asked: 2 * value for asked, value in list(ones.items())[:1]}
             value, minus = self.run(ones)[key], self.run(ones, scale=-1.0, of=key)[key]
-            is_of_gradients = not _alike(first[key], other[key])
+            is_of_gradients = not alike(first[key], other[key])
             if not is_of_gradients:  # it goes by the hyperparameters alone, so they matter
                 value = as_given[key]
             more = self.run({**ones, **twice}, scale=2.0, of=key)[key]
             found[key] = Meaning(
                 value,
                 -minus,
-                tuple((_kind(asked), self.asked[asked]) for asked in of_whom[key]),
-                tuple((_kind(asked), self.asked[asked]) for asked in of_whom[_UPDATE]),
-                bool(twice) and _alike(more, 2 * value),
+                tuple(map(self.factor, of_whom[key])),
+                tuple(map(self.factor, of_whom[_UPDATE])),
+                bool(twice) and alike(more, 2 * value),
                 is_of_gradients,
                 self.initial[key],
-                not _alike(first[_UPDATE], later[_UPDATE]),
+                not alike(first[_UPDATE], later[_UPDATE]),
                 self.made_by[key],
             )
         return found
+
+    def factor(self, asked: Any) -> Factor:
+        named = isinstance(asked, _Asked) and asked.name not in ("rate", "learning_rate", "factor")
+        name = asked.name if isinstance(asked, _Asked) else ""
+        return Factor(asked.name if named else RATE, (self.by[asked], name), self.asked[asked])
 
     def value(self, asked: Any) -> float:
         """What is made up for a hyperparameter."""
@@ -245,6 +208,7 @@ class _Lane:
         """The buffers after a step with these values; what was remembered scaled, all or one."""
         made: dict[Any, np.ndarray] = {}
         self.made_by: dict[Any, tuple[str, ...]] = {}
+        self.incoming: dict[Any, np.ndarray] = {}
         stages: list[str] = []
         flow, opened = _made_up(gradient, _SHAPES), None
         for place in self.lane:
@@ -268,7 +232,12 @@ class _Lane:
                     kept[name] = jax.tree.map(lambda x, f=f: f * x, kept[name])
                 first = len(stages)
                 stages += [line.stage for line in lines]
-                for name, buffer in run(lines, step, kept).items():
+                after = run(lines, step, kept)
+                for asked in self.asked:
+                    if isinstance(asked, _Asked) and asked.place == place.key:
+                        turn = min(asked.turn, len(step.now.turns) - 1)
+                        self.by[asked] = stages[first + max(turn, 0)]
+                for name, buffer in after.items():
                     turn = step.now.turns.index(step.now.keepers[name]) + 1
                     made[place.key, name] = _flat(buffer)
                     self.made_by[place.key, name] = tuple(stages[: first + turn])
@@ -276,9 +245,13 @@ class _Lane:
             elif (factor := _scale_of(place)) is not None:
                 value = _value(factor)
                 if abs(value) != 1:
-                    self.asked[place.key] = factor
+                    self.asked[place.key], self.by[place.key] = factor, place.name
                     value = values.get(place.key, value)
                 flow = jax.tree.map(lambda x, f=value: f * x, flow)
+            elif place.key in self.remembering:  # what it makes of a gradient, nobody knows
+                self.incoming[place.key] = _flat(flow)
+                made_of_it = _made_up(f"made by {'/'.join(_names_at(place))}", _SHAPES)
+                flow = jax.tree.map(lambda x, f: f * x, flow, made_of_it)
         return made | {_UPDATE: _flat(flow)}
 
     @functools.cached_property
@@ -304,13 +277,7 @@ class _Asked(NamedTuple):
     name: str
 
 
-_LEARNING_RATE = "the learning rate"
-
-
-def _kind(asked: Any) -> str:
-    """What a factor is, by the name that its line has for it."""
-    named = isinstance(asked, _Asked) and asked.name not in ("rate", "learning_rate", "factor")
-    return asked.name if named else _LEARNING_RATE
+RATE = "the learning rate"
 
 
 class _Asking(Now):
@@ -400,36 +367,5 @@ def _made_up(name: str, shapes: Any) -> Any:
     return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+def alike(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-9, atol=0)
-
-
-def ratio(held: Meaning | Unknown, wanted: Meaning | Unknown) -> float | str:
-    """By what a buffer is to be multiplied to mean what is wanted; or why that cannot be."""
-    if isinstance(held, Unknown) or isinstance(wanted, Unknown):
-        return 1.0 if held == wanted else "what it is made of cannot be found out"
-    if _alike(held.value, wanted.value):
-        sign = 1.0
-    elif _alike(held.value, wanted.mirrored):
-        sign = -1.0
-    else:
-        return "it is made of something else, or in another order"
-    if wanted.is_corrected and not _alike(held.initial, wanted.initial):
-        return "it starts elsewhere, and is corrected here for its start"
-    there, here = ({kind for kind, _ in each.factors} for each in (held, wanted))
-    if there == here:
-        return sign
-    if there - here and here - there:
-        return "it is multiplied by something else"
-    inside, where = (held, "there") if there - here else (wanted, "here")
-    what = f"{' and '.join(sorted(there ^ here))} is part of it {where} only"
-    if not inside.is_linear:
-        return what
-    of_them = held.factors if inside is held else held.of_update
-    rates = [rate for kind, rate in of_them if kind in there ^ here]
-    if any(callable(rate) or isinstance(rate, Tracer) for rate in rates):
-        return f"{what}, and is a schedule, so that every gradient in it has its own"
-    rate = abs(math.prod(float(rate) for rate in rates))
-    if rate == 0:
-        return f"{what}, and is 0"
-    return sign / rate if inside is held else sign * rate

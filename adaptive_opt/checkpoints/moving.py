@@ -10,6 +10,7 @@ import jax
 import optax
 
 from adaptive_opt.checkpoints.buffers import put_together
+from adaptive_opt.checkpoints.counting import number_of_gradients
 from adaptive_opt.checkpoints.found import found_in
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.trees import Tree
@@ -43,7 +44,12 @@ def convert_state(
       weight, as if it had been that for ever, and at 0 where no gradient has been seen;
     * the gradient before (``previous_gradient``) of diffGrad and DiffMod is the first moment;
     * slow weights start at the parameters, and a wrapper that ``source`` has not got at its
-      beginning. One that both have stays where it was.
+      beginning: a new ``lookahead`` pulls after a whole period. One that both have stays where it
+      was.
+
+    What several parameters have together (a number of the tree, the count and the product of a
+    group, what ``MultiSteps`` has added up, what a plateau has seen) goes to the same parameters,
+    whatever their group is called, and is refused for others.
 
     A count is that of the same thing in ``source``: what is inside of a guard or of ``MultiSteps``
     counts other gradients than what is outside. Parameters that ``target`` freezes lose what was
@@ -58,15 +64,16 @@ def convert_state(
       source: the optimizer that made it.
       target: the optimizer that is to go on.
       params: the parameters at this point; ``nnx.state(model, nnx.Param)`` with nnx.
-      count: how many gradients ``state`` has seen; needed only where it does not say (sgd and
-        rmsprop of optax), or where its counts differ and ``target`` has one for them all.
+      count: how many gradients ``state`` has seen, a whole number; needed only where it does not
+        say (sgd and rmsprop of optax), or where its counts differ and ``target`` has one for them
+        all: one of those then. It may not contradict the state.
       drop: the names of buffers that may be lost: ``drop={"rate_ema"}`` from AdaMod back to Adam.
         What ``target`` needs of them is derived, if it can be.
 
     Raises:
       ValueError: a buffer has no place in the new state (it would be lost), or cannot be derived,
-        or means something else there, or the source is in the middle of an accumulation; the
-        message says all of it, by the paths of ``params``.
+        or means something else there, or the source is in the middle of an accumulation; or
+        ``count`` and ``drop`` do not fit. The message says all of it, by the paths of ``params``.
 
     >>> import jax.numpy as jnp, optax
     >>> from adaptive_opt import adamod, convert_state
@@ -78,13 +85,15 @@ def convert_state(
     1 [0.01  0.005]
     """
     params = _plain(params)
+    if count is not None:
+        count = number_of_gradients(count, "count=")
     expected = jax.eval_shape(source.init, params)
     state = _plain(state, expected)
-    if _paths(state) != _paths(expected):  # a named_chain makes an OrderedDict of a dict
+    there, wanted = _paths(state), _paths(expected)
+    if there != wanted:  # structures may differ: a named_chain makes an OrderedDict of a dict
         raise ValueError(
             f"the state is not one of the source, {describe(source).name}, for these parameters:"
-            f" its structure is {jax.tree.structure(state)}, that of the source is"
-            f" {jax.tree.structure(expected)}."
+            f" {_told_apart(there, wanted)}."
         )
     found = found_in(source, state, params)
     return put_together(target, params, found, count, drop=drop)
@@ -111,6 +120,16 @@ def _plain(tree: Any, expected: Any = None) -> Any:
 
 def _paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _told_apart(there: list[str], wanted: list[str]) -> str:
+    """What one state has and the other has not."""
+    said = [
+        f"{whose} {', '.join(few[:4])}{f' and {len(few) - 4} more' if len(few) > 4 else ''}"
+        for whose, some, others in (("it has no", wanted, there), ("it has besides", there, wanted))
+        if (few := [path or "array that is all of it" for path in some if path not in {*others}])
+    ]
+    return "; ".join(said) or "it has its parts in another order"
 
 
 def _simple(path: Any) -> str:

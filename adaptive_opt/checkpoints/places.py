@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import optax
 
-from adaptive_opt.core.describe import describe, held_by, held_in, made_of
+from adaptive_opt.core.describe import Description, describe, held_by, held_in, made_of
+from adaptive_opt.core.trees import Tree
 from adaptive_opt.memory import codecs
 from adaptive_opt.memory.low_memory import LowMemoryState, encoded_again
 
@@ -34,6 +35,7 @@ class Place:
       within: the wrappers around it, from outside in: the type of a state, or ``("group", label)``
         of a partition.
       inner: of a wrapper, the field in which the inner state is; it is not part of this place.
+      sees: the paths of the parameters whose gradients come by; None where nobody knows the mask.
     """
 
     key: tuple[Any, ...]
@@ -42,6 +44,7 @@ class Place:
     owner: optax.GradientTransformation | None
     within: tuple[Any, ...] = ()
     inner: str | None = None
+    sees: frozenset[str] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -72,7 +75,67 @@ class Place:
         return self.state._replace(**fields) if fields else self.state
 
 
-def places(tx: optax.GradientTransformation, state: Any) -> list[Place]:
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How a gradient came to a part of a state.
+
+    Attributes:
+      within, sees: those of a place.
+      described: what masks are looked for in: what is still to come of the present transformation.
+      is_of_group: whether the mask of a partition is still to come.
+    """
+
+    params: Tree
+    described: Description | None
+    sees: frozenset[str] | None
+    within: tuple[Any, ...] = ()
+    is_of_group: bool = False
+
+    def into(self, owner: optax.GradientTransformation | None) -> _Way:
+        """Into a part of a chain."""
+        return dataclasses.replace(self, described=None if owner is None else describe(owner))
+
+    def into_group(self, owner: Any, label: Any, labels: Any) -> _Way:
+        return dataclasses.replace(
+            self.into(owner),
+            sees=self.those(labels, lambda of: str(of) == str(label)),
+            within=(*self.within, ("group", label)),
+            is_of_group=True,
+        )
+
+    def into_wrapper(self, kind: str) -> _Way:
+        into = dataclasses.replace(self, within=(*self.within, kind), is_of_group=False)
+        if kind != "MaskedState" or self.is_of_group:
+            return into
+        mask = self.described
+        while mask is not None and (mask.labels is None or mask.parts[0].key is not None):
+            mask = mask.parts[0] if len(mask.parts) == 1 else None
+        if mask is None:
+            return dataclasses.replace(into, described=None, sees=None)
+        return dataclasses.replace(
+            into, described=mask.parts[0], sees=into.those(mask.labels, bool)
+        )
+
+    def those(self, labels: Any, are_here: Callable[[Any], bool]) -> frozenset[str] | None:
+        """Of the parameters that are seen those whose label says so."""
+        if self.sees is None or labels is None:
+            return None
+        paths = over(self.params)
+        try:
+            of = jax.tree.leaves(labels_over(self.params, labels))
+        except ValueError:  # labels of another tree: of what another partition leaves over
+            return None
+        if len(of) != len(paths):
+            return None
+        return self.sees & {path for path, x in zip(paths, of, strict=True) if are_here(x)}
+
+
+def labels_over(params: Tree, labels: Any) -> Tree:
+    """Labels of parameters, which may be a function of them, or one for a subtree; at each leaf."""
+    return jax.tree.broadcast(labels(params) if callable(labels) else labels, params)
+
+
+def places(tx: optax.GradientTransformation, state: Any, params: Tree) -> list[Place]:
     """All places of a state, in the order in which a step comes by."""
     found: list[Place] = []
 
@@ -80,16 +143,15 @@ def places(tx: optax.GradientTransformation, state: Any) -> list[Place]:
         found.append(place)
         return place.state
 
-    replaced(tx, state, note, encode=False)
+    replaced(tx, state, params, note, encode=False)
     return found
 
 
 def replaced(
-    tx: optax.GradientTransformation | None,
+    tx: optax.GradientTransformation,
     state: Any,
+    params: Tree,
     function: Callable[[Place], Any],
-    key: tuple[Any, ...] = (),
-    within: tuple[Any, ...] = (),
     *,
     encode: bool = True,
 ) -> Any:
@@ -97,39 +159,51 @@ def replaced(
 
     Afterwards it is encoded, as it would be at the count that the wrapper then has.
     """
+    way = _Way(params, describe(tx), frozenset(over(params)))
+    return _replaced(tx, state, function, (), way, encode)
 
-    def go_on(owner: Any, part: Any, key: Any, within: Any) -> Any:
-        return replaced(owner, part, function, key, within, encode=encode)
+
+def _replaced(
+    tx: optax.GradientTransformation | None,
+    state: Any,
+    function: Callable[[Place], Any],
+    key: tuple[Any, ...],
+    way: _Way,
+    encode: bool,
+) -> Any:
+    def go_on(owner: Any, part: Any, key: Any, way: _Way) -> Any:
+        return _replaced(owner, part, function, key, way, encode)
 
     if isinstance(state, (tuple, list)) and not hasattr(state, "_fields"):
         owners = _parts(tx, range(len(state)))
         return type(state)(
-            go_on(owner, part, (*key, i), within)
+            go_on(owner, part, (*key, i), way.into(owner))
             for i, (owner, part) in enumerate(zip(owners, state, strict=True))
         )
     if isinstance(state, dict):
         owners = _parts(tx, state)
         if owners[:1] != [None]:  # of named_chain
             return {
-                name: go_on(owner, part, (*key, name), within)
+                name: go_on(owner, part, (*key, name), way.into(owner))
                 for owner, (name, part) in zip(owners, state.items(), strict=True)
             }
     kind = type(state).__name__
     inner = next((name for name in _INNER if name in getattr(state, "_fields", ())), None)
     if inner is None:
-        return function(Place(key, kind, state, innermost(tx), within))
-    wrapper = function(Place(key, kind, state, tx, within, inner))
+        return function(Place(key, kind, state, innermost(tx), way.within, None, way.sees))
+    wrapper = function(Place(key, kind, state, tx, way.within, inner, way.sees))
     below, key = getattr(state, inner), (*key, inner)
     if inner == "inner_states":
-        owners = _parts(tx, below)
+        owners, whole = _parts(tx, below), innermost(tx)
+        labels = None if whole is None else describe(whole).labels
         new: Any = type(below)(
-            (label, go_on(owner, part, (*key, label), (*within, ("group", label))))
+            (label, go_on(owner, part, (*key, label), way.into_group(owner, label, labels)))
             for owner, (label, part) in zip(owners, below.items(), strict=True)
         )
     else:
         is_encoded = isinstance(state, LowMemoryState)
         plain = codecs.decoded(below) if is_encoded else below
-        new = go_on(tx, plain, key, (*within, kind))
+        new = go_on(tx, plain, key, way.into_wrapper(kind))
         if is_encoded and encode:
             new = encoded_again(wrapper.count, below, new)
     return wrapper._replace(**{inner: new})

@@ -26,6 +26,7 @@ import optax
 from adaptive_opt.checkpoints import format_1
 from adaptive_opt.checkpoints.files import replace_file
 from adaptive_opt.checkpoints.headers import (
+    MOST,
     check_form,
     checkpoint_header,
     compare,
@@ -56,7 +57,7 @@ def to_bytes(optimizer: optax.GradientTransformation, tree: Tree) -> bytes:
     Any tree: dicts, lists, tuples, named tuples, dataclasses (registered, of ``chex``, of
     ``flax.struct``), Equinox modules, ``nnx.State``, an ``nnx.Optimizer`` or module as it is. Its
     leaves: arrays of any numbers, typed PRNG keys, Python's numbers. Functions among them are not
-    saved, only their names.
+    saved, only their names, and strings are compared.
 
     Args:
       optimizer: the optimizer that the state in ``tree`` belongs to (``optimizer.tx`` of nnx).
@@ -254,10 +255,20 @@ def _most(header: Mapping[str, Any]) -> int:
 def _parsed(text: bytes) -> Any:
     try:
         return json.loads(
-            str(text, "utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_number
+            str(text, "utf-8"),
+            object_pairs_hook=_without_doubles,
+            parse_constant=_no_number,
+            parse_int=_whole,
         )
     except RecursionError:
         raise WrongBytesError("their header is nested without end") from None
+
+
+def _whole(digits: str) -> int:
+    """Python takes long for many digits, and refuses more than some."""
+    if len(digits) > len(str(MOST)):
+        raise WrongBytesError(f"their header has a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from adaptive_opt.checkpoints.counting import number_of_gradients
 from adaptive_opt.checkpoints.filling import listed
 
 Key = int | str
@@ -62,8 +63,7 @@ def read(state_dict: Mapping[str, Any], order: Sequence[str] | None) -> Saved:
     """The parameters in a state dict, with their names from ``param_names``, keys, or ``order``."""
     if not isinstance(state_dict, Mapping) or not ({"state", "param_groups"} & {*state_dict}):
         state_dict = _unflattened(state_dict)
-    states = state_dict.get("state", {})
-    groups: list[Any] = list(state_dict.get("param_groups", ())) or [{"params": list(states)}]
+    states, groups = _checked(state_dict.get("state", {}), state_dict.get("param_groups", ()))
     keys = [(key, i) for i, group in enumerate(groups) for key in group.get("params", ())]
     without = set(states) - {key for key, _ in keys}
     if without or len({key for key, _ in keys}) != len(keys):
@@ -87,6 +87,48 @@ def read(state_dict: Mapping[str, Any], order: Sequence[str] | None) -> Saved:
     return Saved(entries, settings)
 
 
+def _checked(states: Any, groups: Any) -> tuple[Mapping[Any, Any], list[Mapping[str, Any]]]:
+    """The states and the groups, if they are what PyTorch makes."""
+    if not isinstance(states, Mapping):
+        raise ValueError(_no_dict("its 'state'", "a dict of the states by parameter", states))
+    for key, state in states.items():
+        if not isinstance(state, Mapping):
+            raise ValueError(_no_dict(f"the state of {key}", "a dict of tensors by name", state))
+    groups = list(groups) or [{"params": list(states)}]
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(_no_dict(f"group {i}", "a dict of settings, with 'params'", group))
+        named = group.get("param_names")
+        if named and len(named) != len(group["params"]):
+            raise ValueError(
+                f"group {i} of the state dict has {len(group['params'])} params and"
+                f" {len(named)} param_names: take it as optimizer.state_dict() makes it."
+            )
+        for name, value in group.items():
+            wrong = _wrong_number(name, _plain(value))
+            if wrong:
+                raise ValueError(
+                    f"{name} in group {i} of the state dict should be {wrong}, got {value!r}."
+                )
+    return states, groups
+
+
+def _no_dict(what: str, should: str, got: Any) -> str:
+    return f"{what} in the state dict should be {should}, got {_short(got)}."
+
+
+def _wrong_number(name: str, value: Any) -> str:
+    """What a setting should be, if it is that of all optimizers that have it; and is not."""
+    is_number = isinstance(value, numbers.Real)
+    if name == "betas":
+        is_right = isinstance(value, tuple) and len(value) > 1
+        is_right = is_right and all(isinstance(b, numbers.Real) for b in value)
+        return "" if is_right else "two or three numbers"
+    return "a number" if name in _NUMBERS and not is_number else ""
+
+
+_NUMBERS = ("lr", "eps", "weight_decay", "momentum", "dampening", "alpha", "rho", "lr_decay",
+            "momentum_decay", "final_lr", "gamma", "beta3")  # fmt: skip
 _LISTS = ("params", "param_names")
 
 
@@ -127,10 +169,11 @@ def _names(
 
 
 def _step(value: Any, key: Key) -> int:
-    number = float(as_array(value, f"step of {key}"))
-    if number != int(number) or number < 0:
-        raise ValueError(f"step of {key} should be a number of gradients, got {number}.")
-    return int(number)
+    array = as_array(value, f"step of {key}")
+    number = float(array.reshape(())) if array.size == 1 and array.dtype.kind in "biuf" else np.nan
+    if not number.is_integer():
+        raise ValueError(f"step of {key} should be a number of gradients, got {array}.")
+    return number_of_gradients(int(number), f"step of {key}")
 
 
 def as_array(value: Any, what: str) -> np.ndarray:

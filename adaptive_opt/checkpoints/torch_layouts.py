@@ -17,11 +17,11 @@ everything else                         as here                as it is
 ======================================  =====================  ===============================
 
 A convolution in PyTorch that is transposed runs over its kernel backwards; Flax and Equinox do not.
-Where shapes leave several of these open, a ``kernel`` is always transposed, and a convolution is a
-transposed one if its path or class says so ("transpose", "deconv"). Two cases cannot be seen, where
-``layout=`` helps: a transposed convolution with another name and as many channels in as out, and a
-square kernel of a layer that is no torch.nn.Linear (Conv1D of the package transformers is (in,
-out) already).
+Where shapes leave several of these open: a matrix named ``kernel`` is transposed. A convolution of
+as many channels in as out is plain if its path says "conv". If its path or class says "transpose"
+or "deconv", or nothing of a convolution, ``layout=`` has to say what it is: ``"conv"`` for the
+third row and ``"conv_transpose"`` for the fourth. One case cannot be seen: a square kernel of a
+layer that is no torch.nn.Linear (Conv1D of the package transformers is (in, out) already).
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from adaptive_opt.core.checks import check_names
 from adaptive_opt.core.trees import Tree, path_of
 
-Layout = Callable[[str, np.ndarray], np.ndarray] | Mapping[str, Sequence[int]]
+Layout = Callable[[str, np.ndarray], np.ndarray] | Mapping[str, Sequence[int] | str]
+CONV, TRANSPOSED = "conv", "conv_transpose"
 
 
 class Place:
@@ -47,6 +49,7 @@ class Place:
         *above, self.name = self.path.split("/")
         said = "/".join([*above, self.kind]).lower()
         self.is_transposed = "transpose" in said or "deconv" in said
+        self.is_plain = "conv" in said and not self.is_transposed
 
 
 def places_of(params: Tree) -> list[Place]:
@@ -68,7 +71,10 @@ def laid_out(what: str, x: np.ndarray, place: Place, layout: Layout | None) -> n
                 " themselves."
             )
     elif layout is not None and place.path in layout:
-        axes = tuple(layout[place.path])
+        given = layout[place.path]
+        if isinstance(given, str):
+            return _told(given, what, x, place)
+        axes = tuple(given)
         if sorted(axes) != list(range(x.ndim)):
             raise ValueError(
                 f"layout= gives the axes {axes} for {place.path!r}, whose {what} has shape"
@@ -76,6 +82,13 @@ def laid_out(what: str, x: np.ndarray, place: Place, layout: Layout | None) -> n
             )
         made = x.transpose(axes)
     else:
+        if _is_open(x, place):
+            raise ValueError(
+                f"{what} of {place.path!r} has as many channels in as out, so that nothing says"
+                f" which layer it is of. Say layout={{{place.path!r}: {TRANSPOSED!r}}} for a"
+                f" ConvTranspose as it is by default, {CONV!r} for a Conv, and for a"
+                " ConvTranspose(transpose_kernel=True)."
+            )
         fitting = (made for made in _ways(x, place) if made.shape == place.shape)
         made = next(fitting, x)
     if made.shape != place.shape:
@@ -83,18 +96,50 @@ def laid_out(what: str, x: np.ndarray, place: Place, layout: Layout | None) -> n
     return made
 
 
+def check_layout(layout: Layout | None, places: Sequence[Place]) -> None:
+    if isinstance(layout, Mapping):
+        check_names("layout", [*layout], [place.path for place in places])
+
+
+def _told(given: str, what: str, x: np.ndarray, place: Place) -> np.ndarray:
+    """``x`` as a kernel of Flax of the layer that ``layout=`` names."""
+    if given not in (CONV, TRANSPOSED):
+        raise ValueError(
+            f"layout= says {given!r} for {place.path!r}: it is {CONV!r}, {TRANSPOSED!r}, or axes."
+        )
+    if x.ndim < 3:
+        return x  # a bias, or a number of each channel
+    plain, backwards = _kernels(x)
+    made = plain if given == CONV else backwards
+    if made.shape != place.shape:
+        raise ValueError(_does_not_fit(what, x, made, place))
+    return made
+
+
+def _kernels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As a kernel of a Conv of Flax, and of a ConvTranspose."""
+    space = tuple(range(2, x.ndim))
+    backwards = np.flip(x.transpose(*space, 0, 1), tuple(range(len(space))))
+    return x.transpose(*space, 1, 0), backwards
+
+
+def _is_open(x: np.ndarray, place: Place) -> bool:
+    """Whether it may be the kernel of two layers."""
+    if place.name != "kernel" or x.ndim < 3 or place.is_plain:
+        return False
+    return all(made.shape == place.shape for made in _kernels(x))
+
+
 def _ways(x: np.ndarray, place: Place) -> Iterator[np.ndarray]:
     """The layouts that ``x`` may have here, the likeliest first."""
     first = x
     if place.name == "kernel" and x.ndim > 1:
-        space = tuple(range(2, x.ndim))
-        plain = x.transpose(*space, 1, 0)
-        backwards = np.flip(x.transpose(*space, 0, 1), tuple(range(len(space))))
-        both = (plain, backwards) if space else (plain,)
-        first = both[-1] if place.is_transposed else plain
-        yield first
-        yield from both
-        if not space and _splits(plain.shape, place.shape):
+        plain, backwards = _kernels(x)
+        first = plain
+        yield plain
+        if x.ndim > 2:
+            yield backwards
+        if x.ndim == 2 and _splits(plain.shape, place.shape):
             yield plain.reshape(place.shape)
     elif place.kind.startswith("ConvTranspose") and x.ndim > 2:  # of Equinox
         yield np.flip(x.swapaxes(0, 1), tuple(range(2, x.ndim)))

@@ -37,6 +37,9 @@ WITHOUT_MEANING = (
 )
 """What any group may hold: how a step is calculated, what schedulers leave; or compared apart."""
 
+SAYS_NOTHING = ("params", "param_names", "step", "name")
+"""What a group may hold that says of no optimizer that it wrote it."""
+
 OF_PYTORCH_OPTIMIZER = ("weight_decouple", "fixed_decay", "adam_debias", "adanorm", "eps_root")
 
 
@@ -52,6 +55,7 @@ class Kind(NamedTuple):
       names: what it calls settings here.
       decay: where its weight decay acts, if no setting says so.
       counts: whether its steps depend on how many there were.
+      by_rate: settings that are multiplied by the learning rate over the one at the start.
     """
 
     name: str
@@ -62,9 +66,15 @@ class Kind(NamedTuple):
     names: Mapping[str, str] = {}
     decay: tuple[str, ...] = ("l2",)
     counts: Callable[[Settings], bool] = lambda s: True
+    by_rate: tuple[str, ...] = ()
 
     def fits(self, settings: Settings, buffers: Collection[str]) -> bool:
         return set(self.marks) <= set(settings) and self.buffer in (None, *buffers)
+
+    def knows(self, settings: Settings) -> bool:
+        """Whether the settings may be its own, where there are no buffers yet to tell by."""
+        known = {*WITHOUT_MEANING, *self.marks, *self.others}
+        return set(self.marks) <= set(settings) <= known
 
 
 def _with_betas(recipe: Callable[..., Any], s: Settings, **more: Any) -> Any:
@@ -140,6 +150,7 @@ KINDS = (
         _adabound,
         others=("amsbound", "ams_bound", *OF_PYTORCH_OPTIMIZER),
         names={"final_learning_rate": "final_lr"},
+        by_rate=("final_lr",),
     ),
     Kind("AdaMod", (*BETAS, "beta3"), _adamod, "exp_avg_lr", (), {"b3": "beta3"}, ("decoupled",)),
     Kind(
@@ -211,20 +222,36 @@ NO_SETTINGS = ("name", "dtype", "mask", "as_in_optax", "initial", "learning_rate
 class TorchGroup:
     """A group of a state dict: its settings, which optimizer it is of, and what that computes.
 
-    ``kind`` is None where the settings are those of several optimizers, or say nothing.
+    ``kind`` is None where the settings are those of several optimizers, or of one that is not
+    known, or say nothing.
     ``pytorch_optimizer`` adds 1e-15 under a root, which may be missing here where the ``smallest``
     second moment is so large that it is lost beside it.
     """
 
     def __init__(self, settings: Settings, buffers: Collection[str], smallest: float) -> None:
-        self.kind = next((kind for kind in KINDS if kind.fits(settings, buffers)), None)
+        fit = [kind for kind in KINDS if kind.fits(settings, buffers)]
+        if not buffers and not fit:
+            fit = [kind for kind in KINDS if kind.knows(settings)]
+            self.kind = fit[0] if len(fit) == 1 else None
+        else:
+            self.kind = fit[0] if fit else None
+        self.says = "" if fit else ", ".join(sorted({*settings} - {*SAYS_NOTHING}))
         adds = self.kind is not None and self.kind.name in ("DiffGrad", "AdaBound")
         if adds and "weight_decouple" in settings:
             settings = {**settings, "eps_root": 1e-15}
         self.root_is_lost = 1e-12 * smallest >= 1e-15
-        self.settings, self.expected = settings, None
-        if self.kind is not None:
-            self.expected = computed((), describe(self.kind.equal(settings)).stages())
+        self.settings = settings
+        self.expected_at(None)  # what no recipe computes is refused here
+
+    def expected_at(self, rate: float | None) -> Computed | None:
+        """What it computes at a learning rate; of what goes by the rate there is one."""
+        if self.kind is None:
+            return None
+        settings = {**self.settings}
+        for name in self.kind.by_rate:
+            now = settings["lr"] if rate is None else rate
+            settings[name] *= now / (settings.get("initial_lr") or settings["lr"])
+        return computed((), describe(self.kind.equal(settings)).stages())
 
     @property
     def counts(self) -> bool:
@@ -237,7 +264,12 @@ class TorchGroup:
         known = {*WITHOUT_MEANING, *(BETAS if kind is None else (*kind.marks, *kind.others))}
         for name in sorted({*settings} - known - {*allow}):
             yield f"{name}={settings[name]!r} of PyTorch is not known here; does it change steps?"
-        before, after = _in_order(self.expected), _in_order(target)
+        if self.says and "optimizer" not in allow:
+            yield (
+                f"the optimizer is none of those that are known here; its groups say {self.says}"
+                ' (allow "optimizer" if it computes what the target does)'
+            )
+        before, after = _in_order(self.expected_at(target.rate_at(0))), _in_order(target)
         if kind is None:
             compared = _by_name(settings, target)
         elif [s.name for s in before] == [s.name for s in after]:
@@ -256,23 +288,42 @@ class TorchGroup:
             if here == "eps_root" and new == 0 and self.root_is_lost:
                 continue
             if not {here, there, there.split("[")[0]} & {*allow}:
+                if kind and there in kind.by_rate and old != settings[there]:
+                    there += " * lr / initial_lr"
                 again = "" if there == here else f"{here} "
                 yield f"{there} of PyTorch is {old!r}, {again}here {new!r}"
         if "weight_decay" in settings and "weight_decay" not in allow:
             yield from _of_decay(settings, kind, target)
+            if kind is not None and kind.name == "SGD" and _may_be_sgdw(settings):
+                yield (
+                    "weight_decay of PyTorch may be that of torch_optimizer's SGDW, which no recipe"
+                    " computes, or of an SGD before PyTorch 1.11: there is no maximize by which the"
+                    ' two are told apart (if it is SGD, allow "weight_decay")'
+                )
         if bool(settings.get("maximize")) != target.is_negated and "maximize" not in allow:
             yield (
                 "maximize=True of PyTorch is optax.scale(-1.0) in front of everything here"
                 if settings.get("maximize")
                 else "the target negates gradients, PyTorch did not (maximize)"
             )
-        rates = [s.settings for s in target.stages if s.name == RATE]
-        fixed = not any(callable(value) for rate in rates for value in rate.values())
+        fixed = not target.is_rate_scheduled
         if settings.get("lr_decay") and fixed and "lr_decay" not in allow:
             yield (
                 f"lr_decay={settings['lr_decay']!r} of PyTorch is a schedule here:"
                 " learning_rate=lambda t: lr / (1 + lr_decay * t)"
             )
+
+
+def names_of(groups: Collection[TorchGroup], targets: Collection[Computed]) -> set[str]:
+    """All that can be let through."""
+    known = {"stages", "optimizer", "learning_rate", *WITHOUT_MEANING, *TORCH_NAMES}
+    for kind in KINDS:
+        known |= {*kind.marks, *kind.others, *kind.names}
+    for group in groups:
+        known |= {*group.settings}
+    for target in targets:
+        known |= {name for stage in target.stages for name in stage.settings}
+    return known
 
 
 def _by_name(settings: Settings, target: Computed) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -329,6 +380,10 @@ def _of_decay(settings: Settings, kind: Kind | None, target: Computed) -> Iterat
         and _alike(value, target.decays[0][0])
     ):
         yield f"weight_decay of PyTorch is {value!r} ({' or '.join(forms)}), here {here}"
+
+
+def _may_be_sgdw(settings: Settings) -> bool:
+    return bool(settings["weight_decay"]) and "maximize" not in settings
 
 
 def _forms(settings: Settings, kind: Kind | None) -> tuple[str, ...]:

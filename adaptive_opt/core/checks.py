@@ -6,9 +6,10 @@ is allowed and what to do.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args
 
 import jax
@@ -221,3 +222,23 @@ def needed(module: str, extra: str, who: str) -> Any:
             f"{who} need {module.split('.')[0]}, which is not installed: pip install"
             f" 'adaptive_opt[{extra}]'."
         ) from error
+
+
+def check_names(argument: str, given: Collection[str], known: Iterable[str]) -> frozenset[str]:
+    """A set of names that somebody gave, each of which is known; the error names the nearest."""
+    if isinstance(given, str):
+        raise TypeError(f"{argument} takes a set of names: {{{given!r}}}.")
+    known = sorted({*known})
+    for name in map(str, given):
+        if name not in known:
+            raise ValueError(
+                f"{argument}= names {name!r}, which is not there.{did_you_mean(name, known)} There"
+                f" are {', '.join(known) or 'none'}."
+            )
+    return frozenset(given)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest of the names, if one is near."""
+    near = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -87,7 +87,7 @@ class Waves:
         many = max(1, SEGMENT // self.length - 1)
         arrays = jax.tree.leaves(self.leaves)
         start = jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
-        if not any(isinstance(x, Tracer) for x in arrays) and not jax.config.jax_disable_jit:
+        if not any(isinstance(x, Tracer) for x in arrays) and not jax.config.read("jax_disable_jit"):
             _say_that_it_is_compiled()
 
         def take(t: Any, carry: Carry) -> Carry:
