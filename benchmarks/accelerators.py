@@ -27,9 +27,10 @@ import optax
 from jax.experimental import topologies
 
 import adaptive_opt
+from adaptive_opt.core.reach import reach
 from benchmarks import cases
 from benchmarks.recipes import RECIPES
-from benchmarks.stepping import update_and_apply
+from benchmarks.stepping import update_and_apply, with_loss
 
 LEAF = {"weight": (1 << 16, 1 << 10)}
 """So large that no array fits into a cache, or into the memory on a TPU's chip."""
@@ -103,7 +104,7 @@ def compiled_for(
 
     params = placed({k: jax.ShapeDtypeStruct(s, dtype) for k, s in shapes.items()})
     state = placed(jax.eval_shape(optimizer.init, params))
-    return update_and_apply(optimizer).lower(params, state, params).compile()
+    return update_and_apply(with_loss(optimizer)).lower(params, state, params).compile()
 
 
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(?:,|$)")
@@ -157,6 +158,13 @@ def _bytes(result: str) -> float:
         math.prod(map(int, filter(None, shape.split(",")))) * int(bits or 8) / 8
         for _, bits, shape in _ARRAY.findall(result)
     )
+
+
+@functools.cache
+def is_elementwise(name: str) -> bool:
+    """Whether no weight sees another in a case."""
+    weights = {"weight": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
+    return reach(with_loss(CASES[name](1e-3)), weights, weights).scope == "weight"
 
 
 def least_bytes(name: str) -> float:

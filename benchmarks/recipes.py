@@ -16,7 +16,6 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ import optax
 
 import adaptive_opt
 from benchmarks.pages import renew
-from benchmarks.stepping import Run, update_and_apply
+from benchmarks.stepping import Run, update_and_apply, with_loss
 from benchmarks.timing import in_turns, ratio, seconds
 
 RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -59,22 +58,12 @@ def state_bytes(make: Callable[[float], optax.GradientTransformation]) -> float:
     return round(size(1 << 12) / (1 << 24), 2)
 
 
-def step_of(optimizer: optax.GradientTransformation) -> Any:
-    """A jitted step that gives the loss to recipes that want it."""
-    optimizer = optax.with_extra_args_support(optimizer)
-    return update_and_apply(
-        optax.GradientTransformation(
-            optimizer.init, functools.partial(optimizer.update, value=jnp.float32(1.0))
-        )
-    )
-
-
 def measured(count: int, rounds: int) -> dict[str, list[float]]:
     """The seconds of a step in every round."""
     gradient, timers = matrices(count, WIDTH), {}
     for name, make in (RECIPES | {"optax.adam": optax.adam}).items():
         optimizer, params = make(1e-3), jax.tree.map(jnp.ones_like, gradient)
-        run = Run(step_of(optimizer), params, optimizer.init(params), gradient)
+        run = Run(update_and_apply(with_loss(optimizer)), params, optimizer.init(params), gradient)
         timers[name] = functools.partial(seconds, run)
     return in_turns(timers, rounds, TURNS)
 

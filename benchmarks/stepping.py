@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -17,6 +19,14 @@ def update_and_apply(optimizer: optax.GradientTransformation) -> Any:
         return optax.apply_updates(params, updates), state
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def with_loss(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, given a loss of 1: some recipes want one."""
+    update = optax.with_extra_args_support(optimizer).update
+    return optax.GradientTransformation(
+        optimizer.init, functools.partial(update, value=jnp.float32(1.0))
+    )
 
 
 class Run:

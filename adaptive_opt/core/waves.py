@@ -13,7 +13,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,8 @@ class Waves:
         many = max(1, SEGMENT // self.length - 1)
         arrays = jax.tree.leaves(self.leaves)
         start = jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
-        if not any(isinstance(x, Tracer) for x in arrays) and not jax.config.read("jax_disable_jit"):
+        is_traced = any(isinstance(x, Tracer) for x in arrays)
+        if not (is_traced or cast(Any, jax.config).jax_disable_jit):
             _say_that_it_is_compiled()
 
         def take(t: Any, carry: Carry) -> Carry:
