@@ -27,7 +27,7 @@ TESTS = (  # the quick ones first
     "misuse", "structure", "groups", "optax_parity", "checkpoint", "moving", "combinations",
     "corrections", "tracing", "weight_decay", "successors", "schedule_free", "matrices",
     "modifiers", "averaging", "spikes", "clipping", "residuals", "master_weights", "lr_find",
-    "extremes",
+    "extremes", "low_memory", "regrouping", "factors", "counts", "converting",
 )  # fmt: skip
 
 FIRST = {
@@ -35,7 +35,9 @@ FIRST = {
     "checks": "contract", "trees": "contract", "bracket": "contract", "headers": "checkpoint",
     "renamed": "weight_decay", "finite": "extremes", "inner_decay": "weight_decay",
     "range_test": "lr_find", "averages": "exactness", "differences": "exactness",
-    "tensors": "exactness", "factored": "exactness", "eigenbasis": "exactness",
+    "codecs": "low_memory", "master_weights": "master_weights", "residuals": "residuals",
+    "factors": "factors", "filling": "regrouping", "tensors": "modifiers",
+    "factored": "exactness", "eigenbasis": "exactness",
 }  # fmt: skip
 
 # file, what is there (once), what is put in its place, what is wrong then
@@ -209,6 +211,17 @@ MUTANTS = [
      "a residual leads to the next 16-bit number"),
     ("memory/residuals", "(bits >> 10) * gap < rest << 22", "2 * rest >= gap",
      "residuals are rounded to nearest"),
+    ("memory/codecs", "code = jnp.floor(127 * _over(view, x, scales) + _uniform(bits))",
+     "code = jnp.round(127 * _over(view, x, scales))", "codes of 8 bits are rounded to nearest"),
+    ("memory/codecs",
+     "jnp.where(jnp.isfinite(x), jnp.clip(code, -127, 127), _NOT_FINITE_INT8)",
+     "jnp.clip(code, -127, 127)", "in 8 bits a NaN becomes a number"),
+    ("memory/codecs", "jnp.clip(below + above, jnp.where(x > 0, 1, 0), 255)",
+     "jnp.clip(below + above, 0, 255)", "in 8 bits a small second moment becomes 0"),
+    ("checkpoints/factors", "return 1 / rate if there else rate",
+     "return rate if there else 1 / rate", "the learning rate goes into a velocity twice"),
+    ("checkpoints/filling", "of = [paths for paths in there if paths == covered]",
+     "of = list(there)", "a number of some parameters moves to others"),
     ("watching/range_test", "(divergence - 1) * abs(lowest)", "divergence * abs(lowest)",
      "the range test diverges late"),
 ]  # fmt: skip
