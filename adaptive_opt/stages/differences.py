@@ -43,8 +43,8 @@ def variance_reduced_gradient(
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         g, b = squarable(step.gradient), step.at(b1)
-        change = g - step.recall(name, like=g, dtype=dtype)
-        step.keep(name, g)
+        change = g - squarable(step.recall(name, like=g, dtype=dtype))
+        step.keep(name, step.gradient)
         correction = step.at(gamma) * b / (1 - b) * change
         return step.set(direction=squarable(step.direction) + correction, gradient=g + correction)
 
@@ -77,9 +77,9 @@ def nesterov_gradient(
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         g = squarable(step.gradient)
-        before = step.recall(name, like=g, dtype=dtype)
+        before = squarable(step.recall(name, like=g, dtype=dtype))
         change = jnp.where(step.count == 1, 0.0, g - before)
-        step.keep(name, g)
+        step.keep(name, step.gradient)
         return step.set(gradient=g + step.at(ahead) * change).note(change=change)
 
     return line
