@@ -116,6 +116,13 @@ def darker(colour: Any) -> tuple[float, ...]:
     return tuple(0.7 * part for part in to_rgb(colour))
 
 
+def band(axes: Any, x: Any, mean: Any, spread: Any, index: int, **plot: Any) -> None:
+    """The line of a mean, by its number, and the spread around it."""
+    axes.plot(x, mean, **look(index), **plot)
+    colour = look(index)["color"]
+    axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+
+
 def label_ends(axes: Any, *, size: float = 8.5) -> None:
     """Names the lines where they end, in place of a legend; names that would touch move apart."""
     named = [line for line in axes.lines if not line.get_label().startswith("_")]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import darker, look, row
+from shared import band, darker, look, row
 from warmup import BATCH, CONTEXT, HEADS, LAYERS, WIDTH, loss_of, text
 from warmup import initial as stacked
 
@@ -146,12 +146,10 @@ def draw_sweep(
     for number, (name, (at, above)) in enumerate(places.items()):
         found = np.array(losses[name], float)
         mean, sd, x = found.mean(0), found.std(0, ddof=min(1, len(found) - 1)), rates[name]
-        colour = look(number)["color"]
-        ax.plot(x, mean, **look(number), marker="o", markersize=3.5)
-        ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        band(ax, x, mean, sd, number, marker="o", markersize=3.5)
         ax.annotate(
-            name, (x[at], mean[at]), (0, above), textcoords="offset points", color=darker(colour),
-            ha="center", va="center",
+            name, (x[at], mean[at]), (0, above), textcoords="offset points",
+            color=darker(look(number)["color"]), ha="center", va="center",
         )  # fmt: skip
     ax.margins(y=0.12)
     ax.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per character)")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 from language import SETTINGS, best, held_out
-from shared import darker, look, progress, row, run, subplots
+from shared import band, darker, look, progress, row, run, subplots
 
 from adaptive_opt import adamw, schedule_free_adamw
 
@@ -73,12 +73,10 @@ def draw(found: dict):
     for number, (name, curves) in enumerate(found["curves"].items()):
         curves = np.array(curves, float)
         x, mean, sd = every * np.arange(1, MARKS + 1), curves.mean(0), curves.std(0)
-        colour = look(number)["color"]
-        ax.plot(x, mean, **look(number))
-        ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        band(ax, x, mean, sd, number)
         ax.annotate(
             name, (x[4], mean[4]), (20, 16) if number else (-20, -16), textcoords="offset points",
-            color=darker(colour), ha="center", va="center",
+            color=darker(look(number)["color"]), ha="center", va="center",
         )  # fmt: skip
     cosine = np.array(found["cosine"], float)
     ax.errorbar(

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from helpers import STYLE, darker, label_ends, look, plt  # noqa: E402
+from helpers import STYLE, band, darker, label_ends, look, plt  # noqa: E402
 
-__all__ = ["darker", "label_ends", "look", "plt"]
+__all__ = ["band", "darker", "label_ends", "look", "plt"]
 
 
 def subplots(title: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import label_ends, look, progress, row, run, subplots
+from shared import band, label_ends, progress, row, run, subplots
 
 from adaptive_opt import adam, adamod, radam
 
@@ -182,13 +182,11 @@ def draw(found: dict):
     labels = [name for name in found["names"] if not name.startswith("pre-LN")]
     for name in found["names"]:
         label = name.removeprefix("pre-LN, ")
-        style = look(labels.index(label))
         ax = axes[int(name.startswith("pre-LN"))]
         curves = np.array(found["curves"][f"{name}, lr {RATES[-1]:g}"], float)
         x = every * (np.arange(curves.shape[1]) + 0.5)
         mean, sd = curves.mean(0), curves.std(0)
-        ax.plot(x, mean, label=label, **style)
-        ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
+        band(ax, x, mean, sd, labels.index(label), label=label)
     axes[0].set(ylabel="loss (nats per character)", title="post-LN, lr 0.01", ylim=(2.2, 4))
     axes[1].set(title="pre-LN, lr 0.01")
     for ax in axes:
