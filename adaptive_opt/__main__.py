@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import json
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptive_opt import RECIPES, describe, make
+from adaptive_opt.core.checks import nearest
 from adaptive_opt.core.describe import shown
 from adaptive_opt.testing import Report, check
 
@@ -70,8 +70,8 @@ def made(name: str, settings: dict[str, Any]) -> Any:
 
 def check_name(name: str) -> None:
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(name, RECIPES)
+        hint = f"did you mean {near}? " if near else ""
         raise ValueError(
             f"there is no recipe {name!r}; {hint}python -m adaptive_opt lists all of them."
         )

@@ -18,7 +18,6 @@ A dict that only looks like one of the above is written ``{"dict": {...}}``.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +43,7 @@ from adaptive_opt.checkpoints.known import (
     said_at,
 )
 from adaptive_opt.checkpoints.writing import Writer
-from adaptive_opt.core.checks import is_number
+from adaptive_opt.core.checks import is_number, nearest
 from adaptive_opt.core.describe import (
     Description,
     bound,
@@ -296,8 +295,8 @@ def _called(function: Callable[..., Any], arguments: dict[str, Any], name: str, 
 def _looked_up(name: str, table: Mapping[str, Any], at: str) -> Callable[..., Any]:
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    near = nearest(name, table)
+    hint = f"; did you mean {near!r}?" if near else "."
     raise ValueError(
         said_at(
             at, f"there is no {name!r}{hint} There are {', '.join(sorted(table, key=str.lower))}."

@@ -17,11 +17,11 @@ from adaptive_opt.checkpoints.counting import number_of_gradients
 from adaptive_opt.checkpoints.filling import listed
 from adaptive_opt.checkpoints.found import Found, found_in
 from adaptive_opt.checkpoints.places import over
-from adaptive_opt.checkpoints.torch_counts import OF_THE_TREE, Leaf, counts_of, numbers_of, some
+from adaptive_opt.checkpoints.torch_counts import OF_THE_TREE, Leaf, counts_of, numbers_of
 from adaptive_opt.checkpoints.torch_dict import Key, Saved, as_array, read
 from adaptive_opt.checkpoints.torch_layouts import Layout, Place, check_layout, laid_out, places_of
 from adaptive_opt.checkpoints.torch_settings import TorchGroup, names_of
-from adaptive_opt.core.checks import check_names
+from adaptive_opt.core.checks import check_names, some
 from adaptive_opt.core.trees import Tree, dtype_of
 from adaptive_opt.recipes.adam import amsgrad
 from adaptive_opt.recipes.bounds import adamod

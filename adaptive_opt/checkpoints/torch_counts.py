@@ -11,6 +11,7 @@ from adaptive_opt.checkpoints.computing import Computed
 from adaptive_opt.checkpoints.torch_dict import Entry
 from adaptive_opt.checkpoints.torch_layouts import Place
 from adaptive_opt.checkpoints.torch_settings import TorchGroup
+from adaptive_opt.core.checks import some
 
 OF_THE_TREE = ("momentum_product",)
 """Numbers that PyTorch keeps for every parameter, and that are one here."""
@@ -27,10 +28,6 @@ class Leaf(NamedTuple):
     computed: Computed
     entry: Entry | None
     buffers: Mapping[str, np.ndarray]
-
-
-def some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
 def counts_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args
 
 import jax
@@ -231,14 +231,21 @@ def check_names(argument: str, given: Collection[str], known: Iterable[str]) -> 
     known = sorted({*known})
     for name in map(str, given):
         if name not in known:
+            near = nearest(name, known)
+            hint = f" Did you mean {near!r}?" if near else ""
             raise ValueError(
-                f"{argument}= names {name!r}, which is not there.{did_you_mean(name, known)} There"
-                f" are {', '.join(known) or 'none'}."
+                f"{argument}= names {name!r}, which is not there.{hint} There are"
+                f" {', '.join(known) or 'none'}."
             )
     return frozenset(given)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint at the nearest of the names, if one is near."""
-    near = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of the names that was meant, if one is near."""
+    return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)), None)
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -7,7 +7,6 @@ found again inside of ``optax.chain`` and whatever else keeps only functions.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adaptive_opt.core.checks import check_optimizer
+from adaptive_opt.core.checks import check_optimizer, nearest
 
 P = ParamSpec("P")
 Optimizer = optax.GradientTransformationExtraArgs
@@ -248,8 +247,8 @@ def bound(
     takes = signature.parameters
     unknown = [key for key in kwargs if key not in takes]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        near = difflib.get_close_matches(unknown[0], takes, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = nearest(unknown[0], takes)
+        hint = f" Did you mean {near}?" if near else ""
         raise TypeError(
             f"{name} takes no argument {unknown[0]!r}.{hint} It takes {', '.join(takes)}."
         )

@@ -27,6 +27,7 @@ from adaptive_opt.core.checks import (
     is_fixed,
     is_number,
     scaled,
+    some,
 )
 from adaptive_opt.core.containers import map_named, named_leaves, trained
 from adaptive_opt.core.describe import shown, transformation
@@ -360,7 +361,7 @@ class ParameterGroups:
         orphans = [name for name in names if owners[name] is None]
         if orphans:
             raise ValueError(
-                f"{len(orphans)} of {len(names)} parameters match no group: {_some(orphans)}. Add a"
+                f"{len(orphans)} of {len(names)} parameters match no group: {some(orphans)}. Add a"
                 " pattern for them, or declare default=Group()."
             )
         for group in self.groups:
@@ -370,12 +371,12 @@ class ParameterGroups:
             if not matched:
                 raise ValueError(
                     f"the pattern {group.pattern!r} matches no parameter. The paths are:"
-                    f" {_some(names)}. Correct it, or say may_be_empty=True."
+                    f" {some(names)}. Correct it, or say may_be_empty=True."
                 )
             before = sorted({repr(owners[name]) for name in matched})
             raise ValueError(
-                f"the group {group.pattern!r} gets no parameter: all it matches ({_some(matched)})"
-                f" belong to {_some(before)}, which stands before it. Put it first, make the other"
+                f"the group {group.pattern!r} gets no parameter: all it matches ({some(matched)})"
+                f" belong to {some(before)}, which stands before it. Put it first, make the other"
                 " pattern narrower ('layer_1(/|$)' is not found in layer_10), or say"
                 " may_be_empty=True."
             )
@@ -403,8 +404,3 @@ def _frozen_until(begin: int, inner: optax.GradientTransformation) -> Any:
         return updates, type(state)(inner_state=inner_state, step=optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(masked.init, update)
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
