@@ -42,10 +42,14 @@ FIRST = {
 
 # file, what is there (once), what is put in its place, what is wrong then
 MUTANTS = [
-    ("core/now", "return (1 - b) * x + b * old", "return b * x + (1 - b) * old",
-     "the moving average remembers the new"),
-    ("core/now", "return (1 - b) * x + b * old", "return x + b * old",
-     "the moving average is a sum"),
+    ("core/now", "rest * old if rest else (1 - b) * x) + b * old",
+     "rest * old if rest else b * x) + (1 - b) * old", "the moving average remembers the new"),
+    ("core/now", "return ((1 - b) * x + rest * old if rest else (1 - b) * x)",
+     "return (x + rest * old if rest else x)", "the moving average is a sum"),
+    ("core/now", "rest * old if rest else", "0 * old if rest else",
+     "an average takes its decay as it is rounded"),
+    ("core/now", "averaged_in_optax if as_in_optax else averaged", "averaged",
+     "averages are not optax's where it is asked for"),
     ("core/now", "t = jnp.asarray(count, float)", "t = jnp.asarray(count + 1, float)",
      "bias correction off by one"),
     ("core/now", "- power * (t * rest)", "", "the logarithm of a decay is rounded"),

@@ -67,12 +67,9 @@ def test_float64_is_the_rule_for_100_000_steps(name, x64):
 
 
 NOISE = 1.1
-"""Parameters end where rounding led them, by another way in each program: a few percent, measured
--24 to +3. (PyTorch's AdamW, which multiplies them by 1 - 1e-5, rounded, is 150 times as far.)"""
-OF_AVERAGES = 1.05
-"""PyTorch averages m as ``m + (1 - b1) (g - m)``, optax and this library as ``b1 m + (1 - b1) g``:
-in float32 these weights have the sum 1 - 2e-7, which is 3 % of the error: in v, where all three do
-so, it is 1 + 1e-5."""
+"""Parameters end where the rounding of their own sums led them, by another way in each program: at
+0.67 to 1.03 of PyTorch's error. (Its AdamW, which multiplies them by 1 - 1e-5, rounded, is 170
+times as far off.)"""
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -85,7 +82,8 @@ def test_float32_is_as_near_to_the_rule_as_pytorch(name):
     assert error(x[every - 1 :: every], right) <= NOISE * theirs["parameters"]
     first = given[: RECORDED["first"]]
     _, updates = run(recipe(name), first, 0.0)
-    assert error(updates, updates_of(RULES[name](), first)) <= OF_AVERAGES * theirs["updates"]
+    # PyTorch takes b as float32 rounds it, and is 12 to 24 times as far off; Lion has no such sum.
+    assert error(updates, updates_of(RULES[name](), first)) <= theirs["updates"]
 
 
 def counted(state, count):

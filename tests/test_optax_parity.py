@@ -79,7 +79,8 @@ def test_a_checkpoint_of_one_trains_on_identically_in_the_other(case, dtype):
 
 def test_a_bfloat16_mu_stays_closer_to_the_float32_one_than_that_of_optax():
     # b1 * mu is formed in float32 here, in bfloat16 by optax: the one place where they part.
-    exact = train(adaptive_opt.adam(1e-2), normal_tree(), gradient_trees(50))[1][0]
+    ours = adaptive_opt.adam(1e-2, convention="optax")
+    exact = train(ours, normal_tree(), gradient_trees(50))[1][0]
     ours, theirs = (
         train(tx, normal_tree(), gradient_trees(50))[1][0]
         for tx in pair("adam", {"mu_dtype": jnp.bfloat16})

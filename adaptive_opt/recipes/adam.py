@@ -89,8 +89,8 @@ def adam(
         and the ``weight_decay`` of Keras: ``adamw``, which has further forms.
       convention: "torch" (the same as "paper"): equals ``torch.optim.Adam`` for real parameters
         (of complex ones it takes both parts as weights of their own), and ``optax.adam`` in
-        float64. "optax": bias corrections in optax's arithmetic: equals ``optax.adam`` in float32
-        too, where it is 7e-6 off the rule at b2 = 0.999.
+        float64. "optax": averages and bias corrections in optax's arithmetic: equals ``optax.adam``
+        in float32 too, where it is 7e-6 off the rule at b2 = 0.999.
         "keras": the eps-hat form, ``lr sqrt(1 - b2^t) / (1 - b1^t) m_t / (sqrt(v_t) + eps)``;
         equals ``keras.optimizers.Adam`` given the same eps (its default is 1e-7).
 
@@ -247,12 +247,13 @@ def amsgrad(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.99
     """
-    mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps)
+    how: Any = {"as_in_optax": convention == "optax"}
+    mu, nu, rate = first_moment(b1, **how), second_moment(b2, **how), per_weight_rate(eps)
     match convention:
         case "torch":
             listing = mu, nu, amsgrad_max(), debias(b1, b2), rate
         case "optax":
-            listing = mu, nu, debias(b1, b2, as_in_optax=True), amsgrad_max(), rate
+            listing = mu, nu, debias(b1, b2, **how), amsgrad_max(), rate
         case "keras":
             listing = mu, nu, amsgrad_max(), rate, debias_rate(b1, b2)
         case "paper":
@@ -311,11 +312,12 @@ def radam(
     >>> round(float(optax.apply_updates(x, updates)[0]), 6)
     0.97
     """
-    mu, nu, rate = first_moment(b1), second_moment(b2), per_weight_rate(eps, eps_root)
+    how: Any = {"as_in_optax": convention == "optax"}
+    mu, nu, rate = first_moment(b1, **how), second_moment(b2, **how), per_weight_rate(eps, eps_root)
     match convention:
         case "optax":
             rectified = radam_rectifier(b2, threshold=threshold)
-            listing = mu, nu, debias(b1, b2, as_in_optax=True), rate, rectified
+            listing = mu, nu, debias(b1, b2, **how), rate, rectified
         case "torch":
             rectified = radam_rectifier(b2, threshold=threshold)
             listing = mu, nu, debias(b1), rate, debias_rate(b2=b2), rectified

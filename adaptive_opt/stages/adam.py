@@ -52,8 +52,9 @@ def scale_by_adam(
       eps_root: added under the root; at least 0.
       mu_dtype: the dtype of ``mu``.
       nesterov: look ahead, see ``nesterov_moment``.
-      as_in_optax: bias corrections in optax's arithmetic, which rounds the decays first; see
-        ``debias``. The recipes say False, except for their convention "optax".
+      as_in_optax: averages and bias corrections in optax's arithmetic, which rounds the decays
+        first; see ``first_moment`` and ``debias``. The recipes say False, except for their
+        convention "optax".
       state_dtype: the dtype of the moments for which nothing else is said; default: the
         parameter's, float32 for 16-bit parameters.
 
@@ -77,11 +78,11 @@ def scale_by_adam(
         state_dtype=state_dtype,
     )
     how: Any = {"as_in_optax": as_in_optax}
-    averages = (nesterov_moment(b1, **how), debias(b2=b2, **how))
+    corrections = (nesterov_moment(b1, **how), debias(b2=b2, **how))
     stages = (
-        first_moment(b1, dtype=mu_dtype),
-        second_moment(b2),
-        *(averages if nesterov else (debias(b1, b2, **how),)),
+        first_moment(b1, dtype=mu_dtype, **how),
+        second_moment(b2, **how),
+        *(corrections if nesterov else (debias(b1, b2, **how),)),
         per_weight_rate(eps, eps_root),
     )
     lines = tuple(line for part in stages for line in lines_of(part) or ())

@@ -32,7 +32,11 @@ def absolute_square(x: jax.Array) -> jax.Array:
 
 @stage
 def first_moment(
-    b1: Hyperparameter, *, name: str = "mu", dtype: DTypeLike | None = None
+    b1: Hyperparameter,
+    *,
+    as_in_optax: bool = False,
+    name: str = "mu",
+    dtype: DTypeLike | None = None,
 ) -> OneArray:
     """The moving average of the direction: ``m_t = b1 m_{t-1} + (1 - b1) d_t``, with ``m_0 = 0``.
 
@@ -41,6 +45,8 @@ def first_moment(
 
     Args:
       b1: decay in [0, 1), or a schedule of it.
+      as_in_optax: take ``b1`` as the width of the arrays rounds it, as optax does: in float32 the
+        average is 1.3e-5 too large for 0.999, where otherwise it is right to rounding.
       name: the name of its buffer ``mu``: one array per parameter, zeros at first.
       dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters.
 
@@ -54,7 +60,8 @@ def first_moment(
     check_decay(b1=b1)
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
-        return step.set(direction=step.average(name, step.direction, b1, dtype=dtype))
+        m = step.average(name, step.direction, b1, dtype=dtype, as_in_optax=as_in_optax)
+        return step.set(direction=m)
 
     return line
 
@@ -67,6 +74,7 @@ def second_moment(
     reduce: str = "sum",
     axis_name: str | tuple[str, ...] | None = None,
     initial: float = 0.0,
+    as_in_optax: bool = False,
     name: str = "nu",
     dtype: DTypeLike | None = None,
 ) -> OneArray | WholeTree:
@@ -93,6 +101,7 @@ def second_moment(
         split over all of them. Not needed under ``jit``, which sees whole arrays.
       initial: the first value of the average; at least 0. If it is not 0, there is nothing to
         debias.
+      as_in_optax: see ``first_moment``.
       name: the name of its buffer ``nu``: real; one array per parameter, one scalar per parameter
         or one scalar, by scope.
       dtype: the buffer's dtype; default: the parameter's, float32 for 16-bit parameters (in
@@ -112,18 +121,19 @@ def second_moment(
     check_nonnegative(initial=initial)
     choose("scope", scope, SCOPES)
     choose("reduce", reduce, REDUCTIONS)
+    how: Any = {"initial": initial, "dtype": dtype, "as_in_optax": as_in_optax}
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         squares = absolute_square(step.gradient)
         if scope == "tensor":
             squares = over(step, [squares], reduce, axis_name)
-        nu = step.average(name, squares, b2, initial=initial, dtype=dtype)
+        nu = step.average(name, squares, b2, **how)
         return step.set(second_moment=nu)
 
     def line_of_the_tree(steps: OpenStep) -> OpenStep:
         squares = steps.leaves(lambda step: absolute_square(step.gradient))
         total = over(steps, squares, reduce, axis_name)
-        nu = steps.average(name, total, b2, initial=initial, dtype=dtype)
+        nu = steps.average(name, total, b2, **how)
         return steps.each(lambda step: step.set(second_moment=nu))
 
     return WholeTree(line_of_the_tree) if scope == "tree" else line

@@ -17,6 +17,7 @@ from adaptive_opt.core.checks import (
     check_positive,
 )
 from adaptive_opt.core.finite import root, squarable, summable
+from adaptive_opt.core.now import averaged
 from adaptive_opt.core.stage import OneArray, WholeTree, stage
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep
@@ -99,8 +100,7 @@ def norm_moment(
 
     def line(step: AdaptiveStep) -> AdaptiveStep:
         def average(v: jax.Array, square: jax.Array) -> jax.Array:
-            b = step.at(b2)
-            return jnp.where(v == 0, square, (1 - b) * square + b * v)
+            return jnp.where(v == 0, square, averaged(step.at(b2), v, square))
 
         square = summable(over(step, [absolute_square(step.gradient)], "sum", axis_name))
         return step.set(second_moment=step.remember(name, average, square, dtype=dtype))
