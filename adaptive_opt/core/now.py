@@ -148,7 +148,7 @@ def averaged(b: Any, old: jax.Array, x: Any) -> jax.Array:
 
     0.999 is 1.3e-8 more in float32: an average with it alone is 1.3e-5 too large.
     """
-    rest = 0.0 if isinstance(b, jax.Array) else b - np.asarray(b, old.dtype).real.item()
+    rest = 0.0 if isinstance(b, jax.Array) else b - complex(np.asarray(b, old.dtype)).real
     return ((1 - b) * x + rest * old if rest else (1 - b) * x) + b * old
 
 
