@@ -254,7 +254,7 @@ def gradients():
 
 
 @settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -277,7 +277,7 @@ def test_a_random_list_equals_its_interpreter(stages, gradients):
 def test_the_random_lists_reach_every_stage():
     seen = set()
 
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @given(stages=stage_lists())
     def collect(stages):
         seen.update(part.name for part in describe(adaptive(*stages)).stages())

@@ -262,8 +262,9 @@ def test_a_count_near_its_end_saturates_and_nothing_else_happens(name):
         assert_bit_equal(history[-1][1], hundred_million[-1][1])
 
 
-def test_a_million_steps_drift_no_further_from_float64_than_optax_does(x64):
-    """Distance of the float32 moments and updates from the float64 rule, every 1000 steps."""
+@pytest.mark.parametrize("steps", [10**5, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_many_steps_drift_no_further_from_float64_than_optax_does(steps, x64):
+    """How far the updates in float32 are from those in float64."""
 
     def distances(optimizer):
         def step(states, t):
@@ -277,8 +278,8 @@ def test_a_million_steps_drift_no_further_from_float64_than_optax_does(x64):
             return [s for _, s in pairs], jnp.max(jnp.abs(narrow / wide - 1))
 
         states = [optimizer.init(jnp.zeros(16, d)) for d in DTYPES[2:4]]
-        return jax.jit(lambda: jax.lax.scan(step, states, jnp.arange(10**6))[1])()
+        return jax.jit(lambda: jax.lax.scan(step, states, jnp.arange(steps))[1])()
 
     ours, theirs = np.asarray(distances(adam(1e-3))), np.asarray(distances(optax.adam(1e-3)))
-    assert ours.max() <= theirs.max() * 1.01
-    assert np.median(ours) <= np.median(theirs) * 1.01
+    assert ours.max() <= theirs.max()
+    assert np.median(ours) <= np.median(theirs) / 5  # which takes b2 as float32 rounds it

@@ -54,8 +54,8 @@ BITS = pathlib.Path(__file__).with_name("bits_on_devices.py")
 
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
 def optimizers(request):
-    """How gradients come together is one matter, and what a recipe makes of them another: of that,
-    every recipe is compared bit for bit, below."""
+    """How gradients come together is one matter, and what a recipe makes of them another: that is
+    compared bit for bit, below."""
     return OPTIMIZERS if request.param == "all" else {name: OPTIMIZERS[name] for name in FEW}
 
 

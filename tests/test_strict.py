@@ -77,10 +77,8 @@ def assert_is_traced(make, params):
     assert avals_of(after) == avals_of(state)
 
 
-def assert_takes_two_steps(make, x64):
+def assert_takes_two_steps(make, params):
     """Not where leaks are looked for: there JAX compiles every operation again."""
-    params = parameters(*((np.float64,) if x64 else (np.float32, np.complex64, jnp.bfloat16)))
-    assert_is_traced(make, params)
     with strict():
         optimizer = make()
         state = optimizer.init(params)
@@ -93,22 +91,26 @@ def assert_takes_two_steps(make, x64):
         assert update.dtype == params[path].dtype
 
 
+NARROW = np.float32, np.complex64, jnp.bfloat16
+
+
 @pytest.mark.parametrize("name", EACH_OFTEN_ONCE)
 def test_every_recipe_is_traced_strictly(name):
-    params = parameters(np.float32, np.complex64, jnp.bfloat16)
-    assert_is_traced(lambda: EVERY_CONVENTION[name](1e-2), params)
+    assert_is_traced(lambda: EVERY_CONVENTION[name](1e-2), parameters(*NARROW))
 
 
 @pytest.mark.parametrize("name", FEW_OFTEN)
 def test_every_recipe_takes_strict_steps(name):
-    assert_takes_two_steps(lambda: EVERY_CONVENTION[name](1e-2), x64=False)
+    assert_takes_two_steps(lambda: EVERY_CONVENTION[name](1e-2), parameters(*NARROW))
 
 
 @pytest.mark.parametrize("name", [name for name in WRAPPED if name != "injected"])
 def test_every_wrapper_is_strict(name):
-    assert_takes_two_steps(WRAPPED[name], x64=False)
+    assert_is_traced(WRAPPED[name], parameters(*NARROW))
+    assert_takes_two_steps(WRAPPED[name], parameters(np.float32, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["scheduled", "8-bit", "an array", "injected"])
 def test_float64_is_strict(name, x64):
-    assert_takes_two_steps(WRAPPED[name], x64=True)
+    assert_is_traced(WRAPPED[name], parameters(np.float64))
+    assert_takes_two_steps(WRAPPED[name], parameters(np.float64))
