@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -13,7 +14,21 @@ import jax
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def start(program: pathlib.Path, *arguments: object) -> subprocess.Popen:
+class Program(subprocess.Popen):
+    """A process whose warnings go to a file: a full pipe that nobody reads would stop it."""
+
+    def __init__(self, command: list[str], **settings: object) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read after the end)
+        super().__init__(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, **settings)
+
+    def complaint(self) -> str:
+        """What it has written there, once it has ended."""
+        self.wait(timeout=60)
+        self.errors.seek(0)
+        return self.errors.read()
+
+
+def start(program: pathlib.Path, *arguments: object) -> Program:
     """A program that imports this checkout, on the CPU, with the compiled programs of the suite."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     cache = jax.config.jax_compilation_cache_dir
@@ -23,13 +38,8 @@ def start(program: pathlib.Path, *arguments: object) -> subprocess.Popen:
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-    return subprocess.Popen(
-        [sys.executable, str(program), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | settings,
-    )
+    command = [sys.executable, str(program), *map(str, arguments)]
+    return Program(command, env=os.environ | settings)
 
 
 def read(lines: list[str]) -> list[tuple[str, int]]:
@@ -38,15 +48,15 @@ def read(lines: list[str]) -> list[tuple[str, int]]:
     return [(word, int(number)) for word, number in words]
 
 
-def finished(process: subprocess.Popen) -> list[tuple[str, int]]:
+def finished(process: Program) -> list[tuple[str, int]]:
     """What a process that ends by itself said."""
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, process.complaint()
     return read(out.splitlines(keepends=True))
 
 
 def killed(
-    process: subprocess.Popen, seconds: float, after: str | None = "resumed", times: int = 1
+    process: Program, seconds: float, after: str | None = "resumed", times: int = 1
 ) -> list[tuple[str, int]]:
     """What a process said until SIGKILL, so long after it had said a word so many times.
 
@@ -56,7 +66,7 @@ def killed(
     try:
         while after is not None and times:
             lines.append(process.stdout.readline())
-            assert lines[-1], process.stderr.read()
+            assert lines[-1], process.complaint()
             times -= lines[-1].startswith(after + " ")
         time.sleep(seconds)
     finally:
