@@ -18,14 +18,14 @@ class Program(subprocess.Popen):
     """A process whose warnings go to a file: a full pipe that nobody reads would stop it."""
 
     def __init__(self, command: list[str], **settings: object) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read after the end)
-        super().__init__(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, **settings)
+        self.written = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read after the end)
+        super().__init__(command, stdout=subprocess.PIPE, stderr=self.written, text=True, **settings)
 
     def complaint(self) -> str:
         """What it has written there, once it has ended."""
         self.wait(timeout=60)
-        self.errors.seek(0)
-        return self.errors.read()
+        self.written.seek(0)
+        return self.written.read()
 
 
 def start(program: pathlib.Path, *arguments: object) -> Program:

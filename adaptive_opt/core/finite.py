@@ -41,6 +41,8 @@ def summable(total: jax.Array, *parts: jax.Array) -> jax.Array:
 
 def narrowed(x: Any, dtype: DTypeLike) -> jax.Array:
     """``x`` in a dtype: what is finite in the old one becomes at most the largest of the new."""
+    if isinstance(x, jax.Array) and x.dtype == dtype:
+        return x
     x = jnp.asarray(x)
     if jnp.issubdtype(dtype, jnp.inexact) and jnp.issubdtype(x.dtype, jnp.inexact):
         largest = float(jnp.finfo(dtype).max)

@@ -172,7 +172,7 @@ def one_minus_power(b: Any, t: jax.Array) -> jax.Array:
     # XLA's expm1 is 3e-7 off in float32. Taylor's series for x > -1, with the last rounding last.
     near, series = jnp.maximum(x, -1.0), 0.0
     for n in range(12, 1, -1):
-        series = (1 + series) * (near / n)
+        series = near * (series + 1 / math.factorial(n))
     power = jnp.exp(x)
     return jnp.where(x > -1, -(near + near * series), 1 - power) - power * (t * rest)
 

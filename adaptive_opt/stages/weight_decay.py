@@ -391,9 +391,8 @@ def scale_by_learning_rate(
     def combine(updates: Tree, params: Tree, count: Any) -> Tree:
         del params
         lr = value_at(learning_rate, count, "learning_rate")
-        return map_leaves(lambda u, *, lr: sign * lr * u, updates, updates, lr=lr)
+        return map_leaves(lambda u, *, by: by * u, updates, updates, by=-lr if flip_sign else lr)
 
-    sign = -1 if flip_sign else 1
     return _plain(optax.scale_by_learning_rate(learning_rate), combine)
 
 
