@@ -94,7 +94,8 @@ def main() -> None:
             if options.left_out and poison(number) != 1:
                 continue
             batch = jax.device_put(pieces(TEXT, (0, number), BATCH, CONTEXT), split)
-            training = step(training, batch, poison(number))
+            # Not many steps at once: on few processors their collectives wait for one another.
+            training = jax.block_until_ready(step(training, batch, poison(number)))
             if number % SAVE_EVERY == 0 and not options.no_saves:
                 print("saving", number, flush=True)
                 save(manager, number, training, header)
