@@ -19,7 +19,9 @@ class Program(subprocess.Popen):
 
     def __init__(self, command: list[str], **settings: object) -> None:
         self.written = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read after the end)
-        super().__init__(command, stdout=subprocess.PIPE, stderr=self.written, text=True, **settings)
+        super().__init__(
+            command, stdout=subprocess.PIPE, stderr=self.written, text=True, **settings
+        )
 
     def complaint(self) -> str:
         """What it has written there, once it has ended."""

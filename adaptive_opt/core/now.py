@@ -144,12 +144,16 @@ class Now:
 
 
 def averaged(b: Any, old: jax.Array, x: Any) -> jax.Array:
-    """``b old + (1 - b) x``, with what the width of the arrays rounds off ``b``.
+    """``b old + (1 - b) x``, of which only ``1 - b`` is rounded.
 
-    0.999 is 1.3e-8 more in float32: an average with it alone is 1.3e-5 too large.
+    0.999 is 1.3e-8 more in float32: an average with it is 1.3e-5 too large.
     """
-    rest = 0.0 if isinstance(b, jax.Array) else b - complex(np.asarray(b, old.dtype)).real
-    return ((1 - b) * x + rest * old if rest else (1 - b) * x) + b * old
+    held = b if isinstance(b, jax.Array) else complex(np.asarray(b, old.dtype)).real
+    if isinstance(b, jax.Array) or abs(b - held) <= 1e-6 * (1 - b):
+        return averaged_in_optax(b, old, x)
+    # An infinite square stays infinite.
+    finite = jnp.minimum(old, jnp.finfo(old.dtype).max) if jnp.isrealobj(old) else old
+    return old + ((1 - b) * x - (1 - b) * finite)
 
 
 def averaged_in_optax(b: Any, old: jax.Array, x: Any) -> jax.Array:

@@ -141,10 +141,10 @@ def single_pass(
     """The same optimizer, compiled for the CPU to one loop over each parameter and its state.
 
     Same parameters and state up to rounding: bit for bit for Adam and its near kin, within 1 unit
-    in the last place for AdaMod and DiffMod, 4 for NAdam, centered RMSprop and Ranger, where XLA
-    contracts another sum of products. What the compiled update and ``apply_updates`` move, with
-    parameters and state donated, falls from 40 to 28 bytes per float32 parameter for Adam, from 64
-    to 36 for AdaMod. Wrap the whole optimizer, once, at the outside::
+    in the last place for AdaMod and DiffMod, 5 where XLA contracts another sum of products (NAdam,
+    centered RMSprop, AdaBelief, Ranger and others). What the compiled update and ``apply_updates``
+    move, with parameters and state donated, falls from 40 to 28 bytes per float32 parameter for
+    Adam, from 64 to 36 for AdaMod. Wrap the whole optimizer, once, at the outside::
 
         adaptive_opt.enable_single_pass()  # before the first array
         optimizer = adaptive_opt.single_pass(adaptive_opt.adamod(1e-3))
