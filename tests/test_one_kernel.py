@@ -34,10 +34,14 @@ def one_nan(x):
     return jnp.where(jnp.isnan(x), jnp.nan, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def assert_same_bits(optimizer, params, kernels=KERNELS, steps=3):
-    """Of three steps; gradients have a NaN and infinities in the second."""
+def assert_same_bits(optimizer, params, kernels=KERNELS, steps=3, ulps_of_an_update=0):
+    """Of three steps; gradients have a NaN and infinities in the second.
+
+    XLA:CPU may join products and sums in one of the two programs otherwise than in the other: then
+    the parameters are so many units in the last place of an update of 0.01 off, and of their own.
+    """
     interpreted = one_kernel(optimizer, interpret=True)
-    ours, theirs = jax.jit(interpreted), jax.jit(one_kernel(optimizer))
+    by_kernels, by_hand = jax.jit(interpreted), jax.jit(one_kernel(optimizer))
     found = expected = params, optimizer.init(params)
     assert kernels_in(interpreted, params, found[1], params) == kernels
     for step in range(steps):
@@ -45,9 +49,18 @@ def assert_same_bits(optimizer, params, kernels=KERNELS, steps=3):
         if step == 1:
             broken = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1e30])
             gradients["aligned"] = gradients["aligned"].at[2, 5:9].set(broken)
-        found = ours(gradients, found[1], found[0], value=jnp.float32(1.0))
-        expected = theirs(gradients, expected[1], expected[0], value=jnp.float32(1.0))
-        assert_bit_equal(*(jax.tree.map(one_nan, results) for results in (found, expected)))
+        found = by_kernels(gradients, found[1], found[0], value=jnp.float32(1.0))
+        expected = by_hand(gradients, expected[1], expected[0], value=jnp.float32(1.0))
+        ours, theirs = (jax.tree.map(one_nan, results) for results in (found, expected))
+        assert_bit_equal(ours[1], theirs[1])
+        if not ulps_of_an_update:
+            assert_bit_equal(ours[0], theirs[0])
+        for a, b in zip(*map(jax.tree.leaves, (ours[0], theirs[0])), strict=True):
+            near = {
+                "rtol": ulps_of_an_update * 2.0**-23,
+                "atol": ulps_of_an_update * 0.01 * 2.0**-23,
+            }
+            np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), **near)
     assert not jnp.isfinite(found[0]["aligned"][2, 5])
     return found
 
@@ -77,16 +90,17 @@ GROUPS = {name: "adam" if name == "aligned" else "sgd" for name in SHAPES}
 
 
 @pytest.mark.parametrize(
-    ("inner", "kernels"),
+    ("inner", "kernels", "ulps"),
     [
-        (optax.chain(optax.clip_by_global_norm(1.0), adamw(optax.linear_schedule(0, 1, 9))), 3),
-        (optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2), 3),
-        (optax.partition({"adam": adam(1e-2), "sgd": optax.sgd(1e-2)}, GROUPS), 1),
+        (optax.chain(optax.clip_by_global_norm(1.0), adamw(optax.linear_schedule(0, 1, 9))), 3, 0),
+        (optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2), 3, 0),
+        (optax.partition({"adam": adam(1e-2), "sgd": optax.sgd(1e-2)}, GROUPS), 1, 4),
     ],
     ids=["a norm and a schedule", "hyperparameters as arrays", "groups"],
 )
-def test_what_crosses_weights_is_done_before(inner, kernels):
-    assert_same_bits(low_memory(inner, "8-bit", min_size=1), tree(0), kernels)
+def test_what_crosses_weights_is_done_before(inner, kernels, ulps):
+    optimizer = low_memory(inner, "8-bit", min_size=1)
+    assert_same_bits(optimizer, tree(0), kernels, ulps_of_an_update=ulps)
 
 
 def test_16_bit_parameters_and_wide_buffers():

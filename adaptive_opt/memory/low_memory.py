@@ -55,8 +55,9 @@ def low_memory(
     averages whose increments are smaller than a step of the code still move, in the mean rightly.
     The noise is a hash of position and step, of which one serves two buffers of a weight. It saves
     memory; on the CPU it costs time. Compiled for a GPU, a step of Adam moves 20 bytes a parameter
-    in bfloat16 and 22 in 8 bits, in place of 28; for a TPU 28 in either, in 8 bits where the last
-    two dimensions are multiples of 8 and 256. Parameters and gradients are not touched.
+    in bfloat16 and 22 in 8 bits, in place of 28 (``one_kernel``: 16); for a TPU 28 in either, in 8
+    bits where the last two dimensions are multiples of 8 and 256. Parameters and gradients are not
+    touched.
 
     * "bfloat16": 2 bytes a number, 8 bits of precision. 0.5 of the state.
     * "int8": 1 byte and 1/64 for scales: blocks of 256, steps of 1/127 of the largest in the block.
