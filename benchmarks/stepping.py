@@ -25,10 +25,10 @@ def update_and_apply(optimizer: optax.GradientTransformation) -> Any:
 
 def in_one_kernel(optimizer: optax.GradientTransformation) -> Any:
     """The same step of a ``low_memory`` by ``one_kernel``, given a loss of 1."""
-    one_kernel = adaptive_opt.one_kernel(optimizer)
+    both = adaptive_opt.one_kernel(optimizer).update_and_apply
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
-        return one_kernel(gradients, state, params, value=jnp.float32(1.0))
+        return both(gradients, state, params, value=jnp.float32(1.0))
 
     return jax.jit(step, donate_argnums=(0, 1))
 

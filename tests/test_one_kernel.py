@@ -9,7 +9,15 @@ import optax
 import pytest
 from common import RECIPES, assert_bit_equal
 
-from adaptive_opt import adam, adamw, low_memory, one_kernel, skip_nonfinite
+from adaptive_opt import (
+    adam,
+    adamw,
+    describe,
+    low_memory,
+    one_kernel,
+    skip_nonfinite,
+    train_step,
+)
 
 SHAPES = {"aligned": (16, 512), "across rows": (64, 60), "odd": (3, 256), "no blocks": (300,)}
 KERNELS = 3
@@ -40,8 +48,8 @@ def assert_same_bits(optimizer, params, kernels=KERNELS, steps=3, ulps_of_an_upd
     XLA:CPU may join products and sums in one of the two programs otherwise than in the other: then
     the parameters are so many units in the last place of an update of 0.01 off, and of their own.
     """
-    interpreted = one_kernel(optimizer, interpret=True)
-    by_kernels, by_hand = jax.jit(interpreted), jax.jit(one_kernel(optimizer))
+    interpreted = one_kernel(optimizer, interpret=True).update_and_apply
+    by_kernels, by_hand = jax.jit(interpreted), jax.jit(one_kernel(optimizer).update_and_apply)
     found = expected = params, optimizer.init(params)
     assert kernels_in(interpreted, params, found[1], params) == kernels
     for step in range(steps):
@@ -82,7 +90,8 @@ def test_update_and_apply_without_a_kernel_are_those_of_optax():
         return optax.apply_updates(params, updates), state
 
     assert_bit_equal(
-        jax.jit(one_kernel(optimizer))(tree(1), state, params), by_hand(tree(1), state, params)
+        jax.jit(one_kernel(optimizer).update_and_apply)(tree(1), state, params),
+        by_hand(tree(1), state, params),
     )
 
 
@@ -118,11 +127,30 @@ def test_outside_jit_and_around_a_guard():
     optimizer = low_memory(skip_nonfinite(adam(1e-2)), "8-bit")
     bad = jnp.ones_like(params).at[0, 0].set(jnp.nan)
     for step in (one_kernel(optimizer), one_kernel(optimizer, interpret=True)):
-        moved, state = step(jnp.ones_like(params), optimizer.init(params), params)
+        state = step.init(params)
+        moved, state = step.update_and_apply(jnp.ones_like(params), state, params)
         np.testing.assert_allclose(moved, 0.99, rtol=1e-5)
-        refused, state = step(bad, state, moved)
+        refused, state = step.update_and_apply(bad, state, moved)
         assert_bit_equal(refused, moved)
         assert int(optax.tree.get(state, "total")) == 1
+
+
+def test_train_step_takes_the_kernel_and_others_the_update():
+    params, optimizer = jnp.ones((16, 256)), low_memory(adam(1e-2), "8-bit")
+    target = normal((16, 256), np.random.default_rng(3))
+
+    def stepped(optimizer):
+        step = train_step(lambda x, y: jnp.sum((x - y) ** 2), optimizer)
+        state, x = optimizer.init(params), jnp.copy(params)
+        kernels = str(step.trace(x, state, target).jaxpr).count("pallas_call[")
+        return kernels, step(x, state, target)
+
+    by_kernel, plain = (stepped(o) for o in (one_kernel(optimizer, interpret=True), optimizer))
+    assert (by_kernel[0], plain[0]) == (1, 0)
+    assert_bit_equal(by_kernel[1], plain[1])
+    inside = optax.chain(one_kernel(optimizer, interpret=True), optax.identity())
+    assert stepped(inside)[0] == 0
+    assert describe(one_kernel(optimizer)) == describe(optimizer)
 
 
 def test_what_it_cannot_do_is_refused():
@@ -131,7 +159,7 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(TypeError, match="one_kernel takes"):
         one_kernel(optax.chain(low_memory(adam(1e-2))))
     optimizer, params = low_memory(adam(1e-2), "8-bit"), jnp.ones((16, 256))
-    step = one_kernel(optimizer, interpret=True)
+    step = one_kernel(optimizer, interpret=True).update_and_apply
     with pytest.raises(ValueError, match="needs a LowMemoryState"):
         step(params, adam(1e-2).init(params), params)
     state = optimizer.init(params)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Literal
 
+from adaptive_opt.core.apply import AppliesItself
 from adaptive_opt.core.containers import is_box
 from adaptive_opt.core.describe import made_of
 from adaptive_opt.core.reach import OF_SHAPE
@@ -41,29 +42,29 @@ from adaptive_opt.memory.views import BLOCK, IN_KERNEL
 _ROWS = 8
 """The most blocks that a program holds: 16 numbers of every array in each of 128 threads."""
 
-_Step = Callable[..., tuple[Tree, Any]]
 
+def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = False) -> OneKernel:
+    """The same optimizer, a ``low_memory(..., "8-bit")``, with update and apply in one kernel.
 
-def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = False) -> _Step:
-    """``update`` and ``optax.apply_updates`` of ``low_memory(..., "8-bit")`` in one kernel.
-
-    ``step(gradients, state, params, **extra) -> (params, state)``, the same but for rounding of the
-    arithmetic, to be called under ``jax.jit`` with parameters and state donated. Compiled for an
-    H100, Adam moves 16.1 bytes a parameter in place of 22.3: everything is read and written once.
+    ``train_step`` and ``step_by_layer`` then step with it. By hand it is ``update_and_apply``, to
+    be called under ``jax.jit`` with state and parameters donated:
+    ``optimizer.update_and_apply(gradients, state, params, **extra) -> (params, state)``. ``update``
+    is what it was, for everything else. Compiled for an H100, a step of Adam moves 16.1 bytes a
+    parameter in place of 22.3: everything is read and written once.
 
     There is a kernel (Pallas, Triton) for each array of which a buffer is kept in 8 bits and whose
     size is a multiple of 256, on NVIDIA's GPUs of compute capability 8 and more. What ``inner``
     does to each element by itself becomes part of it, whatever the optimizer; clipping by a norm,
     say, is done before. Elsewhere, for all other arrays, and with variables of nnx, the step is
-    ``update`` and ``apply_updates``. Divisions and roots are Triton's, within 2 units in the last
-    place; the states are those of ``low_memory``, and may go from one to the other.
+    ``update`` and ``optax.apply_updates``. Divisions and roots are Triton's, within 2 units in the
+    last place; the states are those of ``low_memory``, and may go from one to the other.
 
     Use it where the step of the optimizer takes a good part of the time, and compare: the bytes are
     those of the compiled program, and it was not run on a GPU yet.
 
     Do without it where parameters are split over devices under ``jit``, for XLA does not split a
     kernel and gathers them (under ``shard_map`` each device has its own), and where anything has to
-    come between update and parameters: ``low_memory`` must be outermost.
+    come between update and parameters: within another transformation it is ``low_memory`` alone.
 
     Args:
       optimizer: what ``low_memory`` returned.
@@ -75,8 +76,8 @@ def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = Fal
 
     >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import adamw, low_memory, one_kernel
-    >>> optimizer = low_memory(adamw(1e-2), "8-bit")
-    >>> step = jax.jit(one_kernel(optimizer), donate_argnums=(1, 2))
+    >>> optimizer = one_kernel(low_memory(adamw(1e-2), "8-bit"))
+    >>> step = jax.jit(optimizer.update_and_apply, donate_argnums=(1, 2))
     >>> params = jnp.ones((32, 256))
     >>> params, state = step(jnp.ones((32, 256)), optimizer.init(params), params)
     >>> round(float(params[0, 0]), 4)
@@ -88,25 +89,30 @@ def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = Fal
             "one_kernel takes what low_memory(...) returned, outermost:"
             f" one_kernel(low_memory(inner, '8-bit')), got {type(optimizer).__name__}."
         )
-    inner = optax.with_extra_args_support(own.parts[0])
-    whole = optax.with_extra_args_support(optimizer)
+    stepping = OneKernel(*optimizer)
+    stepping.inner, stepping.interpret = optax.with_extra_args_support(own.parts[0]), interpret
+    return stepping
 
-    def plain(gradients: Tree, state: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
-        updates, state = whole.update(gradients, state, params, **extra)
-        return optax.apply_updates(params, updates), state
 
-    def step(gradients: Tree, state: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
+class OneKernel(AppliesItself):
+    """What ``one_kernel`` makes."""
+
+    inner: optax.GradientTransformationExtraArgs
+    interpret: bool
+
+    def update_and_apply(
+        self, gradients: Tree, state: Any, params: Tree, **extra: Any
+    ) -> tuple[Tree, Any]:
+        """New parameters and state: those of ``update`` and ``optax.apply_updates``."""
         given = gradients, state, params
+        plain = functools.partial(super().update_and_apply, **extra)
         boxes = any(map(is_box, jax.tree.leaves(given, is_leaf=is_box)))
         if boxes or not isinstance(state, LowMemoryState):
-            return plain(*given, **extra)
-        kernels = functools.partial(_in_kernels, inner, interpret, **extra)
-        if interpret:
+            return plain(*given)
+        kernels = functools.partial(_in_kernels, self.inner, self.interpret, **extra)
+        if self.interpret:
             return kernels(*given)
-        reference = functools.partial(plain, **extra)
-        return jax.lax.platform_dependent(*given, cuda=kernels, default=reference)
-
-    return step
+        return jax.lax.platform_dependent(*given, cuda=kernels, default=plain)
 
 
 class _Kept(NamedTuple):
