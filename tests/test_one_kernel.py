@@ -16,6 +16,7 @@ from adaptive_opt import (
     low_memory,
     one_kernel,
     skip_nonfinite,
+    state_shardings,
     train_step,
 )
 
@@ -133,6 +134,30 @@ def test_outside_jit_and_around_a_guard():
         refused, state = step.update_and_apply(bad, state, moved)
         assert_bit_equal(refused, moved)
         assert int(optax.tree.get(state, "total")) == 1
+
+
+def test_under_shard_map_each_device_has_its_own_kernel():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    optimizer, split = low_memory(adam(1e-2), "8-bit"), jax.P("data")
+    params = normal((16, 512), np.random.default_rng(4))
+    state, specs = optimizer.init(params), state_shardings(optimizer, params, split)
+
+    def stepped(optimizer):
+        take = jax.shard_map(
+            optimizer.update_and_apply,
+            mesh=mesh,
+            in_specs=(split, specs, split),
+            out_specs=(split, specs),
+            check_vma=False,
+        )
+        return kernels_in(take, params, state, params), jax.jit(take)(params, state, params)
+
+    (kernels, ours), (_, theirs) = (
+        stepped(one_kernel(optimizer, interpret=i)) for i in (True, False)
+    )
+    assert kernels == 1
+    assert_bit_equal(ours[1], theirs[1])
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=2.0**-21, atol=0.01 * 2.0**-21)
 
 
 def test_train_step_takes_the_kernel_and_others_the_update():

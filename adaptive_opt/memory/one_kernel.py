@@ -63,8 +63,9 @@ def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = Fal
     those of the compiled program, and it was not run on a GPU yet.
 
     Do without it where parameters are split over devices under ``jit``, for XLA does not split a
-    kernel and gathers them (under ``shard_map`` each device has its own), and where anything has to
-    come between update and parameters: within another transformation it is ``low_memory`` alone.
+    kernel and gathers them (under ``shard_map`` with ``check_vma=False`` each device has its own),
+    and where anything has to come between update and parameters: within another transformation it
+    is ``low_memory`` alone.
 
     Args:
       optimizer: what ``low_memory`` returned.
@@ -215,11 +216,12 @@ def _groups(parts: Iterable[Any]) -> list[list[int]]:
 
 
 def _goes_in_blocks(outputs: Sequence[Any], kept: Sequence[_Kept]) -> bool:
-    sizes = {output.aval.size for output in outputs}
+    size = outputs[0].aval.size
     return (
-        len(sizes) == 1
-        and sizes.pop() % BLOCK == 0
-        and any(isinstance(k.stored, Blocks) for k in kept)
+        any(isinstance(k.stored, Blocks) for k in kept)
+        and size % BLOCK == 0
+        and size < 2**31  # which a position in a kernel has bits for
+        and all(output.aval.size == size for output in outputs)
         and all(jnp.issubdtype(output.aval.dtype, jnp.floating) for output in outputs)
         and all(output.aval.dtype.itemsize <= 4 for output in outputs)
     )
