@@ -180,6 +180,7 @@ def _results(
         for outputs in _groups(part_of(jaxpr, [output], makers) for output in jaxpr.outvars)
         if _goes_in_blocks([jaxpr.outvars[k] for k in outputs], [kept[k] for k in outputs])
     ]
+    # What kernels start with, and what goes into none, is calculated before.
     inside_kernels = {k for outputs, _ in kernels for k in outputs}
     others = [k for k in range(len(kept)) if k not in inside_kernels]
     sources = [source for _, part in kernels for source in part.invars]
