@@ -28,6 +28,7 @@ from adaptive_opt.memory.master_weights import (
     master_weights,
 )
 from adaptive_opt.memory.offload import offload, offload_stands_aside
+from adaptive_opt.memory.one_kernel import one_kernel
 from adaptive_opt.memory.packing import Packing
 from adaptive_opt.memory.plan import MemoryPlan, memory_plan
 from adaptive_opt.memory.single_pass import (
@@ -226,6 +227,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "enable_single_pass",
     "single_pass_stands_aside",
     "low_memory",
+    "one_kernel",
     "offload",
     "offload_stands_aside",
     "master_weights",

@@ -30,7 +30,7 @@ import adaptive_opt
 from adaptive_opt.core.reach import reach
 from benchmarks import cases
 from benchmarks.recipes import RECIPES
-from benchmarks.stepping import update_and_apply, with_loss
+from benchmarks.stepping import in_one_kernel, update_and_apply, with_loss
 
 LEAF = {"weight": (1 << 16, 1 << 10)}
 """So large that no array fits into a cache, or into the memory on a TPU's chip."""
@@ -73,6 +73,9 @@ CASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
         for storage in ("bfloat16", "8-bit")
     },
 }
+IN_ONE_KERNEL = {f"{name}, 8-bit, one_kernel": f"{name}, 8-bit" for name in LOW_MEMORY}
+"""By name, the cases whose step is that of ``one_kernel`` in place of update and apply."""
+CASES |= {name: CASES[case] for name, case in IN_ONE_KERNEL.items()}
 IN_TREE = ("adam", "diffmod")
 """The cases that are compiled for the Transformer too."""
 
@@ -93,8 +96,9 @@ def compiled_for(
     optimizer: optax.GradientTransformation,
     shapes: cases.Shapes,
     dtype: Any = jnp.float32,
+    step: Any = None,
 ) -> Any:
-    """Update and apply of parameters and gradients of one dtype, compiled for a device."""
+    """Update and apply, or a step, of arrays of one dtype, compiled for a device."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:
@@ -104,7 +108,15 @@ def compiled_for(
 
     params = placed({k: jax.ShapeDtypeStruct(s, dtype) for k, s in shapes.items()})
     state = placed(jax.eval_shape(optimizer.init, params))
-    return update_and_apply(with_loss(optimizer)).lower(params, state, params).compile()
+    step = step or update_and_apply(with_loss(optimizer))
+    return step.lower(params, state, params).compile()
+
+
+def case_for(device: Any, name: str, shapes: cases.Shapes) -> Any:
+    """A case, compiled for a device."""
+    optimizer = CASES[name](1e-3)
+    step = in_one_kernel(optimizer) if name in IN_ONE_KERNEL else None
+    return compiled_for(device, optimizer, shapes, step=step)
 
 
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(?:,|$)")
@@ -222,10 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for target, device in devices(options.targets):
         of_leaf = {}
         for name in options.cases:
-            found = moved(compiled_for(device, CASES[name](1e-3), LEAF), LEAF)
+            found = moved(case_for(device, name, LEAF), LEAF)
             of_leaf[name] = found._asdict() | {"bytes": found.bytes}
             print(f"{target}, {name}: {found.bytes:.1f} bytes", file=sys.stderr)
-        of_tree = {name: kernels(compiled_for(device, CASES[name](1e-3), TREE)) for name in IN_TREE}
+        of_tree = {name: kernels(case_for(device, name, TREE)) for name in IN_TREE}
         results[target] = {
             "device": device.device_kind,
             "jax": jax.__version__,

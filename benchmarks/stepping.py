@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import adaptive_opt
+
 
 def update_and_apply(optimizer: optax.GradientTransformation) -> Any:
     """A jitted step for given gradients that reuses the buffers of parameters and state."""
@@ -17,6 +19,16 @@ def update_and_apply(optimizer: optax.GradientTransformation) -> Any:
     def step(params: Any, state: Any, gradients: Any) -> Any:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def in_one_kernel(optimizer: optax.GradientTransformation) -> Any:
+    """The same step of a ``low_memory`` by ``one_kernel``, given a loss of 1."""
+    both = adaptive_opt.one_kernel(optimizer).update_and_apply
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        return both(gradients, state, params, value=jnp.float32(1.0))
 
     return jax.jit(step, donate_argnums=(0, 1))
 

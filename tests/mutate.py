@@ -27,7 +27,7 @@ TESTS = (  # the quick ones first
     "misuse", "structure", "groups", "optax_parity", "checkpoint", "moving", "combinations",
     "corrections", "tracing", "weight_decay", "successors", "schedule_free", "matrices",
     "modifiers", "averaging", "spikes", "clipping", "residuals", "master_weights", "lr_find",
-    "extremes", "low_memory", "regrouping", "factors", "counts", "converting",
+    "extremes", "low_memory", "one_kernel", "regrouping", "factors", "counts", "converting",
 )  # fmt: skip
 
 FIRST = {
@@ -36,6 +36,7 @@ FIRST = {
     "renamed": "weight_decay", "finite": "extremes", "inner_decay": "weight_decay",
     "range_test": "lr_find", "averages": "exactness", "differences": "exactness",
     "codecs": "low_memory", "master_weights": "master_weights", "residuals": "residuals",
+    "one_kernel": "one_kernel",
     "factors": "factors", "filling": "regrouping", "tensors": "modifiers",
     "factored": "exactness", "eigenbasis": "exactness",
 }  # fmt: skip
@@ -226,6 +227,10 @@ MUTANTS = [
      "jnp.clip(code, -127, 127)", "in 8 bits a NaN becomes a number"),
     ("memory/codecs", "jnp.clip(below + above, jnp.where(x > 0, 1, 0), 255)",
      "jnp.clip(below + above, 0, 255)", "in 8 bits a small second moment becomes 0"),
+    ("memory/one_kernel", "np.uint32(rows * BLOCK)", "np.uint32(BLOCK)",
+     "blocks of a kernel share their noise"),
+    ("memory/one_kernel", "bits = noise.bits(hashed[noise.salt])", "bits = hashed[noise.salt]",
+     "two buffers of a weight share their noise in a kernel"),
     ("checkpoints/factors", "return 1 / rate if there else rate",
      "return rate if there else 1 / rate", "the learning rate goes into a velocity twice"),
     ("checkpoints/filling", "of = [paths for paths in there if paths == covered]",

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accelerators"
 ELEMENTWISE = [name for name in accelerators.CASES if accelerators.is_elementwise(name)]
 ONE_LOOP = [name for name in ELEMENTWISE if "8-bit" not in name]
+KERNELS = tuple(accelerators.IN_ONE_KERNEL)
 TWO_ON_TPUS = {
     *("adadelta", "schedule_free_adamw", "schedule_free_radam"),
     *(name for name in ONE_LOOP if "bfloat16" in name),
@@ -29,7 +30,7 @@ TWO_ON_TPUS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     output = tmp_path_factory.mktemp("accelerators")
-    cases = ("adam", "adamod", "diffmod", "diffmod, bfloat16", "adam, 8-bit")
+    cases = ("adam", "adamod", "diffmod", "diffmod, bfloat16", "adam, 8-bit", *KERNELS[::4])
     command = [sys.executable, "-m", "benchmarks.accelerators", "--cases", *cases]
     finished = subprocess.run(
         [*command, "--output", str(output)],
@@ -78,6 +79,19 @@ def test_8_bits_are_read_where_they_lie(found):
     assert_few_bytes_in_8_bits(found)
 
 
+def assert_one_kernel_for_8_bits(found):
+    for name, facts in found.get("NVIDIA H100", {"cases": {}})["cases"].items():
+        if name in KERNELS:
+            large = [operation for operation, moved in facts["operations"] if moved > 0.05]
+            assert large == ["custom-call"], name
+            assert facts["bytes"] == pytest.approx(accelerators.least_bytes(name), abs=0.01)
+            assert facts["temporary"] < 0.01  # every array takes the place of the one before
+
+
+def test_one_kernel_reads_and_writes_8_bits_once(found):
+    assert_one_kernel_for_8_bits(found)
+
+
 def test_what_is_kept_says_the_same_of_all_recipes():
     kept = json.loads((RESULTS / "accelerators.json").read_text())
     assert list(kept) == list(accelerators.TARGETS)
@@ -85,6 +99,8 @@ def test_what_is_kept_says_the_same_of_all_recipes():
         assert set(ELEMENTWISE) <= set(results["cases"]) <= set(accelerators.CASES)
     assert_one_loop(kept)
     assert_few_bytes_in_8_bits(kept)
+    assert_one_kernel_for_8_bits(kept)
+    assert kept["NVIDIA H100"]["cases"]["adam, 8-bit, one_kernel"]["bytes"] <= 17
     assert accelerators.table(kept) + "\n" == (RESULTS / "accelerators.md").read_text()
 
 

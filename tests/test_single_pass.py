@@ -141,7 +141,7 @@ def test_a_jax_whose_programs_cannot_be_taken_apart_is_left_alone():
 import adaptive_opt, sys, jax, jax.numpy as jnp
 def broken(*_):
     raise AttributeError("gone in this version")
-sys.modules["adaptive_opt.memory.single_pass"].jaxpr_as_fun = broken
+sys.modules["adaptive_opt.memory.elementwise"].jaxpr_as_fun = broken
 adaptive_opt.enable_single_pass()
 tx = adaptive_opt.single_pass(adaptive_opt.adam(0.1))
 print(adaptive_opt.single_pass_stands_aside())

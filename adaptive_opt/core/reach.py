@@ -34,9 +34,10 @@ from adaptive_opt.core.trees import Tree, dtype_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_OF_SHAPE = frozenset(("broadcast_in_dim", "reshape", "squeeze"))
+OF_SHAPE = frozenset(("broadcast_in_dim", "reshape", "squeeze"))
+"""The primitives among them that give the same elements another shape."""
 
-ELEMENTWISE = _OF_SHAPE | frozenset(
+ELEMENTWISE = OF_SHAPE | frozenset(
     """
     abs add add_any and atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos
     cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le log log1p
@@ -281,7 +282,7 @@ class _Program:
         before = [var.aval.shape for var in equation.invars]
         after = [var.aval.shape for var in equation.outvars]
         is_scalar = all(math.prod(shape) == 1 for shape in after)
-        if first and name in _OF_SHAPE:
+        if first and name in OF_SHAPE:
             spread = first.leaf is None and not first.uneven
             if spread or _without_ones(before[0]) == _without_ones(after[0]):
                 return given[:1]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from adaptive_opt.core.apply import update_and_apply
 from adaptive_opt.core.checks import check_optimizer
 from adaptive_opt.core.describe import check_order
 from adaptive_opt.core.reach import reach
@@ -104,8 +105,7 @@ class StepByLayer:
         self._optimizer = optimizer
 
         def updated(gradients: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
-            updates, state = optimizer.update(downhill(gradients), state, params)
-            return optax.apply_updates(params, updates), state
+            return update_and_apply(optimizer, downhill(gradients), state, params)
 
         def end(params: Tree, state: Any, x: Any, args: Any) -> Any:
             differentiated = jax.value_and_grad(last, argnums=(0, 1))

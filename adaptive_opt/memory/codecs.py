@@ -50,13 +50,16 @@ class Blocks(NamedTuple):
         return jnp.isfinite(scales) & ~_is_infinite(codes, scales)
 
 
-def noise(shape: tuple[int, ...], count: jax.Array, salt: int | jax.Array) -> jax.Array:
+def noise(
+    shape: tuple[int, ...], count: jax.Array, salt: int | jax.Array, start: int | jax.Array = 0
+) -> jax.Array:
     """32 random bits for every element: a hash of its position, of the step and of ``salt``.
 
-    The salt is of 32 bits, without a sign. The codes below take the upper 16 of the bits that they
-    are given, so that ``bits`` and ``bits << 16`` serve two arrays.
+    The salt is of 32 bits, without a sign. Positions are counted from ``start``. The codes below
+    take the upper 16 of the bits that they are given, so that ``bits`` and ``bits << 16`` serve two
+    arrays.
     """
-    index = jnp.full(shape, salt, jnp.uint32)
+    index = jnp.full(shape, salt, jnp.uint32) + start
     stride = 1
     for axis in reversed(range(len(shape))):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -81,12 +84,14 @@ def to_bfloat16(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     return rounded(x, jnp.bfloat16, bits)
 
 
-@seen_by
-def _to_int8(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
+def int8_in(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
     scales = jnp.minimum(view.largest(x), _MOST)
     code = jnp.floor(127 * _over(view, x, scales) + _uniform(bits))
     code = jnp.where(jnp.isfinite(x), jnp.clip(code, -127, 127), _NOT_FINITE_INT8)
     return Blocks(code.astype(jnp.int8), scales)
+
+
+_to_int8 = seen_by(int8_in)
 
 
 def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
@@ -97,8 +102,7 @@ def to_int8(x: jax.Array, bits: jax.Array | None) -> Blocks:
     return _to_int8(x, bits)
 
 
-@seen_by
-def _to_sqrt8(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
+def sqrt8_in(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
     marked = view.marked(x)
     largest = jnp.minimum(jnp.abs(marked), _MOST)
     has_mark = jnp.signbit(marked)
@@ -113,6 +117,9 @@ def _to_sqrt8(view: View, x: jax.Array, bits: jax.Array | None) -> Blocks:
     return Blocks(code.astype(jnp.uint8), scales)
 
 
+_to_sqrt8 = seen_by(sqrt8_in)
+
+
 def to_sqrt8(x: jax.Array, bits: jax.Array | None) -> Blocks:
     """Values of at least 0 in blocks, as codes of their square root.
 
@@ -124,14 +131,16 @@ def to_sqrt8(x: jax.Array, bits: jax.Array | None) -> Blocks:
     return _to_sqrt8(x, bits)
 
 
-@seen_by
-def _from_blocks(view: View, blocks: Blocks) -> jax.Array:
+def values_in(view: View, blocks: Blocks) -> jax.Array:
     codes, scales = blocks
     if codes.dtype == jnp.int8:
         values = codes * view.spread(scales / 127, codes.shape)
         return _with(_NAN, codes == _NOT_FINITE_INT8, values)
     steps = view.spread(scales / jnp.where(scales < 0, 254, 255), codes.shape)
     return _with(_INFINITY, _is_infinite(codes, steps), jnp.square(codes * steps))
+
+
+_from_blocks = seen_by(values_in)
 
 
 def from_blocks(blocks: Blocks) -> jax.Array:

@@ -23,7 +23,8 @@ from adaptive_opt.memory.codecs import Blocks
 # The noise goes by positions and the scales by blocks; of a part of an array it does the same.
 _decoded = counts_as_per_weight(codecs.decoded)
 
-_ENCODERS: dict[str, Callable[..., Any]] = {
+Encoders = Mapping[str, Callable[..., Any]]
+PLAIN: Encoders = {
     "bfloat16": codecs.to_bfloat16,
     "int8": codecs.to_int8,
     "sqrt8": codecs.to_sqrt8,
@@ -54,8 +55,9 @@ def low_memory(
     averages whose increments are smaller than a step of the code still move, in the mean rightly.
     The noise is a hash of position and step, of which one serves two buffers of a weight. It saves
     memory; on the CPU it costs time. Compiled for a GPU, a step of Adam moves 20 bytes a parameter
-    in bfloat16 and 22 in 8 bits, in place of 28; for a TPU 28 in either, in 8 bits where the last
-    two dimensions are multiples of 8 and 256. Parameters and gradients are not touched.
+    in bfloat16 and 22 in 8 bits, in place of 28 (``one_kernel``: 16); for a TPU 28 in either, in 8
+    bits where the last two dimensions are multiples of 8 and 256. Parameters and gradients are not
+    touched.
 
     * "bfloat16": 2 bytes a number, 8 bits of precision. 0.5 of the state.
     * "int8": 1 byte and 1/64 for scales: blocks of 256, steps of 1/127 of the largest in the block.
@@ -127,7 +129,7 @@ def low_memory(
     choose("storage", storage, dict.fromkeys(_STORAGES))
     named = dict(buffers or {})
     for name, asked in named.items():
-        choose(f"the storage of {name!r}", asked, {**_ENCODERS, _WIDE: None})
+        choose(f"the storage of {name!r}", asked, {**PLAIN, _WIDE: None})
     check_whole(1, min_size=min_size)
     inner = optax.with_extra_args_support(inner)
 
@@ -149,7 +151,7 @@ def low_memory(
         if dtype != jnp.float32 or x.size < min_size or asked == _WIDE:
             return x
         # A constant that XLA sees it calculates itself, slowly.
-        return _ENCODERS[asked](jax.lax.optimization_barrier(x), None)
+        return PLAIN[asked](jax.lax.optimization_barrier(x), None)
 
     def init(params: Tree) -> LowMemoryState:
         state = inner.init(params)
@@ -193,9 +195,19 @@ def encoded_again(count: jax.Array, stored: Any, state: Any) -> Any:
         return jax.tree_util.tree_map_with_path(encode, stored, state, is_leaf=_is_one)
 
 
-@counts_as_per_weight
-def _bits(count: jax.Array, stored: Any) -> dict[Any, jax.Array]:
-    """Random bits for each array that is rounded stochastically, by its path: the upper 16 of 32.
+class Noise(NamedTuple):
+    """Where the random bits of a buffer come from: the salt of a hash, and which half of it."""
+
+    salt: int
+    half: int
+
+    def bits(self, hashed: jax.Array) -> jax.Array:
+        """32 of which the upper 16 are random."""
+        return hashed << 16 if self.half else hashed
+
+
+def noise_of(stored: Any) -> dict[Any, Noise]:
+    """Of each array that is rounded stochastically, by its path.
 
     One hash for each weight and step serves two of its buffers. The salt is made of the names of
     all of them.
@@ -205,26 +217,50 @@ def _bits(count: jax.Array, stored: Any) -> dict[Any, jax.Array]:
         name, below = _split(path)
         known = buffer(name)
         if _storage_of(_bare(leaf)) != _WIDE and not (known and known.to_nearest):
-            shape = jnp.shape(jax.tree.leaves(leaf)[0])
-            of_weight.setdefault((shape, below), []).append(path)
-    bits: dict[Any, jax.Array] = {}
-    for (shape, _), paths in of_weight.items():
+            of_weight.setdefault((_shape(leaf), below), []).append(path)
+    found: dict[Any, Noise] = {}
+    for paths in of_weight.values():
         names = "".join(map(jax.tree_util.keystr, paths))
-        for first in range(0, len(paths), 2):
-            hashed = codecs.noise(shape, count, zlib.crc32(f"{names}{first}".encode()))
-            bits.update(zip(paths[first : first + 2], (hashed, hashed << 16), strict=False))
+        for place, path in enumerate(paths):
+            salt = zlib.crc32(f"{names}{place - place % 2}".encode())
+            found[path] = Noise(salt, place % 2)
+    return found
+
+
+def _shape(stored: Any) -> tuple[int, ...]:
+    return jnp.shape(jax.tree.leaves(stored)[0])
+
+
+@counts_as_per_weight
+def _bits(count: jax.Array, stored: Any) -> dict[Any, jax.Array]:
+    """The random bits of each array that is rounded stochastically, by its path."""
+    shapes = {
+        path: _shape(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(stored, is_leaf=_is_one)[0]
+    }
+    hashed: dict[Any, jax.Array] = {}
+    bits: dict[Any, jax.Array] = {}
+    for path, noise in noise_of(stored).items():
+        if noise.half == 0:
+            hashed = {noise.salt: codecs.noise(shapes[path], count, noise.salt)}
+        bits[path] = noise.bits(hashed[noise.salt])
     return bits
 
 
 @counts_as_per_weight
 def _encoded_again(bits: jax.Array | None, path: Any, stored: Any, x: Any) -> Any:
+    del path
+    return encoded_like(bits, stored, x, PLAIN)
+
+
+def encoded_like(bits: jax.Array | None, stored: Any, x: Any, encoders: Encoders) -> Any:
     """An array after a step, as it was stored: here it may be a part of what it was."""
     dtype, storage = getattr(x, "dtype", None), _storage_of(stored)
     if dtype == jnp.bfloat16:
         return codecs.own_bits(_without_derivative(x))
     if dtype != jnp.float32 or storage == _WIDE:
         return x
-    return _ENCODERS[storage](_without_derivative(x), bits)
+    return encoders[storage](_without_derivative(x), bits)
 
 
 def _is_one(x: Any) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from adaptive_opt.core.describe import described_around
-from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
 from adaptive_opt.core.trees import Tree, calculated
+from adaptive_opt.memory.elementwise import inlined, is_copy, makers_in, part_of, values
 
 OPTION = "xla_cpu_use_multi_output_fusion"
 _FLAG = "--xla_backend_extra_options="
@@ -199,83 +199,13 @@ def _always_single_pass(
         arrays = [leaves[i] for i in where]
         program, shapes = jax.make_jaxpr(outputs, return_shape=True)(*arrays)
         of_state = sum(i < len(jax.tree.leaves(state)) for i in where)
-        results = _from_separate_copies(_inlined(program), arrays, of_state)
+        results = _from_separate_copies(inlined(program), arrays, of_state)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 # --- the program, output by output ----------------------------------------------------------------
-
-
-def _inlined(program: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program with the equations of every ``jit`` in place of it."""
-    constants: dict[Any, Any] = {}
-    equations: list[Any] = []
-
-    def renamed(program: ClosedJaxpr, given: Sequence[Any]) -> list[Any]:
-        """Appends the equations, whose variables another call may use too; returns the results."""
-        jaxpr = program.jaxpr
-        held = [Var(var.aval) for var in jaxpr.constvars]
-        constants.update(zip(held, program.consts, strict=True))
-        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *given), strict=True))
-
-        def read(var: Any) -> Any:
-            return var if isinstance(var, Literal) else known[var]
-
-        for equation in jaxpr.eqns:
-            operands = [*map(read, equation.invars)]
-            if _is_plain_call(equation):
-                results = renamed(_inside(equation), operands)
-            else:
-                results = [Var(var.aval) for var in equation.outvars]
-                equations.append(equation.replace(invars=operands, outvars=results))
-            known.update(zip(equation.outvars, results, strict=True))
-        return [*map(read, jaxpr.outvars)]
-
-    inputs = [Var(var.aval) for var in program.jaxpr.invars]
-    outputs = renamed(program, inputs)
-    jaxpr = program.jaxpr.replace(
-        constvars=[*constants], invars=inputs, eqns=equations, outvars=outputs
-    )
-    return ClosedJaxpr(jaxpr, [*constants.values()])
-
-
-def _inside(equation: Any) -> Any:
-    return equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
-
-
-def _is_plain_call(equation: Any) -> bool:
-    """Whether it is a ``jit`` that asks for nothing but its own equations."""
-    settings = equation.params
-    names = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
-    placed = (place for name in names for place in settings.get(name) or ())
-    return (
-        equation.primitive.name in CALLS
-        and isinstance(_inside(equation), ClosedJaxpr)
-        and all(place is None or type(place).__name__ == "UnspecifiedValue" for place in placed)
-        and not settings.get("compiler_options_kvs")
-    )
-
-
-def _is_elementwise(equation: Any) -> bool:
-    settings = equation.params
-    if settings.get("branches_platforms"):  # of which the compiler sees one
-        return all(_all_elementwise(branch) for branch in settings["branches"])
-    if equation.primitive.name in CUSTOM or _is_plain_call(equation):
-        inside = _inside(equation)
-        return isinstance(inside, ClosedJaxpr) and _all_elementwise(inside)
-    return equation.primitive.name in ELEMENTWISE
-
-
-def _is_copy(equation: Any) -> bool:
-    if equation.params.get("branches_platforms"):
-        return any(all(map(_is_copy, branch.jaxpr.eqns)) for branch in equation.params["branches"])
-    return equation.primitive.name in ("copy", "copy_p")
-
-
-def _all_elementwise(program: ClosedJaxpr) -> bool:
-    return all(map(_is_elementwise, program.jaxpr.eqns))
 
 
 def _from_separate_copies(
@@ -286,57 +216,28 @@ def _from_separate_copies(
     The first ``of_state`` arrays are the state, whose buffers may be handed on as they are.
     """
     jaxpr = program.jaxpr
-    makers = {
-        var: (place, equation)
-        for place, equation in enumerate(jaxpr.eqns)
-        if _is_elementwise(equation) and equation.outvars[0].aval.shape
-        for var in equation.outvars
-    }
-    parts = [_part(jaxpr, output, makers) for output in jaxpr.outvars]
+    makers = makers_in(jaxpr)
+    parts = [part_of(jaxpr, [output], makers) for output in jaxpr.outvars]
     sources = list(dict.fromkeys(source for part in parts for source in part.invars))
-    made_once = _values(jaxpr.replace(outvars=sources), arrays, program.consts)
+    made_once = values(jaxpr.replace(outvars=sources), arrays, program.consts)
     latest = dict(zip(sources, made_once, strict=True))
     used: set[Any] = set()
     fresh = set(jaxpr.invars[of_state:])
 
     def alone(part: Jaxpr) -> jax.Array:
-        is_copy = all(map(_is_copy, part.eqns))
+        copies = all(map(is_copy, part.eqns))
         is_fresh = bool(fresh.intersection(part.invars))
-        if is_fresh or not is_copy:
+        if is_fresh or not copies:
             again = [source for source in part.invars if source in used]
-            copies = jax.lax.optimization_barrier([latest[source] for source in again])
-            latest.update(zip(again, copies, strict=True))
+            others = jax.lax.optimization_barrier([latest[source] for source in again])
+            latest.update(zip(again, others, strict=True))
             used.update(source for source in part.invars if _can_be_copied(source.aval))
-        (result,) = _values(part, [latest[source] for source in part.invars])
-        if is_copy and is_fresh and jnp.issubdtype(result.dtype, jnp.inexact):
+        (result,) = values(part, [latest[source] for source in part.invars])
+        if copies and is_fresh and jnp.issubdtype(result.dtype, jnp.inexact):
             return calculated(result, result)  # a plain copy would be written apart
         return result
 
     return [alone(part) for part in parts]
-
-
-def _part(jaxpr: Jaxpr, output: Any, makers: Mapping[Any, tuple[int, Any]]) -> Jaxpr:
-    """The elementwise operations that make an output, from what they start with."""
-    needed: dict[int, Any] = {}
-    sources: dict[Any, None] = {}
-    to_do = [output]
-    while to_do:
-        var = to_do.pop()
-        if isinstance(var, Literal):
-            continue
-        if var not in makers:
-            sources[var] = None
-            continue
-        place, equation = makers[var]
-        if place not in needed:
-            needed[place] = equation
-            to_do.extend(equation.invars)
-    equations = [needed[place] for place in sorted(needed)]
-    return jaxpr.replace(constvars=[], invars=list(sources), outvars=[output], eqns=equations)
-
-
-def _values(jaxpr: Jaxpr, arrays: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*arrays)
 
 
 def _can_be_copied(aval: Any) -> bool:

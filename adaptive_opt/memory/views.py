@@ -143,6 +143,25 @@ def _spread_by_tiles(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(of_lines, (*of_lines.shape[:-1], _TILE[1])).reshape(shape)
 
 
+def _marked_of_lines(x: jax.Array) -> jax.Array:
+    """Of an array whose last axis is a block, with reductions that a kernel has."""
+    magnitudes = jnp.abs(x)
+    finite = magnitudes < jnp.inf
+    largest = jnp.max(jnp.where(finite, magnitudes, 0), axis=-1)
+    return jnp.where(jnp.min(finite.astype(jnp.int32), axis=-1) > 0, largest, -largest)
+
+
+def _largest_of_lines(x: jax.Array) -> jax.Array:
+    return jnp.abs(_marked_of_lines(x))
+
+
+def _spread_over_lines(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(scales[..., None], shape)
+
+
+IN_KERNEL = View(_largest_of_lines, _marked_of_lines, _spread_over_lines)
+"""Of arrays whose last axis is a block, as a kernel holds them."""
+
 VIEWS = {
     "cpu": View(_largest_by_halves, _marked_by_halves, spread),
     "tpu": View(_largest_by_tiles, _marked_by_tiles, _spread_by_tiles),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from adaptive_opt.core.apply import update_and_apply
 from adaptive_opt.core.containers import (
     Parts,
     is_boxed,
@@ -209,11 +210,11 @@ def stepped(
     differentiated = jax.value_and_grad(loss_of, has_aux=True)
     (loss, (carried, *aux)), gradients = differentiated(parts.trained, *args, **kwargs)
     gradients = downhill(gradients)
-    updates, state = optax.with_extra_args_support(optimizer).update(
-        gradients, state, parts.trained, value=loss, grad=gradients,
+    trained, state = update_and_apply(
+        optimizer, gradients, state, parts.trained, value=loss, grad=gradients,
         value_fn=lambda trained: loss_of(trained, *args, **kwargs)[0],
     )  # fmt: skip
-    return optax.apply_updates(parts.trained, updates), state, carried, loss, *aux
+    return trained, state, carried, loss, *aux
 
 
 def _program(loss_fn: Callable[..., Any], optimizer: Any, has_aux: bool) -> Callable[..., Any]:
