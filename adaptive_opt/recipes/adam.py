@@ -4,7 +4,7 @@ Every recipe is an ``optax.chain``. ``learning_rate`` is a number, a traced scal
 function of the 0-based step number); ``b1``, ``b2``, ``b3`` are decays in [0, 1); ``eps`` is at
 least 0, in the units of a gradient. ``weight_decay`` is at least 0 (None: none), a number or a
 schedule; ``mask`` says which parameters decay, and ``decay`` what the decay is multiplied by, in
-the four words of ``stages.weight_decay``. Up to ``eps`` the order of the arguments is the same
+the words of ``stages.weight_decay``. Up to ``eps`` the order of the arguments is the same
 everywhere; what may follow by position is where optax has it, the rest goes by keyword.
 
 ``state_dtype`` is the dtype of the buffers; by default the parameter's, float32 for 16-bit
