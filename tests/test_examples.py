@@ -258,6 +258,13 @@ def test_every_example_says_how_it_is_run_and_what_it_prints_or_draws(path):
     assert re.search(r"\b(Prints|Draws|draws|Draw)\b", doc)
 
 
+def test_the_page_of_the_examples_has_them_all():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    commands = dict(re.findall(r"^\| \[`python (\S+)[^`]*`\]\(\.\./(\S+)\)", page, re.M))
+    assert all(shown == linked for shown, linked in commands.items())
+    assert sorted(commands) == sorted(f"examples/{path.name}" for path in EXAMPLES)
+
+
 # --- CIFAR-10 -------------------------------------------------------------------------------------
 
 

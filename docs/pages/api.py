@@ -68,7 +68,8 @@ def described(module: str, name: str) -> str:
 
 def page(module: str, name: str) -> str:
     rule = f"\n:doc:`The rule, line by line <../rules/{name}>`.\n" * (name in RECIPES)
-    return f"{name}\n{'=' * len(name)}\n{rule}\n{described(module, name)}"
+    title = f"{module}.{name}"  # in a list of what a search found the rule has the same name
+    return f"{title}\n{'=' * len(title)}\n{rule}\n{described(module, name)}"
 
 
 def summary(text: str) -> str:

@@ -134,9 +134,8 @@ def rows_of(page: str) -> Iterator[list[str]]:
 
 
 def evidence(name: str) -> list[str]:
-    """A list: CHOOSING and the gallery in the rows that name it, and advice with a source."""
-    said = docstrings.paragraphs(inspect.getdoc(ours()[name]) or "")
-    found = [f"* {markdown(p)}" for p in said if p.startswith(ADVICE) and "arXiv:" in p]
+    """A list: CHOOSING and the gallery in the rows that name it."""
+    found = []
     for case, take, *why in rows_of("examples/CHOOSING.md"):
         if f"`{name}`" in take and len(why) < 3:
             because = ". ".join(each.rstrip(".") for each in why if each)
@@ -194,6 +193,7 @@ EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12
 (`tests/test_exactness.py`). A run is one setting of the arguments."""
 MEANING = "[the arguments of all rules](index.md#what-the-arguments-mean)"
 CURVES = ("loss", "gradient_norm/all", "update_ratio/all", "rate/all/q50", "rate/all/q99")
+ABOVE = """Nothing is measured for it here. The sources of the advice are named above."""
 NOTHING = """Nothing is measured for it here, and no comparison at equal tuning is cited: what is
 said of it is its authors' claim."""
 
@@ -242,7 +242,8 @@ def page(name: str, keys: Sequence[str] = CURVES, picture: bool = False) -> str:
     parts += [LEGEND]
     adams = list(listings("adam").values())
     for which, lines in listings(name).items():
-        parts += [f"### As in {', '.join(which)}"] if which else []
+        words = " or ".join(f'`convention="{word}"`' for word in which)
+        parts += [f"### With {words}"] if which else []
         parts += [listing(lines, adams[:1] if name == "adam" else adams)]
 
     parts += ["## What it equals", EQUAL]
@@ -253,7 +254,9 @@ def page(name: str, keys: Sequence[str] = CURVES, picture: bool = False) -> str:
     parts += ["## Memory and time", " ".join(costs(name))]
     if picture:
         parts += ["## Its rates", f"![The rates of the weights]({name}.png)", f"{rates.PROBLEM}."]
-    parts += ["## Evidence", "\n".join(evidence(name)) or NOTHING]
+    advice = "".join(docstrings.paragraph(text, begin) for begin in ADVICE)
+    nothing = ABOVE if "arXiv:" in advice else NOTHING
+    parts += ["## Evidence", "\n".join(evidence(name)) or nothing]
     parts += ["## How to log it", logging(name, keys)]
     parts += ["## Cite", *(f"```bibtex\n{entry}\n```" for entry in cited(name))]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -273,7 +276,8 @@ def index() -> str:
         parts += ["\n".join(["```{toctree}", ":hidden:", "", *names, "```"])]
     said = docstrings.paragraphs(inspect.getdoc(sys.modules[adaptive_opt.adam.__module__]) or "")
     parts += ["## What the arguments mean", *map(markdown, said[1:])]
-    return "\n\n".join(parts) + "\n"
+    decay = "[Weight decay](../weight_decay.md)"
+    return "\n\n".join(parts).replace("`stages.weight_decay`", decay) + "\n"
 
 
 def write(folder: pathlib.Path) -> None:
