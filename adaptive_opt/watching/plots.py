@@ -128,11 +128,11 @@ def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -
       recorders: by the title of their panel.
       group: of the parameters.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import adam, telemetry
     >>> from adaptive_opt.watching.plots import Recorder, rate_spectrogram
     >>> optimizer, x, recorder = adam(1e-2, observers=telemetry()), jnp.ones(2), Recorder()
-    >>> _, state = optimizer.update(x, optimizer.init(x), x)
+    >>> _, state = jax.jit(optimizer.update)(x, optimizer.init(x), x)
     >>> recorder.record(state)
     >>> figure = rate_spectrogram({"Adam": recorder})
     >>> figure.axes[0].get_title()
@@ -182,11 +182,11 @@ def limited_fractions(
 
     ValueError if no recorder has one.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import amsgrad, telemetry
     >>> from adaptive_opt.watching.plots import Recorder, limited_fractions
     >>> optimizer, x, recorder = amsgrad(1e-2, observers=telemetry()), jnp.ones(2), Recorder()
-    >>> _, state = optimizer.update(x, optimizer.init(x), x)
+    >>> _, state = jax.jit(optimizer.update)(x, optimizer.init(x), x)
     >>> recorder.record(state)
     >>> limited_fractions({"AMSGrad": recorder}).axes[0].get_ylabel()
     'weights acted on (%)'
