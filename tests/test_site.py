@@ -29,6 +29,7 @@ def test_every_rule_has_a_page_that_says_it_all(name):
     for begin in rules.ADVICE:
         assert f"\n\n{begin} " in page, f"the docstring has no paragraph that begins {begin!r}"
     assert "```bibtex\n@" in page, "no entry of docs/references.bib is cited in the docstring"
+    assert "see the module" not in page, "what that argument means stands nowhere on the page"
     namespace: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, f"the page of {name}", "exec"), namespace)

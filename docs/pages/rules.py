@@ -33,6 +33,8 @@ FRAME = ("adaptive", "chain", "partition", "scale_by_adam")
 
 def link(name: str) -> str | None:
     """Where a public name has its page, seen from the page of a rule."""
+    if name == "stages.weight_decay":
+        return "../weight_decay.md"
     if name in ours():
         return f"{name}.md"
     return f"../api/{name}.rst" if name in adaptive_opt.__all__ else None
@@ -191,6 +193,8 @@ def cited(name: str) -> list[str]:
 LEGEND = "[+]{.new} is not in Adam, [&minus;]{.gone} is in Adam and not here; see [adam](adam.md)."
 EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12, step by step
 (`tests/test_exactness.py`). A run is one setting of the arguments."""
+MODULE = inspect.getdoc(sys.modules[adaptive_opt.adam.__module__]) or ""
+"""Which says what the arguments of all rules mean."""
 MEANING = "[the arguments of all rules](index.md#what-the-arguments-mean)"
 CURVES = ("loss", "gradient_norm/all", "update_ratio/all", "rate/all/q50", "rate/all/q99")
 ABOVE = """Nothing is measured for it here. The sources of the advice are named above."""
@@ -205,8 +209,9 @@ def defaults(name: str) -> str:
     for argument, p in inspect.signature(recipe).parameters.items():
         default = "" if p.default is p.empty else f"`{shown(p.default)}`"
         choices = ", ".join(f"`{shown(c)}`" for c in recipe.choices.get(argument, ()))
-        meaning = said.get(argument, "see the module")
-        meaning = re.sub("(?i)(see) the module", rf"\1 {MEANING}", meaning)
+        meaning = said.get(argument, "see the module.")
+        common = docstrings.arguments(MODULE).get(argument, f"see {MEANING}")
+        meaning = re.sub("(?i)see the module", common.removesuffix("."), meaning)
         rows.append([f"`{argument}`", default, choices, markdown(meaning)])
     return docstrings.table(["argument", "default", "one of", "meaning"], rows)
 
@@ -274,10 +279,10 @@ def index() -> str:
         rows = [[f"[{n}]({n}.md)", markdown(f)] for n, f in zip(names, firsts, strict=True)]
         parts += [f"## {title.removesuffix('.')}", docstrings.table(["rule", "what it does"], rows)]
         parts += ["\n".join(["```{toctree}", ":hidden:", "", *names, "```"])]
-    said = docstrings.paragraphs(inspect.getdoc(sys.modules[adaptive_opt.adam.__module__]) or "")
-    parts += ["## What the arguments mean", *map(markdown, said[1:])]
-    decay = "[Weight decay](../weight_decay.md)"
-    return "\n\n".join(parts).replace("`stages.weight_decay`", decay) + "\n"
+    parts += ["## What the arguments mean", *map(markdown, docstrings.paragraphs(MODULE)[1:])]
+    rows = [[f"`{name}`", markdown(said)] for name, said in docstrings.arguments(MODULE).items()]
+    parts += [docstrings.table(["argument", "meaning"], rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def write(folder: pathlib.Path) -> None:
