@@ -114,6 +114,13 @@ def test_every_public_name_has_a_page_and_a_section_of_the_index():
             assert f"<{name}>" in pages["index"]
 
 
+def test_no_page_sends_its_reader_to_a_module_that_has_none():
+    for name in adaptive_opt.__all__:
+        text = inspect.getdoc(getattr(adaptive_opt, name)) or ""
+        assert "see the module" not in api.spelled_out(text).lower(), name
+    assert "  b1: the decay of an average" in api.spelled_out(inspect.getdoc(adaptive_opt.adamw))
+
+
 def test_a_submodule_that_the_documents_import_from_has_pages_too():
     texts = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
     used = {m for text in texts for m in re.findall(r"from adaptive_opt\.([\w.]+) import", text)}

@@ -193,9 +193,6 @@ def cited(name: str) -> list[str]:
 LEGEND = "[+]{.new} is not in Adam, [&minus;]{.gone} is in Adam and not here; see [adam](adam.md)."
 EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12, step by step
 (`tests/test_exactness.py`). A run is one setting of the arguments."""
-MODULE = inspect.getdoc(sys.modules[adaptive_opt.adam.__module__]) or ""
-"""Which says what the arguments of all rules mean."""
-MEANING = "[the arguments of all rules](index.md#what-the-arguments-mean)"
 CURVES = ("loss", "gradient_norm/all", "update_ratio/all", "rate/all/q50", "rate/all/q99")
 ABOVE = """Nothing is measured for it here. The sources of the advice are named above."""
 NOTHING = """Nothing is measured for it here, and no comparison at equal tuning is cited: what is
@@ -209,9 +206,7 @@ def defaults(name: str) -> str:
     for argument, p in inspect.signature(recipe).parameters.items():
         default = "" if p.default is p.empty else f"`{shown(p.default)}`"
         choices = ", ".join(f"`{shown(c)}`" for c in recipe.choices.get(argument, ()))
-        meaning = said.get(argument, "see the module.")
-        common = docstrings.arguments(MODULE).get(argument, f"see {MEANING}")
-        meaning = re.sub("(?i)see the module", common.removesuffix("."), meaning)
+        meaning = docstrings.in_full(argument, said.get(argument, "see the module."))
         rows.append([f"`{argument}`", default, choices, markdown(meaning)])
     return docstrings.table(["argument", "default", "one of", "meaning"], rows)
 
@@ -279,8 +274,14 @@ def index() -> str:
         rows = [[f"[{n}]({n}.md)", markdown(f)] for n, f in zip(names, firsts, strict=True)]
         parts += [f"## {title.removesuffix('.')}", docstrings.table(["rule", "what it does"], rows)]
         parts += ["\n".join(["```{toctree}", ":hidden:", "", *names, "```"])]
-    parts += ["## What the arguments mean", *map(markdown, docstrings.paragraphs(MODULE)[1:])]
-    rows = [[f"`{name}`", markdown(said)] for name, said in docstrings.arguments(MODULE).items()]
+    parts += [
+        "## What the arguments mean",
+        *map(markdown, docstrings.paragraphs(docstrings.MODULE)[1:]),
+    ]
+    rows = [
+        [f"`{name}`", markdown(said)]
+        for name, said in docstrings.arguments(docstrings.MODULE).items()
+    ]
     parts += [docstrings.table(["argument", "meaning"], rows)]
     return "\n\n".join(parts) + "\n"
 
