@@ -69,7 +69,7 @@ def described(module: str, name: str) -> str:
 
 def page(module: str, name: str) -> str:
     rule = f"\n:doc:`The rule, line by line <../rules/{name}>`.\n" * (name in RECIPES)
-    title = f"{module}.{name}"  # in a list of what a search found the rule has the same name
+    title = f"{name} (API)"  # in a list of what a search found, the page of the rule is ``name``
     return f"{title}\n{'=' * len(title)}\n{rule}\n{described(module, name)}"
 
 
