@@ -12,7 +12,7 @@ from typing import Any
 
 import adaptive_opt
 from adaptive_opt import RECIPES
-from docs.pages.docstrings import in_full
+from docs.pages.docstrings import SEE, in_full
 
 SUBMODULES = ("testing", "watching.plots")
 """Public modules beside the package itself."""
@@ -139,12 +139,12 @@ def linked_text(text: str) -> str:
 
 
 def spelled_out(text: str) -> str:
-    """Every argument of which it says "see the module" in a line of its own, in full."""
+    """Every argument of which it says only where to look in a line of its own, in full."""
 
     def each(entry: re.Match[str]) -> str:
         return "\n".join(f"  {name}: {in_full(name, entry[2])}" for name in entry[1].split(", "))
 
-    return re.sub(r"^  ([\w, ]+): (see the module.*)", each, text, flags=re.MULTILINE)
+    return re.sub(rf"^  ([\w, ]+): ({SEE}.*)", each, text, flags=re.MULTILINE)
 
 
 def linked(app, what, name, value, options, lines: list[str]) -> None:
