@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _title(recipe: Any) -> str:
-    """The first paragraph of its docstring, in a line."""
-    return " ".join((inspect.getdoc(recipe) or "").partition("\n\n")[0].split())
+    """The first paragraph of its docstring, in a line, without the marks of code."""
+    return " ".join((inspect.getdoc(recipe) or "").partition("\n\n")[0].split()).replace("``", "")
 
 
 def _choices(recipe: Any) -> Mapping[str, tuple[Any, ...]]:

@@ -7,8 +7,8 @@ A trainer that is driven by files needs one function: from its config to the pla
 ``adaptive_opt.make`` takes. Here are two such functions, for the words of MaxText's base.yml and of
 Levanter's ``optimizer:`` section; the optimizer's name may be that of any recipe, and what else a
 recipe takes stands under ``optimizer_settings``. Prints what is made of each, the learning rates at
-some steps, and that a checkpoint's header makes the same optimizer again. A word that is wrong is
-an error that names its place.
+some steps, and that a checkpoint's header makes the same optimizer again; draws the rates. A word
+that is wrong is an error that names its place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from helpers import parsed, parser_of, table
+import numpy as np
+from helpers import label_ends, look, parsed, parser_of, picture, table
 
 from adaptive_opt import checkpoint_header, config, describe, make, read_telemetry, telemetry
 
@@ -107,25 +108,37 @@ def from_levanter(words: Mapping[str, Any], steps: int) -> dict[str, Any]:
 CONFIGS = {"MaxText": (MAXTEXT, from_maxtext), "Levanter": (LEVANTER, from_levanter)}
 
 
-def rates(data: Mapping[str, Any], steps: Sequence[int]) -> list[float]:
-    """The learning rate of the optimizer itself at these steps, as its telemetry tells it."""
+def rates(data: Mapping[str, Any], steps: int) -> list[float]:
+    """The learning rate of the optimizer itself at every step, as its telemetry tells it."""
     *clip, rule = data["chain"]
     watched = make({"chain": [*clip, rule | {"observers": telemetry(every=1)}]})
     x = {"kernel": jnp.ones((2, 2))}
     state, update = watched.init(x), jax.jit(watched.update)
     found = []
-    for step in range(1, max(steps) + 1):
+    for _ in range(steps):
         _, state = update(x, state, x)
-        if step in steps:
-            found.append(read_telemetry(state)["learning_rate"])
+        found.append(read_telemetry(state)["learning_rate"])
     return found
+
+
+def draw(found: Mapping[str, Sequence[float]], path: str) -> None:
+    """The rates of each framework, over their peak."""
+    title = "Each dict has the schedule of its framework:\nup along a line, down along a cosine"
+    with picture(path, title, figsize=(6.5, 3.4)) as axes:
+        for index, (framework, values) in enumerate(found.items()):
+            label = f"{framework}, peak {max(values):.1e}"
+            axes.plot(np.arange(1, len(values) + 1), np.divide(values, max(values)), label=label,
+                      **look(index))  # fmt: skip
+        axes.set(xlabel="step", ylabel="learning rate over its peak")
+        label_ends(axes)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=100, help="of the whole training (100)")
+    parser.add_argument("--output", default="by_config.png", help="the picture (by_config.png)")
     options = parsed(parser, arguments)
-    params, made, rows = {"kernel": jnp.ones((2, 2))}, {}, []
+    params, made, found, rows = {"kernel": jnp.ones((2, 2))}, {}, {}, []
     shown = sorted({1, 1 + options.steps // 10, 1 + options.steps // 2, options.steps})
     for framework, (words, read) in CONFIGS.items():
         data = read(words, options.steps)
@@ -134,9 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         header = json.loads(json.dumps(checkpoint_header(optimizer, optimizer.init(params))))
         again = "the same" if config(make(header)) == config(optimizer) else "another"
         print(f"The header of a checkpoint makes {again} optimizer again.\n")
-        found = zip(shown, rates(data, shown), strict=True)
-        rows.append({"learning rate": framework} | {f"step {n}": f"{r:.2e}" for n, r in found})
+        of_steps = found[framework] = rates(data, options.steps)
+        at_some = {f"step {n}": f"{of_steps[n - 1]:.2e}" for n in shown}
+        rows.append({"learning rate": framework} | at_some)
     print(table(rows))
+    draw(found, options.output)
+    print(f"The picture is in {options.output}.")
     return made
 
 

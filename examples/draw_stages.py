@@ -38,19 +38,19 @@ DRAWN = {
 }
 
 ROOT = pathlib.Path(__file__).parent.parent
-GROUPS = {
-    "moments": ("#CFE3F2", ("first_moment", "second_moment", "debias", "amsgrad_max")),
+GROUPS = {  # from pale to dark, so that print in grey tells them apart
+    "moments": ("#D9EAF7", ("first_moment", "second_moment", "debias", "amsgrad_max")),
     "rate of each weight": (
-        "#FBE0B3",
+        "#F0B95A",
         ("per_weight_rate", "scale_rate", "debias_rate", "adamod_momental_bound"),
     ),
-    "friction": ("#CDE9DB", ("diffgrad_friction",)),
-    "plain updates": ("#E8E8E8", ()),
+    "friction": ("#4FAE8B", ("diffgrad_friction",)),
+    "plain updates": ("#FFFFFF", ()),
 }
 
 
 def colour_of(stage: str) -> str:
-    return next((colour for colour, names in GROUPS.values() if stage in names), "#E8E8E8")
+    return next((colour for colour, names in GROUPS.values() if stage in names), "#FFFFFF")
 
 
 def stages_of(recipe: optax.GradientTransformation) -> list[str]:

@@ -6,7 +6,7 @@
 arrays, so that PyTorch is not needed here: ``model.state_dict()``, ``optimizer.state_dict()``, the
 order of the parameters, and, to compare with, gradients and weights of 100 steps that followed
 there. Prints the groups as they are here, and the largest difference from PyTorch's weights after
-1 to 100 more steps, in float64. With a file of ``torch.save`` only ``load`` is another:
+1 to 100 more steps, in float64; draws it. With a file of ``torch.save`` only ``load`` is another:
 docs/move_a_pytorch_run.md.
 """
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from helpers import parsed, parser_of, table
+from helpers import look, parsed, parser_of, picture, table
 
 from adaptive_opt import Group, ParameterGroups, adamw, import_torch_params, import_torch_state
 
@@ -85,9 +85,21 @@ def move(run: dict[str, Any]) -> tuple[optax.GradientTransformationExtraArgs, An
     return optimizer, params, state, str(groups.report(params))
 
 
+def draw(worst: Sequence[float], path: str) -> None:
+    """How far the weights are from PyTorch's, and the 1e-12 that the tests allow."""
+    title = f"Moved here, the run stays within {max(worst):.0e} of PyTorch's"
+    with picture(path, title, figsize=(6, 3.2)) as axes:
+        axes.plot(COMPARED[: len(worst)], np.maximum(worst, 1e-17), marker="o", **look(0))
+        axes.axhline(1e-12, color="0.5", linewidth=0.8)
+        axes.text(1, 1.3e-12, "what the tests allow", size=8.5, color="0.3")
+        axes.set(xscale="log", yscale="log", ylim=(1e-17, 1e-11), xlabel="steps after the move")
+        axes.set(ylabel="largest difference of a weight")
+
+
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=100, help="steps to go on, up to 100 (100)")
+    parser.add_argument("--output", default="from_pytorch.png", help="(from_pytorch.png)")
     options = parsed(parser, arguments)
     with jax.enable_x64(True):
         run = load(FILE)
@@ -107,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
                 worst.append(max(float(jnp.abs(a - b).max()) for a, b in pairs))
                 rows.append({"steps here": str(step), "from PyTorch": f"{worst[-1]:.1e}"})
     print(table(rows))
+    draw(worst, options.output)
+    print(f"The picture is in {options.output}.")
     return worst
 
 

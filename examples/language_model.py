@@ -7,7 +7,7 @@ Character by character on the source of Python's standard library. The layers ar
 have an axis for the layers in front (``nn.scan``, ``nn.remat``), which the mask for weight decay
 has to know. The same batches train float32 parameters, bfloat16 ones as they are, and bfloat16 ones
 with ``master_weights`` around a state in 8 bits. Prints the bytes of parameters and state for a
-weight and the held-out losses; draws how far the losses are from those of float32, with --output.
+weight and the held-out losses; draws how far the losses are from those of float32.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     add("--width", type=int, default=64, help="of the model, a multiple of 4 (64)")
     add("--layers", type=int, default=4, help="of the model (4)")
     add("--learning-rate", type=float, default=3e-3, help="at the peak (3e-3)")
-    add("--output", metavar="FILE", help="the picture (none)")
+    add("--output", default="language_model.png", help="the picture (language_model.png)")
     add("--seed", type=int, default=0, help="of weights and batches (0)")
     options = parsed(parser, arguments)
     if options.width % 4:
@@ -193,9 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
         for name, result in found.items()
     ]
     print(f"\n{table(rows)}")
-    if options.output:
-        draw(found, options.output)
-        print(f"The picture is in {options.output}.")
+    draw(found, options.output)
+    print(f"The picture is in {options.output}.")
     return found
 
 

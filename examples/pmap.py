@@ -7,7 +7,8 @@ An older way than sharded arrays (examples/transformer.py), still in many progra
 learns scikit-learn's digits on 8 devices; where there are not so many, the CPU is taken for 8.
 Gradients are averaged over the devices, and every device updates all weights by itself, with a
 state of its own. Prints the losses beside those of one device that has the whole batch, how far the
-weights are from each other (rounding), and whether all devices hold the same bits.
+weights are from each other (rounding), and whether all devices hold the same bits. Draws the
+losses.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers import digits, parsed, parser_of, table
+from helpers import digits, label_ends, look, parsed, parser_of, picture, table
 
 from adaptive_opt import lamb, skip_spikes
 
@@ -71,10 +72,24 @@ def train(devices: Sequence[jax.Device] | None, steps: int, seed: int):
     return training[0], losses
 
 
+def draw(losses: Sequence[float], of_one: Sequence[float], devices: int, path: str) -> None:
+    """The losses of several devices, as dots on the line of one."""
+    apart, steps = np.abs(np.subtract(losses, of_one)).max(), 1 + np.arange(len(losses))
+    title = f"{devices} devices train as one does:\nlosses differ by {apart:.0e} at most"
+    with picture(path, title, figsize=(6, 3.4)) as axes:
+        axes.plot(steps, of_one, label="one device", **look(0))
+        dots = {"marker": "o", "markersize": 3, "linestyle": "", "color": look(1)["color"]}
+        axes.plot(steps, losses, label=f"{devices} devices", **dots)
+        axes.set(xlabel="step", ylabel="training loss (nats)")
+        axes.grid(alpha=0.25)
+        label_ends(axes)
+
+
 def main(arguments: Sequence[str] | None = None) -> tuple[list[float], list[float]]:
     parser = parser_of(__doc__)
     parser.add_argument("--devices", type=int, default=8, help="how many (8)")
     parser.add_argument("--steps", type=int, default=50, help="(50)")
+    parser.add_argument("--output", default="pmap.png", help="the picture (pmap.png)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
     options = parsed(parser, arguments)
     if BATCH % options.devices:
@@ -103,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[float], list[floa
     worst = max(float(np.abs(a[0] - b).max()) for a, b in pairs)
     print(f"The same bits on all devices: {'yes' if alike else 'no'}.")
     print(f"Largest difference of a weight from one device: {worst:.1e}.")
+    draw(losses, losses_of_one, options.devices, options.output)
+    print(f"The picture is in {options.output}.")
     return losses, losses_of_one
 
 

@@ -141,8 +141,9 @@ def draw(results: Sequence[Result], path: str) -> None:
         left.set(xlabel="step", ylabel="training loss (nats, mean of 15 steps)", yscale="log")
         left.set_title(f"median and range of {seeds} seeds")
         label_ends(left)
-        right.set(xlabel="test error (%)", xlim=(0, None), ylim=(len(results) - 0.5, -0.5))
-        right.set_title("a dot for each seed, a dash for their mean")
+        most = 108 * max(result.errors.max() for result in results)
+        right.set(xlabel="test error (%)", xlim=(0, most), ylim=(len(results) - 0.5, -0.5))
+        right.set_title("a dot for each seed, a dash: their mean")
         right.set_yticks(range(len(results)), [result.name for result in results])
         for axes in (left, right):
             axes.grid(alpha=0.25)

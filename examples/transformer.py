@@ -7,8 +7,8 @@ Character by character, on 8 devices; where there are not so many, the CPU is ta
 second command goes on where the first one stopped, on 4 devices. Layouts: "data" has parameters and
 optimizer state on every device, "zero1" splits the state among them, "fsdp" both. The losses are
 the same in all, and checkpoints of "data" and "fsdp" fit each other; a damaged one is passed over
-for the one before it. Prints the last loss, that on text held out, and the bytes of optimizer state
-on each device; draws the loss with --output.
+for the one before it. Prints a row with the last loss, that on text held out, and the bytes of
+optimizer state on each device; draws the loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from helpers import CHARACTERS, library_text, look, parsed, parser_of, picture, pieces
+from helpers import CHARACTERS, library_text, look, parsed, parser_of, picture, pieces, table
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     add("--steps", type=int, default=300, help="in all, those before a resume included (300)")
     add("--checkpoint", metavar="DIR", help="where to save, and to go on if there is something")
     add("--save-every", type=int, default=50, metavar="N", help="steps between saves (50)")
-    add("--output", metavar="FILE", help="a picture of the loss (none)")
+    add("--output", default="transformer.png", help="the picture (transformer.png)")
     add("--learning-rate", type=float, default=3e-3, help="after 50 steps of warm-up (3e-3)")
     add("--width", type=int, default=128, help="of the model, a multiple of 4 (128)")
     add("--layers", type=int, default=2, help="of the model (2)")
@@ -242,12 +242,19 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         losses, held_out, size = train(options, mesh)
     except CheckpointMismatch as error:
         parser.error(f"--checkpoint {options.checkpoint}: {error}")
+    row = {
+        "layout": options.sharding,
+        "devices": mesh.size,
+        "steps": options.steps,
+        "training loss": f"{losses[-1]:.4f}" if losses else "none",
+        "held-out loss": f"{held_out:.4f}",
+        "bits a character": f"{held_out / math.log(2):.2f}",
+        "bytes of state a device": f"{size:,}",
+    }
+    print(f"\n{table([row])}\n\nLosses are in nats per character.")
     if losses:
-        print(f"The last training loss is {losses[-1]:.4f} nats per character.")
-    print(f"Held out: {held_out:.4f} nats, {held_out / math.log(2):.2f} bits per character.")
-    print(f"Optimizer state on each device: {size:,} bytes.")
-    if options.output and losses:
         draw(losses, options.steps - len(losses) + 1, options.output)
+        print(f"The picture is in {options.output}.")
     return losses
 
 

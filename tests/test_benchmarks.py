@@ -68,6 +68,11 @@ def test_the_title_of_the_chart_is_the_range_of_the_medians():
     assert step.conclusion({"algorithms": found}) == title + "1.50 to 4.00"
     del found["adamod"], found["adam"]["single_pass(ours)"]
     assert step.conclusion({"algorithms": found}).endswith(":\nwithout it 1.50")
+    found["adam"]["torch fused"] = {"seconds": [1.9] * 3}  # a little faster is chance
+    assert step.conclusion({"algorithms": found}).endswith(":\nwithout it 1.50")
+    found["adam"]["torch fused"] = {"seconds": [0.5] * 3}  # what is so fast shows another floor
+    title = "A step over a kernel's start for each leaf:\nwithout it 1.50, "
+    assert step.conclusion({"algorithms": found}) == title + "PyTorch's fused kernels 0.25"
 
 
 def test_ratios_are_paired_by_round():

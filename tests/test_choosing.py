@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import adaptive_opt
@@ -33,6 +34,31 @@ def test_the_bytes_of_state_are_those_of_real_buffers(name):
     params = {"dense": {"kernel": jnp.zeros((128, 128))}}
     buffers = [x for x in jax.tree.leaves(optimizer.init(params)) if jnp.shape(x) == (128, 128)]
     assert sum(x.nbytes for x in buffers) / 128**2 == float(COSTS[name][0])
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_the_temporaries_are_as_many_as_the_page_says(name):
+    """By XLA's plan, in sizes of the parameters: a step in place of four matrices."""
+    (said,) = re.findall(r"needs temporaries too\.(.*?)With\n", PAGE, re.DOTALL)
+    twice, more = (re.findall(r"`(\w+)`", part) for part in said.split(" twice;"))
+    twice += ["schedule_free_adamw", "schedule_free_radam", "schedule_free_plus"]
+    low, high = (2.1, 8) if name in more else (1.9, 2.1) if name in twice else (0, 1.1)
+    params = [jax.ShapeDtypeStruct((512, 512), jnp.float32)] * 4
+    optimizer = recipes.RECIPES[name](1e-3)
+
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params, value=1.0)
+        return optax.apply_updates(params, updates), state
+
+    plan = adaptive_opt.memory_plan(
+        jax.jit(step, donate_argnums=(0, 1)),
+        params,
+        jax.eval_shape(optimizer.init, params),
+        params,
+    )
+    assert low <= plan.temporaries / plan.params <= high
 
 
 def test_the_table_is_of_recipes_that_the_command_measures():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codeop
 import doctest
 import inspect
 import pathlib
@@ -60,11 +61,24 @@ WITH_TORCH = "docs/move_a_pytorch_run.md"  # which tests/test_from_torch.py runs
     "document", ["README.md", "CONTRIBUTING.md", *sorted({*PAGES} - {WITH_TORCH})]
 )
 def test_python_blocks_run_in_order(document):
-
     code = blocks(document, "python")
     namespace: dict = {}
     for block in code:
         exec(compile(block, document, "exec"), namespace)
+    for said in re.findall(r"print\(value\)  # 1.0 at first, (\S+) now", "".join(code)):
+        assert float(f"{namespace['value']:.0e}") == float(said)
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted({*PAGES} - {WITH_TORCH})])
+def test_blocks_can_be_pasted_into_a_session(document):
+    """Python's own ends a function or a loop at an empty line, and goes on only after one."""
+    for block in blocks(document, "python"):
+        given: list[str] = []
+        for line in [*block.splitlines(), ""]:
+            given.append(line)
+            if codeop.compile_command("\n".join(given)) is not None:
+                given = []
+        assert not given
 
 
 def test_the_listings_in_contributing_are_those_of_the_package():

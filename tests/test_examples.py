@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pathlib
 import re
 import signal
@@ -99,6 +100,13 @@ def test_fine_tuning_that_is_killed_goes_on_bit_for_bit(example, tmp_path, capsy
     assert plt.imread(killed / "finetune.png").std() > 0.05
 
 
+def test_the_fine_tuning_is_as_short_as_it_says(example):
+    module = example("finetune")
+    lines = [len(inspect.getsource(f).splitlines()) for f in (module.tuner, module.tune)]
+    assert f"``tuner`` and ``tune``,\n{sum(lines)} lines" in module.__doc__
+    assert sum(lines) <= 60
+
+
 def test_the_frozen_layer_of_the_fine_tuning_stays_and_matrices_alone_decay(example):
     module = example("finetune")
     model = module.CNN(nnx.Rngs(0))
@@ -121,11 +129,12 @@ def test_the_frozen_layer_of_the_fine_tuning_stays_and_matrices_alone_decay(exam
 # --- moving in, pmap, config ----------------------------------------------------------------------
 
 
-def test_the_moved_run_is_that_of_pytorch(example, capsys):
-    worst = example("from_pytorch").main([])
+def test_the_moved_run_is_that_of_pytorch(example, tmp_path, capsys):
+    worst = example("from_pytorch").main(["--output", str(tmp_path / "moved.png")])
     assert len(worst) == 6
     assert max(worst) < 1e-12
     assert "learning_rate x 10, weight_decay 0.0" in capsys.readouterr().out
+    assert plt.imread(tmp_path / "moved.png").std() > 0.02
 
 
 def test_the_run_that_is_moved_is_the_one_that_was_recorded(example):
@@ -141,8 +150,9 @@ def test_the_run_that_is_moved_is_the_one_that_was_recorded(example):
     assert module.COMPARED == SEEN
 
 
-def test_pmap_trains_as_one_device_does(example, capsys):
-    several, one = example("pmap").main(["--steps", "12"])
+def test_pmap_trains_as_one_device_does(example, tmp_path, capsys):
+    several, one = example("pmap").main(["--steps", "12", "--output", str(tmp_path / "pmap.png")])
+    assert plt.imread(tmp_path / "pmap.png").std() > 0.02
     np.testing.assert_allclose(several, one, rtol=1e-5)
     assert one[-1] < one[0]
     said = capsys.readouterr().out
@@ -152,9 +162,10 @@ def test_pmap_trains_as_one_device_does(example, capsys):
     assert "a batch of 64 cannot be split over --devices 7" in capsys.readouterr().err
 
 
-def test_words_of_other_frameworks_make_the_optimizers_that_they_mean(example, capsys):
+def test_words_of_other_frameworks_make_the_optimizers_that_they_mean(example, tmp_path, capsys):
     module = example("by_config")
-    made = module.main(["--steps", "40"])
+    made = module.main(["--steps", "40", "--output", str(tmp_path / "rates.png")])
+    assert plt.imread(tmp_path / "rates.png").std() > 0.02
     assert capsys.readouterr().out.count("makes the same optimizer again") == 2
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-5, 4, 40, 3e-6)
     meant = optax.chain(
@@ -205,9 +216,9 @@ def test_a_language_model_is_trained_in_three_ways(example, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_bfloat16_parameters_fall_behind_and_with_master_weights_they_do_not(example):
+def test_bfloat16_parameters_fall_behind_and_with_master_weights_they_do_not(example, tmp_path):
     module = example("language_model")
-    found = module.main([])
+    found = module.main(["--output", str(tmp_path / "lm.png")])
     base, plain, master = (result.held_out for result in found.values())
     assert plain - base > 0.01
     assert abs(master - base) < 0.005
@@ -245,6 +256,13 @@ def test_every_example_says_how_it_is_run_and_what_it_prints_or_draws(path):
     doc = ast.get_docstring(ast.parse(path.read_text()))
     assert f"python examples/{path.name}" in doc
     assert re.search(r"\b(Prints|Draws|draws|Draw)\b", doc)
+
+
+def test_the_page_of_the_examples_has_them_all():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    commands = dict(re.findall(r"^\| \[`python (\S+)[^`]*`\]\(\.\./(\S+)\)", page, re.M))
+    assert all(shown == linked for shown, linked in commands.items())
+    assert sorted(commands) == sorted(f"examples/{path.name}" for path in EXAMPLES)
 
 
 # --- CIFAR-10 -------------------------------------------------------------------------------------

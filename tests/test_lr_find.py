@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import equinox as eqx
@@ -165,6 +166,18 @@ def test_the_picture_shows_losses_and_suggestions():
     assert [m.get_xdata()[0] for m in marks] == [found.steepest, found.minimum_over_ten]
     assert (axes.get_xscale(), axes.get_ylabel()) == ("log", "loss (nats)")
     assert axes.get_title().startswith("the loss diverges at")
+    plt.close("all")
+
+
+def test_the_height_of_the_picture_is_that_of_the_way_down():
+    found = lr_find(quadratic, jnp.zeros(3), BATCHES, sgd, smoothing=0.5, **SETTINGS)
+    lowest = np.nanargmin(found.smoothed)
+    assert lowest < len(found.smoothed) - 1
+    exploded = np.where(np.arange(len(found.smoothed)) > lowest, 1e9, found.smoothed)
+    low, high = dataclasses.replace(found, smoothed=exploded).draw("loss").axes[0].get_ylim()
+    least, most = found.smoothed[lowest], found.smoothed[:lowest].max()
+    assert low < least < most < high
+    assert most - least > (high - low) / 2
     plt.close("all")
 
 

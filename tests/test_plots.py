@@ -136,6 +136,18 @@ def test_the_sensitivity_curve_marks_rates_at_which_seeds_diverged():
     assert axes.get_xscale() == "log"
 
 
+def test_ticks_are_plain_numbers_where_an_axis_has_few_decades():
+    results = np.array([[6.0], [1.2], [1.5]])
+    figure = sensitivity_curve({"Adam": ([1e-3, 3e-3, 1e-2], results)}, label="loss")
+    figure.canvas.draw()
+    for axis, expected in ((figure.axes[0].xaxis, ["0.001", "0.002", "0.005", "0.01"]),
+                           (figure.axes[0].yaxis, ["2", "5"])):  # fmt: skip
+        low, high = axis.get_view_interval()
+        ticks = [t for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+        assert [tick.label1.get_text() for tick in ticks] == expected
+        assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
+
+
 def test_pictures_are_light_and_leave_the_settings_of_the_user_alone(two):
     with plt.style.context("dark_background"):
         before = dict(plt.rcParams)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import re
 
@@ -28,6 +29,7 @@ def test_every_rule_has_a_page_that_says_it_all(name):
     for begin in rules.ADVICE:
         assert f"\n\n{begin} " in page, f"the docstring has no paragraph that begins {begin!r}"
     assert "```bibtex\n@" in page, "no entry of docs/references.bib is cited in the docstring"
+    assert "see the module" not in page, "what that argument means stands nowhere on the page"
     namespace: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, f"the page of {name}", "exec"), namespace)
@@ -56,6 +58,44 @@ def test_every_entry_of_the_bibliography_is_cited_by_a_rule():
     assert len(keys) == len(set(keys)) == len(cited)
 
 
+def parsed(entry: str) -> dict[str, str]:
+    """The fields of a BibTeX entry, its braces counted, with nothing of the site."""
+    head = re.match(r"@(article|inproceedings|misc)\{\w+,\n", entry)
+    assert head, entry
+    fields, at = {}, head.end()
+    while entry[at:] != "}":
+        begin = re.compile(r"  (\w+) = \{").match(entry, at)
+        assert begin, entry[at:]
+        depth, end = 1, begin.end()
+        while depth:
+            depth += {"{": 1, "}": -1}.get(entry[end], 0)
+            end += 1
+        assert begin[1] not in fields
+        fields[begin[1]] = entry[begin.end() : end - 1]
+        assert entry[end : end + 2] == ",\n", entry[end:]
+        at = end + 2
+    return fields
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_bibtex_of_a_rule_parses_and_is_of_the_papers_that_its_docstring_names(name):
+    """By number, first author and year. Papers that advice is from are named there, not cited."""
+    entries = [parsed(entry) for entry in rules.cited(name)]
+    assert entries
+    for fields in entries:
+        assert {"title", "author", "year"} < set(fields)
+        assert all(re.fullmatch("[^,]+, [^,]+", one) for one in fields["author"].split(" and "))
+        assert ("eprint" in fields) == ("archivePrefix" in fields)
+    parts = inspect.getdoc(adaptive_opt.RECIPES[name]).split("\n\n")
+    said = " ".join(" ".join(p.split()) for p in parts if not p.startswith(rules.ADVICE))
+    by_number = {f["eprint"]: f for f in entries if f.get("archivePrefix") == "arXiv"}
+    assert set(re.findall(r"arXiv:(\d+\.\d+)", said)) == set(by_number)
+    for number, fields in by_number.items():
+        names = r"([A-Z]\w+)(?: et al\.|(?:, [A-Z]\w+)*(?: & [A-Z]\w+)?)"
+        (first, year), *_ = re.findall(rf"{names} (\d{{4}}),? \(?arXiv:{number}", said)
+        assert (first, year) == (fields["author"].partition(",")[0], fields["year"])
+
+
 def test_what_was_recorded_is_on_the_page_of_its_rule_in_its_convention():
     rows = rules.public_code("amsgrad")
     assert {convention for convention, *_ in rows} == {"torch", "optax", "keras", "paper"}
@@ -72,6 +112,13 @@ def test_every_public_name_has_a_page_and_a_section_of_the_index():
         if name != "index":
             assert re.search(r"\.\. auto(?:function|class|data):: adaptive_opt\.", page)
             assert f"<{name}>" in pages["index"]
+
+
+def test_no_page_sends_its_reader_to_a_module_that_has_none():
+    for name in adaptive_opt.__all__:
+        text = inspect.getdoc(getattr(adaptive_opt, name)) or ""
+        assert "see the module" not in api.spelled_out(text).lower(), name
+    assert "  b1: the decay of an average" in api.spelled_out(inspect.getdoc(adaptive_opt.adamw))
 
 
 def test_a_submodule_that_the_documents_import_from_has_pages_too():

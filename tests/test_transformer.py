@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -39,9 +41,15 @@ def test_a_run_goes_on_with_fewer_devices(before, after, main, uninterrupted, tm
     a thousandth of what a single step changes."""
     one_step = np.abs(np.diff(uninterrupted)).min()
     assert one_step > 1e-3
-    saved = ["--checkpoint", str(tmp_path / "runs")]
+    saved = ["--checkpoint", str(tmp_path / "runs"), "--output", str(tmp_path / "loss.png")]
     losses = main([*SMALL, str(MIDDLE), *saved, "--sharding", before])
-    assert "Going on" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Going on" not in said
+    heads, row = (re.split("  +", line) for line in said.splitlines() if "  " in line)
+    table = dict(zip(heads, row, strict=True))
+    assert [table[key] for key in ("layout", "devices", "steps", "training loss")] == [
+        *(before, "8", str(MIDDLE), f"{losses[-1]:.4f}")
+    ]
     losses += main([*SMALL, str(STEPS), *saved, "--sharding", after, "--devices", "4"])
     assert f"Going on after step {MIDDLE}" in capsys.readouterr().out
     np.testing.assert_allclose(losses, uninterrupted, rtol=0, atol=1e-3 * one_step)

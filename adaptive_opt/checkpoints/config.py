@@ -1,19 +1,6 @@
 """Optimizers as plain data: ``make`` builds one from a name or a dict, ``config`` writes it down.
 
-What an optimizer is made of stands in a dict, one key of which says what it is:
-
-* ``{"name": "adamw", "learning_rate": 1e-3}``: a recipe of ``RECIPES``, a stage of ``STAGES``, or
-  another function of this library, with its arguments by their names. What a wrapper wraps is its
-  ``inner``, what is in a bracket its ``stages``: ``{"name": "lookahead", "inner": {...}}``.
-* ``{"optax": "clip_by_global_norm", "max_norm": 1.0}``: a function of optax.
-* ``{"chain": [..., ...]}``: ``optax.chain``.
-* ``{"schedule": "cosine_decay_schedule", "init_value": 1e-3, "decay_steps": 100}``: a schedule,
-  anywhere a number stands.
-* ``{"function": "mine"}``: anything that cannot be data, from the ``functions=`` that are given.
-
-dtypes are their names, ``mask`` is a tree of bools or "decay_mask", and an argument that is called
-like the key that says what it is has an underscore: ``{"name": "first_moment", "name_": "slow"}``.
-A dict that only looks like one of the above is written ``{"dict": {...}}``.
+The docstring of ``make`` says what stands in it.
 """
 
 from __future__ import annotations
@@ -59,9 +46,26 @@ def make(
 ) -> Optimizer:
     """An optimizer from its name, or from data: what ``config`` has written, or JSON by hand.
 
+    What an optimizer is made of stands in a dict, one key of which says what it is:
+
+    * ``{"name": "adamw", "learning_rate": 1e-3}``: a recipe of ``RECIPES``, a stage, or another
+      function of this library, with its arguments by their names. What a wrapper wraps is its
+      ``inner``, what is in a bracket its ``stages``: ``{"name": "lookahead", "inner": {...}}``.
+    * ``{"optax": "clip_by_global_norm", "max_norm": 1.0}``: a function of optax.
+    * ``{"chain": [..., ...]}``: ``optax.chain``.
+    * ``{"schedule": "cosine_decay_schedule", "init_value": 1e-3, "decay_steps": 100}``: a
+      schedule, anywhere a number stands.
+    * ``{"function": "mine"}``: anything that cannot be data, from the ``functions=`` that are
+      given.
+
+    dtypes are their names, ``mask`` is a tree of bools or "decay_mask", and an argument that is
+    called like the key that says what it is has an underscore: ``{"name": "first_moment",
+    "name_": "slow"}``. A dict that only looks like one of the above is written
+    ``{"dict": {...}}``.
+
     Args:
-      config: the name of a recipe, this library's or your own; or a dict, see the module
-        ``adaptive_opt.config``; or a header of a checkpoint, whose optimizer is built again.
+      config: the name of a recipe, this library's or your own; or a dict as above; or a
+        header of a checkpoint, whose optimizer is built again.
       functions: what cannot be data (a schedule or mask of your own, a mesh, an optimizer that
         somebody else has made), by the names that ``{"function": name}`` calls it by.
       **settings: arguments of what is made, in place of those in ``config``; as data, or as they

@@ -1,17 +1,20 @@
 """Adam and its kin: one function an algorithm, its body the algorithm's listing.
 
-Every recipe is an ``optax.chain``. ``learning_rate`` is a number, a traced scalar or a schedule (a
-function of the 0-based step number); ``b1``, ``b2``, ``b3`` are decays in [0, 1); ``eps`` is at
-least 0, in the units of a gradient. ``weight_decay`` is at least 0 (None: none), a number or a
-schedule; ``mask`` says which parameters decay, and ``decay`` what the decay is multiplied by, in
-the four words of ``stages.weight_decay``. Up to ``eps`` the order of the arguments is the same
-everywhere; what may follow by position is where optax has it, the rest goes by keyword.
+Every recipe is an ``optax.chain``. Up to ``eps`` the order of the arguments is the same everywhere;
+what may follow by position is where optax has it, the rest goes by keyword. Bad values raise a
+ValueError that gives the value and the range.
 
-``state_dtype`` is the dtype of the buffers; by default the parameter's, float32 for 16-bit
-parameters. ``observers`` are ``telemetry(...)`` or ``observer(...)``, one or several; they look at
-the steps and change none. Where public implementations differ under one name, ``convention``
-chooses among them, and the difference is the order of the stages. Bad values raise a ValueError
-that gives the value and the range.
+Args:
+  learning_rate: a number, a traced scalar or a schedule (a function of the 0-based step number).
+  b1, b2, b3: the decay of an average, in [0, 1), a number or a schedule.
+  eps: at least 0, in the units of a gradient.
+  weight_decay: at least 0 (None: none), a number or a schedule.
+  mask: which parameters decay: a tree of bools, or a function that makes one.
+  decay: what the decay is multiplied by, in the words of ``stages.weight_decay``.
+  convention: which of the public implementations of this name is meant; they differ in the order of
+    the stages.
+  observers: ``telemetry`` or ``observer``, one or several; they look at the steps and change none.
+  state_dtype: the dtype of the buffers; by default the parameter's, float32 for 16-bit parameters.
 """
 
 from __future__ import annotations
@@ -81,8 +84,8 @@ def adam(
     Do without it where weights are to decay by themselves: ``adamw``.
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
-        ``scale_by_adam``.
+      learning_rate, b1, b2, eps, state_dtype: see the module.
+      eps_root, mu_dtype: see ``scale_by_adam``.
       nesterov: look one step ahead, as in ``optax.nadam``; not with "keras".
       weight_decay, mask: see the module; default: none.
       decay: "l2", as in ``torch.optim.Adam``; or "decoupled", its ``decoupled_weight_decay=True``
@@ -173,8 +176,8 @@ def adamw(
     keep less.
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: see the module and
-        ``scale_by_adam``.
+      learning_rate, b1, b2, eps, state_dtype: see the module.
+      eps_root, mu_dtype: see ``scale_by_adam``.
       weight_decay, mask: see the module.
       nesterov: look one step ahead, as in ``optax.nadamw``; not with "keras".
       l1: an l1 decay besides, multiplied by whatever ``weight_decay`` is; see

@@ -262,8 +262,9 @@ def adagrad(
     Do without it in long trainings of networks: its rates only fall.
 
     Args:
-      learning_rate, weight_decay, mask, state_dtype: see the module. Where PyTorch has
-        ``lr_decay=d``, give the schedule ``lr / (1 + d t)``.
+      learning_rate: see the module. Where PyTorch has ``lr_decay=d``, give the schedule
+        ``lr / (1 + d t)``.
+      weight_decay, mask, state_dtype: see the module.
       initial_accumulator_value: where the sum starts, at least 0: 0 in PyTorch, 0.1 in optax and
         Keras.
       eps: at least 0: 1e-10 in PyTorch, 1e-7 in optax and Keras.
@@ -310,7 +311,8 @@ def adadelta(
     as Adam.
 
     Args:
-      learning_rate, weight_decay, mask, state_dtype: see the module; a rate of 1 is the paper's.
+      learning_rate: see the module; 1 is the paper's.
+      weight_decay, mask, state_dtype: see the module.
       rho: decay of both averages, in [0, 1).
       eps: at least 0; the first steps are of size ``lr sqrt(eps)``.
       decay: "l2", as in PyTorch, or "decoupled", as in Keras.

@@ -96,7 +96,8 @@ def adafactor(
         nothing. Default: 1; "big_vision" ``math.inf``.
       multiply_by_parameter_scale: see ``scale_by_parameter``. Default: yes; "big_vision" no.
       eps_scale: the least scale, in the units of a weight.
-      min_dim_size_to_factor, axes: see ``factored_moment``. Default: 128, "big_vision" 32.
+      min_dim_size_to_factor: see ``factored_moment``. Default: 128, "big_vision" 32.
+      axes: see ``factored_moment``.
       weight_decay: at least 0.
       decay: "decoupled": times the learning rate and its schedule, as in transformers without
         ``scale_parameter``; "constant": times neither, as in optax.

@@ -156,7 +156,7 @@ def lamb(
 ) -> Parts:
     """AdamW whose step has the length of the tensor: ``x - lr |x| u / |u|``.
 
-    ``u = m / (sqrt(v) + eps) + wd x``. You et al. 2019, arXiv:1904.00962, Algorithm 2; see
+    ``u = m / (sqrt(v) + eps) + wd x``. You et al. 2020, arXiv:1904.00962, Algorithm 2; see
     ``trust_ratio``. Equals the authors' TensorFlow code (google-research/albert), ``optax.lamb``
     and ``pytorch_lamb`` (cybertronai/pytorch-lamb).
 
@@ -322,7 +322,7 @@ def adamp(
     """AdamW that does not lengthen weights whose length does not matter: ``u - x <x, u> / |x|^2``.
 
     Where gradient and weights are nearly at right angles, as in front of a normalisation, the part
-    of the update along the weights is dropped, see ``radial_projection``. Heo et al. 2020,
+    of the update along the weights is dropped, see ``radial_projection``. Heo et al. 2021,
     arXiv:2006.08217, Algorithm 2. Equals the authors' package (clovaai/AdamP) at
     ``channels="first"``, PyTorch's; its ``nesterov`` is not copied.
 

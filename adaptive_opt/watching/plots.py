@@ -128,11 +128,11 @@ def rate_spectrogram(recorders: Mapping[str, Recorder], *, group: str = "all") -
       recorders: by the title of their panel.
       group: of the parameters.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import adam, telemetry
     >>> from adaptive_opt.watching.plots import Recorder, rate_spectrogram
     >>> optimizer, x, recorder = adam(1e-2, observers=telemetry()), jnp.ones(2), Recorder()
-    >>> _, state = optimizer.update(x, optimizer.init(x), x)
+    >>> _, state = jax.jit(optimizer.update)(x, optimizer.init(x), x)
     >>> recorder.record(state)
     >>> figure = rate_spectrogram({"Adam": recorder})
     >>> figure.axes[0].get_title()
@@ -182,11 +182,11 @@ def limited_fractions(
 
     ValueError if no recorder has one.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import amsgrad, telemetry
     >>> from adaptive_opt.watching.plots import Recorder, limited_fractions
     >>> optimizer, x, recorder = amsgrad(1e-2, observers=telemetry()), jnp.ones(2), Recorder()
-    >>> _, state = optimizer.update(x, optimizer.init(x), x)
+    >>> _, state = jax.jit(optimizer.update)(x, optimizer.init(x), x)
     >>> recorder.record(state)
     >>> limited_fractions({"AMSGrad": recorder}).axes[0].get_ylabel()
     'weights acted on (%)'
@@ -262,6 +262,7 @@ def loss_curves(
             dashes = DASHES[index % len(DASHES)]
             axes.plot(x, np.nanmedian(runs, axis=0), linestyle=dashes, label=named, **style)
         axes.set(xlabel="step", ylabel=label, yscale="log" if log else "linear")
+        _plain_ticks(axes.yaxis)
         axes.legend(frameon=False)
         return figure
 
@@ -304,6 +305,7 @@ def sensitivity_curve(curves: Mapping[str, tuple[Any, Any]], *, label: str) -> A
             transform = axes.get_xaxis_transform()  # rates across, height as a part of the axes
             axes.plot(lost, heights, "x", transform=transform, clip_on=False, **style)
         axes.set(xlabel="learning rate", ylabel=label, xscale="log", yscale="log")
+        _plain_ticks(axes.xaxis, axes.yaxis)
         crossed = any(not np.isfinite(results).all() for _, results in curves.values())
         title = "x: some seeds diverged" if crossed else None
         axes.legend(frameon=False, title=title, title_fontsize="small")
@@ -313,7 +315,8 @@ def sensitivity_curve(curves: Mapping[str, tuple[Any, Any]], *, label: str) -> A
 def range_test(found: RangeTest, *, label: str = "training loss") -> Any:
     """The loss against the growing learning rate, with what the range test suggests.
 
-    The thin line is the loss, the thick one its average; both end where the loss diverges.
+    The thin line is the loss, the thick one its average. The height is that of the way down to its
+    lowest point; where the loss diverges, the lines leave the picture.
 
     Args:
       found: what ``lr_find`` returned.
@@ -335,13 +338,16 @@ def range_test(found: RangeTest, *, label: str = "training loss") -> Any:
         for index, (name, rate) in enumerate(marks):
             colour = COLOURS[index + 1]
             axes.axvline(rate, color=colour, linestyle=DASHES[index + 1], linewidth=1.0)
+            left = rate == min(other for _, other in marks)  # the names stand outside of both
             axes.annotate(
-                f"{name}: {rate:.2g}", (rate, 0.02 + 0.08 * index), color=colour, ha="right",
-                xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points",
+                f"{name}: {rate:.2g}", (rate, 0.02 + 0.08 * index), color=colour,
+                ha="right" if left else "left", xycoords=("data", "axes fraction"),
+                xytext=(-4 if left else 4, 0), textcoords="offset points",
             )  # fmt: skip
         shown = found.smoothed[np.isfinite(found.smoothed)]
-        if len(shown) and (spread := np.ptp(shown)) > 0:
-            axes.set_ylim(shown.min() - 0.1 * spread, shown.max() + 0.1 * spread)
+        down = shown[: 1 + np.argmin(shown)] if len(shown) else shown
+        if len(down) and (fall := np.ptp(down)) > 0:
+            axes.set_ylim(down.min() - 0.3 * fall, down.max() + 0.3 * fall)
         end = "diverges" if found.diverged else "does not diverge"
         axes.set(xscale="log", xlabel="learning rate", ylabel=label)
         axes.set_title(
@@ -367,6 +373,17 @@ def _style() -> Iterator[Any]:
     }
     with plt.style.context(["default", settings]):
         yield plt
+
+
+def _plain_ticks(*axes: Any) -> None:
+    """On a logarithmic axis of few decades ticks are 1, 2, 5, where matplotlib has 2 x 10^0."""
+    ticker = needed("matplotlib.ticker", "plots", "the pictures")
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        if axis.get_scale() == "log" and high < 30 * low:
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _lines(panels: Sequence[tuple[str, Mapping[str, Curve]]], log: bool = False) -> Any:

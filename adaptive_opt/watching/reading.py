@@ -61,10 +61,10 @@ def read_telemetry(state: Any, *, histograms: bool = False) -> dict[str, float]:
     ValueError if there is no observer in the state, or if the state is one of several optimizers
     (``vmap``). Without a look so far, only the counts of skipped steps.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import read_telemetry, sgd, telemetry
     >>> optimizer, x = sgd(0.5, observers=telemetry()), jnp.ones(2)
-    >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
+    >>> _, state = jax.jit(optimizer.update)(jnp.array([0.5, 2.0]), optimizer.init(x), x)
     >>> sorted(read_telemetry(state))[:3]
     ['gradient_norm/all', 'learning_rate', 'param_norm/all']
     >>> read_telemetry(state, histograms=True)["histogram/all/-0.375"]
@@ -83,10 +83,10 @@ def rate_histograms(state: Any) -> dict[str, np.ndarray]:
     Args:
       state: as for ``read_telemetry``.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import rate_histograms, sgd, telemetry
     >>> optimizer, x = sgd(0.5, observers=telemetry()), jnp.ones(2)
-    >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
+    >>> _, state = jax.jit(optimizer.update)(jnp.array([0.5, 2.0]), optimizer.init(x), x)
     >>> histogram = rate_histograms(state)["all"]
     >>> len(histogram), float(histogram.sum())
     (146, 1.0)

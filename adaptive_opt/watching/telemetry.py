@@ -87,10 +87,10 @@ def telemetry(
 
     ValueError for a group called "other", "all" or with a slash, or a bad pattern.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from adaptive_opt import adam, read_telemetry, telemetry
     >>> optimizer, x = adam(1e-2, observers=telemetry(every=10)), jnp.ones(2)
-    >>> _, state = optimizer.update(jnp.array([0.5, 2.0]), optimizer.init(x), x)
+    >>> _, state = jax.jit(optimizer.update)(jnp.array([0.5, 2.0]), optimizer.init(x), x)
     >>> seen = read_telemetry(state)
     >>> round(seen["rate/all/q50"], 4), round(seen["rate/all/q99"], 4)
     (0.005, 0.02)

@@ -56,7 +56,7 @@ def _section(method: str, row: dict[str, Any]) -> list[str]:
         "",
         f"`{reference.source}`: {reference.whose}. {_listed(reference.cases)}.",
         "",
-        "| library | | what differs | here |",
+        "| library | by how much | what differs | here |",
         "|---|---|---|---|",
     ]
     for library in [OURS, *NAMES]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import adaptive_opt
 from adaptive_opt import RECIPES
+from docs.pages.docstrings import SEE, in_full
 
 SUBMODULES = ("testing", "watching.plots")
 """Public modules beside the package itself."""
@@ -68,7 +69,8 @@ def described(module: str, name: str) -> str:
 
 def page(module: str, name: str) -> str:
     rule = f"\n:doc:`The rule, line by line <../rules/{name}>`.\n" * (name in RECIPES)
-    return f"{name}\n{'=' * len(name)}\n{rule}\n{described(module, name)}"
+    title = f"{name} (API)"  # in a list of what a search found, the page of the rule is ``name``
+    return f"{title}\n{'=' * len(title)}\n{rule}\n{described(module, name)}"
 
 
 def summary(text: str) -> str:
@@ -136,12 +138,18 @@ def linked_text(text: str) -> str:
     )
 
 
+def spelled_out(text: str) -> str:
+    """Every argument of which it says only where to look in a line of its own, in full."""
+
+    def each(entry: re.Match[str]) -> str:
+        return "\n".join(f"  {name}: {in_full(name, entry[2])}" for name in entry[1].split(", "))
+
+    return re.sub(rf"^  ([\w, ]+): ({SEE}.*)", each, text, flags=re.MULTILINE)
+
+
 def linked(app, what, name, value, options, lines: list[str]) -> None:
     """Before napoleon reads a docstring: names become links, and ``State:`` a plain paragraph."""
-    text = linked_text("\n".join(lines))
-    text = re.sub(
-        "(?i)(see) the module", r"\1 :doc:`the arguments of all rules </docs/rules/index>`", text
-    )
+    text = linked_text(spelled_out("\n".join(lines)))
     text = re.sub(
         r"^State: .*(?:\n  .*)*", lambda m: re.sub(r"\n +", "\n", m[0]), text, flags=re.MULTILINE
     )

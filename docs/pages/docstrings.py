@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Callable
+
+import adaptive_opt
+
+MODULE = inspect.getdoc(sys.modules[adaptive_opt.adam.__module__]) or ""
+"""Which says what the arguments of all rules mean, where a docstring says only where to look."""
+SEE = "[Ss]ee (?:the module|``adam``)"
 
 WHEN, WHEN_NOT = "Use it", "Do without it"
 """How the paragraphs of a recipe's docstring begin that say when to use it, and when not."""
@@ -29,6 +37,12 @@ def arguments(text: str) -> dict[str, str]:
         if colon:
             found |= dict.fromkeys(names.split(", "), one_line(meaning))
     return found
+
+
+def in_full(name: str, meaning: str) -> str:
+    """What an argument means, with what the module says of it."""
+    common = arguments(MODULE).get(name)
+    return re.sub(SEE, common.removesuffix("."), meaning) if common else meaning
 
 
 def formula(text: str) -> str:

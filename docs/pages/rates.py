@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import pathlib
 
 import jax
@@ -70,6 +71,23 @@ def keys(name: str) -> list[str]:
     return list(recorded(name).rows[-1])
 
 
+def span(name: str) -> str:
+    """The rates at the last look: one for all weights, or how wide their span and their median."""
+    row = recorded(name).rows[-1]
+    low, middle, high = (
+        next(value for key, value in row.items() if key.endswith(f"rate/all/{q}"))
+        for q in ("q01", "q50", "q99")
+    )
+    if high < 1.02 * low:
+        return f"{name} has one rate for all weights, {middle:.2g}"
+    return f"the rates of {name} span {math.log10(high / low):.1f} decades around {middle:.2g}"
+
+
+def conclusion(*names: str) -> str:
+    """The title of the picture: what is to be seen in it at its end."""
+    return "At the end " + ",\n".join(map(span, names))
+
+
 def draw(name: str, path: pathlib.Path) -> None:
     """Draw the picture, unless it is there already."""
     recorder = recorded(name)
@@ -78,5 +96,8 @@ def draw(name: str, path: pathlib.Path) -> None:
     group = next(iter(recorder.histograms[-1]))  # that of its matrices, where a rule has one
     beside = {"adam": recorded("adam")} if group == "all" else {}
     figure = rate_spectrogram(beside | {name: recorder}, group=group)
+    figure.set_figheight(4)  # room for the title
+    title = conclusion(*dict.fromkeys((name, *beside)))
+    figure.suptitle(title, x=0.01, ha="left", size="medium", weight="bold")
     figure.savefig(path, dpi=110)
     plt.close(figure)

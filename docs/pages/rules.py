@@ -33,6 +33,8 @@ FRAME = ("adaptive", "chain", "partition", "scale_by_adam")
 
 def link(name: str) -> str | None:
     """Where a public name has its page, seen from the page of a rule."""
+    if name == "stages.weight_decay":
+        return "../weight_decay.md"
     if name in ours():
         return f"{name}.md"
     return f"../api/{name}.rst" if name in adaptive_opt.__all__ else None
@@ -134,9 +136,8 @@ def rows_of(page: str) -> Iterator[list[str]]:
 
 
 def evidence(name: str) -> list[str]:
-    """A list: CHOOSING and the gallery in the rows that name it, and advice with a source."""
-    said = docstrings.paragraphs(inspect.getdoc(ours()[name]) or "")
-    found = [f"* {markdown(p)}" for p in said if p.startswith(ADVICE) and "arXiv:" in p]
+    """A list: CHOOSING and the gallery in the rows that name it."""
+    found = []
     for case, take, *why in rows_of("examples/CHOOSING.md"):
         if f"`{name}`" in take and len(why) < 3:
             because = ". ".join(each.rstrip(".") for each in why if each)
@@ -192,8 +193,8 @@ def cited(name: str) -> list[str]:
 LEGEND = "[+]{.new} is not in Adam, [&minus;]{.gone} is in Adam and not here; see [adam](adam.md)."
 EQUAL = """Public code that was recorded in float64. The rule equals it to 1e-12, step by step
 (`tests/test_exactness.py`). A run is one setting of the arguments."""
-MEANING = "[the arguments of all rules](index.md#what-the-arguments-mean)"
 CURVES = ("loss", "gradient_norm/all", "update_ratio/all", "rate/all/q50", "rate/all/q99")
+ABOVE = """Nothing is measured for it here. The sources of the advice are named above."""
 NOTHING = """Nothing is measured for it here, and no comparison at equal tuning is cited: what is
 said of it is its authors' claim."""
 
@@ -205,8 +206,7 @@ def defaults(name: str) -> str:
     for argument, p in inspect.signature(recipe).parameters.items():
         default = "" if p.default is p.empty else f"`{shown(p.default)}`"
         choices = ", ".join(f"`{shown(c)}`" for c in recipe.choices.get(argument, ()))
-        meaning = said.get(argument, "see the module")
-        meaning = re.sub("(?i)(see) the module", rf"\1 {MEANING}", meaning)
+        meaning = docstrings.in_full(argument, said.get(argument, "see the module."))
         rows.append([f"`{argument}`", default, choices, markdown(meaning)])
     return docstrings.table(["argument", "default", "one of", "meaning"], rows)
 
@@ -242,7 +242,8 @@ def page(name: str, keys: Sequence[str] = CURVES, picture: bool = False) -> str:
     parts += [LEGEND]
     adams = list(listings("adam").values())
     for which, lines in listings(name).items():
-        parts += [f"### As in {', '.join(which)}"] if which else []
+        words = " or ".join(f'`convention="{word}"`' for word in which)
+        parts += [f"### With {words}"] if which else []
         parts += [listing(lines, adams[:1] if name == "adam" else adams)]
 
     parts += ["## What it equals", EQUAL]
@@ -253,7 +254,9 @@ def page(name: str, keys: Sequence[str] = CURVES, picture: bool = False) -> str:
     parts += ["## Memory and time", " ".join(costs(name))]
     if picture:
         parts += ["## Its rates", f"![The rates of the weights]({name}.png)", f"{rates.PROBLEM}."]
-    parts += ["## Evidence", "\n".join(evidence(name)) or NOTHING]
+    advice = "".join(docstrings.paragraph(text, begin) for begin in ADVICE)
+    nothing = ABOVE if "arXiv:" in advice else NOTHING
+    parts += ["## Evidence", "\n".join(evidence(name)) or nothing]
     parts += ["## How to log it", logging(name, keys)]
     parts += ["## Cite", *(f"```bibtex\n{entry}\n```" for entry in cited(name))]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -271,8 +274,15 @@ def index() -> str:
         rows = [[f"[{n}]({n}.md)", markdown(f)] for n, f in zip(names, firsts, strict=True)]
         parts += [f"## {title.removesuffix('.')}", docstrings.table(["rule", "what it does"], rows)]
         parts += ["\n".join(["```{toctree}", ":hidden:", "", *names, "```"])]
-    said = docstrings.paragraphs(inspect.getdoc(sys.modules[adaptive_opt.adam.__module__]) or "")
-    parts += ["## What the arguments mean", *map(markdown, said[1:])]
+    parts += [
+        "## What the arguments mean",
+        *map(markdown, docstrings.paragraphs(docstrings.MODULE)[1:]),
+    ]
+    rows = [
+        [f"`{name}`", markdown(said)]
+        for name, said in docstrings.arguments(docstrings.MODULE).items()
+    ]
+    parts += [docstrings.table(["argument", "meaning"], rows)]
     return "\n\n".join(parts) + "\n"
 
 

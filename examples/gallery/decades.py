@@ -120,14 +120,7 @@ def draw(found: dict):
             )  # fmt: skip
             ends = [rows.get(f"{end} usable rate, {name}, {length} steps") for end in END]
             if None not in ends:
-                below.plot(
-                    ends,
-                    [index] * 2,
-                    linewidth=7,
-                    solid_capstyle="butt",
-                    color=look(index)["color"],
-                )
-                below.plot(ends, [index] * 2, marker, color="black", markersize=3.5)
+                below.plot(ends, [index] * 2, marker=marker, markersize=6, **look(index))
             else:
                 below.text(1e-1, index, "none", va="center", ha="right", size=8, color="0.3")
         above.set(xscale="log", yscale="log", title=f"{length:,} steps")

@@ -102,7 +102,7 @@ def draw(found: dict):
         for low, high in zip(edges[:-1][line], edges[1:][line], strict=True):
             right.fill_between([low, high], i - 0.3, i + 0.3, color=look(i)["color"], linewidth=0)
     right.axvline(found["settings"]["lr"], color="0.3", linewidth=0.8, linestyle=":")
-    right.set(xscale="log", xlabel="learning rate", title="Coloured: ends in the worse minimum")
+    right.set(xscale="log", xlabel="learning rate", title="Filled: ends in the worse minimum")
     right.set_yticks(range(len(names)), names)
     right.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
     right.set_xticks([], minor=True)

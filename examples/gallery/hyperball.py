@@ -93,7 +93,7 @@ def measure(seeds: int, steps: int) -> dict:
 
 def draw(found: dict):
     figure, axes = subplots(
-        "Wider networks want lower rates, of AdamH nearly as of AdamW",
+        "Wider networks want lower rates, with AdamH nearly as with AdamW",
         1, 2, figsize=(8, 3.1), sharey=True,
     )  # fmt: skip
     widths, rates = found["widths"], np.array(found["rates"])

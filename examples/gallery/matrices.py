@@ -102,7 +102,7 @@ def draw(found: dict):
         ax.plot(each, [place] * len(each), "o", color=colour, alpha=0.5, markeredgewidth=0)
         ax.plot([np.mean(each)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
     ax.set_yticks(range(len(lines)), list(lines))
-    ax.invert_yaxis()
+    ax.set_ylim(len(lines) - 0.5, -0.5)
     ax.set(xlabel="held-out loss (nats per character), every seed and the mean")
     return figure
 

@@ -51,7 +51,7 @@ def draw(found: dict):
         "A slow average does not help a training of a thousand steps", figsize=(6.5, 3.4)
     )
     names = list(found["losses"])
-    places = dict(zip(names, ((2, -14), (3, 14), (3, -14)), strict=True))
+    places = dict(zip(names, ((2, -14), (3, 14), (2, -14)), strict=True))
     draw_sweep(ax, found["rates"], found["losses"], places)
     return figure
 
