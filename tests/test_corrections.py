@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from common import gradient_trees, normal_tree, train
 
-from adaptive_opt import RECIPES, adamax, adaptive, debias, first_moment, scale_by_adam, sgd
+from adaptive_opt import (
+    RECIPES,
+    adamax,
+    adaptive,
+    debias,
+    first_moment,
+    per_weight_rate,
+    scale_by_adam,
+    second_moment,
+    sgd,
+)
 from adaptive_opt.core.now import Correction, Now
 
 DECAYS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.99999999)
@@ -78,6 +88,16 @@ def test_an_average_with_a_decay_next_to_one_decays():
         np.asarray(gradients, np.float64) * (1 - 1e-8) ** np.arange(1999, -1, -1)[:, None]
     )
     np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("b2", DECAYS)
+def test_a_weight_whose_square_overflowed_stands_still(b2):
+    rule = adaptive(second_moment(b2), per_weight_rate(1e-8))
+    update, x = jax.jit(rule.update), jnp.zeros(2)
+    _, state = update(jnp.array([1e30, 1.0]), rule.init(x))
+    updates, state = update(jnp.ones(2), state)
+    assert updates[0] == 0 < updates[1]
+    assert state.buffers["nu"][0] == np.inf
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from common import (
     EVERY_CONVENTION,
     PER_TENSOR,
     RECIPES,
+    START_AT_PARAMS,
     assert_bit_equal,
     gradient_trees,
     normal_tree,
@@ -181,7 +182,7 @@ def test_elementwise_recipes_commute_with_permutation_concatenation_and_splittin
         for name, updates in whole.items():
             # In units of the largest update so far, and of parameters that come from slow weights.
             unit = 1e-13 * np.maximum.accumulate(np.abs(updates), axis=1)
-            unit = unit + (1e-15 if "ranger" in name else 0)
+            unit = unit + (1e-15 if name in START_AT_PARAMS else 0)
             assert np.all(np.abs(join(parts[name]) - updates) <= unit), name
             assert np.all(np.abs(permuted[name] - updates[..., order]) <= unit[..., order]), name
 
