@@ -51,7 +51,7 @@ MUTANTS = [
      "return old + ((1 - b) * x - b * finite)", "an average with a decay that rounding changes"),
     ("core/now", "if isinstance(b, jax.Array) or abs(b - held) <= 1e-6 * (1 - b):", "if True:",
      "an average takes its decay as it is rounded"),
-    ("core/now", "jnp.where(jnp.isfinite(old), old, 0)", "old",
+    ("core/now", "jnp.minimum(old, jnp.finfo(old.dtype).max) if jnp.isrealobj(old) else old", "old",
      "an infinite square becomes NaN"),
     ("core/now", "averaged_in_optax if as_in_optax else averaged", "averaged",
      "averages are not optax's where it is asked for"),

@@ -282,4 +282,4 @@ def test_many_steps_drift_no_further_from_float64_than_optax_does(steps, x64):
 
     ours, theirs = np.asarray(distances(adam(1e-3))), np.asarray(distances(optax.adam(1e-3)))
     assert ours.max() <= theirs.max() * 1.01  # where an average passes 0
-    assert np.median(ours) <= np.median(theirs) / 5  # which takes b2 as float32 rounds it
+    assert np.median(ours) <= np.median(theirs) / 3  # which takes b2 as float32 rounds it

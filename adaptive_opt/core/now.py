@@ -151,7 +151,8 @@ def averaged(b: Any, old: jax.Array, x: Any) -> jax.Array:
     held = b if isinstance(b, jax.Array) else complex(np.asarray(b, old.dtype)).real
     if isinstance(b, jax.Array) or abs(b - held) <= 1e-6 * (1 - b):
         return averaged_in_optax(b, old, x)
-    finite = jnp.where(jnp.isfinite(old), old, 0)  # an infinite square stays infinite
+    # An infinite square stays infinite.
+    finite = jnp.minimum(old, jnp.finfo(old.dtype).max) if jnp.isrealobj(old) else old
     return old + ((1 - b) * x - (1 - b) * finite)
 
 

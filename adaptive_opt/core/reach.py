@@ -163,7 +163,7 @@ class _Value(NamedTuple):
     cause: tuple[Any, ...] = ()
     uneven: bool = False
     total: tuple[str, frozenset[Any]] | None = None
-    padding: int | None = None
+    padding: float | None = None
     seen: int | None = None
 
 
@@ -251,7 +251,7 @@ class _Program:
             return _Value(self._key("array", id(x)), uneven=math.prod(np.shape(x)) > 1)
         array = np.asarray(x)
         key = self._key(str(dtype), array.shape, array.tobytes())
-        padding = next((n for n in (0, 1) if array.size == 1 and (array == n).all()), None)
+        padding = array.item() if array.size == 1 and np.isrealobj(array) else None
         return _Value(key, uneven=array.size > 1, padding=padding)
 
     def _results(self, equation: Any, given: list[_Value], path: tuple) -> Sequence[_Value]:
@@ -394,8 +394,11 @@ def _frozen(settings: Mapping[str, Any]) -> Any:
     return tuple((name, str(value)) for name, value in settings.items())
 
 
-def _at_padding(name: str, settings: Any, given: Sequence[int | None]) -> int | None:
-    """The value of an operation on what is 0 or 1 where leaves are padded, if it is known."""
+def _at_padding(name: str, settings: Any, given: Sequence[float | None]) -> float | None:
+    """The value of an operation where leaves are padded with zeros, if it is known."""
+    known = [value for value in given if value is not None]
+    if name in ("min", "max") and len(known) == len(given):
+        return min(known) if name == "min" else max(known)
     if name == "integer_pow" and int(dict(settings)["y"]) <= 0:
         return None
     if name == "mul" and 0 in given:
