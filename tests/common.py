@@ -73,10 +73,13 @@ EVERY_CONVENTION = RECIPES | {
 }
 """Every recipe in every convention, as a function of the learning rate."""
 
-EACH_OFTEN_ONCE = [
-    name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow)
-    for name in EVERY_CONVENTION
-]
+
+def often(few, names=RECIPES):
+    """A few of the names, and all others among the slow tests; for ``parametrize``."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+EACH_OFTEN_ONCE = often(RECIPES, EVERY_CONVENTION)
 """Every recipe often, its further conventions among the slow tests; for ``parametrize``."""
 
 REPRESENTATIVE = (
@@ -85,10 +88,7 @@ REPRESENTATIVE = (
 )
 """A recipe of every kind of state, which is what wrappers, containers and transforms see of one."""
 
-FEW_OFTEN = [
-    name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow)
-    for name in RECIPES
-]
+FEW_OFTEN = often(REPRESENTATIVE)
 """Those often, every other recipe among the slow tests; for ``parametrize``."""
 
 PER_TENSOR = tuple(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal
+from common import RECIPES, assert_bit_equal, often
 from equinox.internal import closure_to_pytree
 
 from adaptive_opt import (
@@ -33,13 +33,9 @@ WRAPPED = {
     "in a single pass": lambda lr: single_pass(RECIPES["amsgrad"](lr)),
 }
 MAKERS = RECIPES | WRAPPED
-OFTEN = [
-    name if name in ("adamw", "soap") else pytest.param(name, marks=pytest.mark.slow)
-    for name in RECIPES
-]
 
 
-@pytest.mark.parametrize("name", [*OFTEN, *WRAPPED])
+@pytest.mark.parametrize("name", [*often(("adamw", "soap")), *WRAPPED])
 def test_another_learning_rate_compiles_nothing_anew(name):
     x, traces = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, []
 
