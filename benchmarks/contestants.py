@@ -43,7 +43,7 @@ def workers(algorithm: str, *, option: bool) -> dict[str, str]:
         if algorithm in IN_OPTAX:
             found["single_pass(optax)"] = "jax-option"
     else:
-        found["floor"] = "jax"
+        found |= {"floor": "jax", "ours in 8-bit, one kernel": "jax"}
     for peer in PEERS[algorithm]:
         module = peer.split()[0]
         if importlib.util.find_spec("torch") and importlib.util.find_spec(module):
@@ -75,7 +75,7 @@ def _jax(name: str, algorithm: str, shapes: Shapes) -> Ready:
 
     import adaptive_opt
     from benchmarks import hand_fused
-    from benchmarks.stepping import Run, update_and_apply
+    from benchmarks.stepping import Run, in_one_kernel, update_and_apply
 
     def of_optimizer(optimizer: Any) -> Any:
         return optimizer.init, update_and_apply(optimizer)
@@ -99,14 +99,19 @@ def _jax(name: str, algorithm: str, shapes: Shapes) -> Ready:
         init = functools.partial(hand_fused.init, algorithm)
         return init, jitted(functools.partial(hand_fused.step, algorithm))
 
+    def in_kernel() -> Any:
+        return in_8_bits.init, in_one_kernel(in_8_bits)
+
     ours, of_optax = (getattr(m, algorithm, None) for m in (adaptive_opt, optax))
+    in_8_bits = adaptive_opt.low_memory(ours(1e-3), "8-bit")
     init, step = {
         "ours": lambda: of_optimizer(ours(1e-3)),
         "optax": lambda: of_optimizer(of_optax(1e-3)),
         "single_pass(ours)": lambda: of_optimizer(adaptive_opt.single_pass(ours(1e-3))),
         "single_pass(optax)": lambda: of_optimizer(adaptive_opt.single_pass(of_optax(1e-3))),
         "ours in bfloat16": lambda: of_optimizer(adaptive_opt.low_memory(ours(1e-3))),
-        "ours in 8-bit": lambda: of_optimizer(adaptive_opt.low_memory(ours(1e-3), "8-bit")),
+        "ours in 8-bit": lambda: of_optimizer(in_8_bits),
+        "ours in 8-bit, one kernel": in_kernel,
         "hand-fused": by_hand,
         "floor": floor,
     }[name]()

@@ -4,7 +4,8 @@ Every contestant takes steps in turns, in a random order in every round, a few s
 reported is the median over the rounds of the ratio of two times *of the same round*, with its
 quartiles: what else the machine does in a round hits all alike. The floor adds the gradient to the
 parameters and to as many buffers as the algorithm has, in one loop: it reads and writes the arrays
-that the algorithm must read and write, once each, and calculates next to nothing.
+that the algorithm must read and write, once each, and calculates next to nothing. (On a GPU XLA
+makes a loop of every sum, and each reads the gradient: there the hand-fused form is the least.)
 
 Contestants with the single pass live in a process of their own, which has XLA's option; all others
 run with XLA as it is. torch, pytorch_optimizer and torch_optimizer take part where installed.
@@ -40,7 +41,10 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            # JAX leaves room on a GPU for PyTorch, which is there too.
+            env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            | os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         )
         self.about = self._answer()
 
@@ -115,7 +119,8 @@ def table(results: dict[str, Any]) -> str:
                     median, low, high = ratio(facts["seconds"], contestants[other]["seconds"])
                     cells.append(f"{median:.2f} ({low:.2f}..{high:.2f})")
                 moved = facts.get("bytes accessed per parameter")
-                cells.append("" if moved is None else f"{moved:.1f}")
+                counted = moved is not None and moved >= 1  # of a kernel of its own XLA counts none
+                cells.append(f"{moved:.1f}" if counted else "")
                 cells.append(f"{facts['state bytes'] / found['elements']:.1f}")
                 made = [facts.get(f"{what} s") for what in ("trace", "lower", "compile")]
                 cells.append("" if None in made else " + ".join(f"{s:.2f}" for s in made))

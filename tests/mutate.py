@@ -231,6 +231,8 @@ MUTANTS = [
      "blocks of a kernel share their noise"),
     ("memory/one_kernel", "bits = noise.bits(hashed[noise.salt])", "bits = hashed[noise.salt]",
      "two buffers of a weight share their noise in a kernel"),
+    ("memory/one_kernel", 'frozenset(("max", "min", "clamp"))', "frozenset()",
+     "a NaN is lost between two limits in a kernel"),
     ("checkpoints/factors", "return 1 / rate if there else rate",
      "return rate if there else 1 / rate", "the learning rate goes into a velocity twice"),
     ("checkpoints/filling", "of = [paths for paths in there if paths == covered]",
