@@ -59,7 +59,7 @@ def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = Fal
     ``update`` and ``optax.apply_updates``. Divisions and roots are Triton's, within 2 units in the
     last place; the states are those of ``low_memory``, and may go from one to the other.
 
-    Use it for every state in 8 bits on such a GPU. On an H200 a step takes 0.8 to 0.9 of the time of
+    Use it for every state in 8 bits on such a GPU. On an H200 a step takes 0.8 to 0.9 of that of
     float32's, and of AMSGrad's, AdaMod's, diffGrad's and DiffMod's a fifth of what it takes without
     (``benchmarks/README.md``).
 
