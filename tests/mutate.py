@@ -57,7 +57,7 @@ MUTANTS = [
      "averages are not optax's where it is asked for"),
     ("core/now", "t = jnp.asarray(count, float)", "t = jnp.asarray(count + 1, float)",
      "bias correction off by one"),
-    ("core/now", "- power * (t * rest)", "", "the logarithm of a decay is rounded"),
+    ("core/now", "series + 1 / math.factorial(n)", "series", "a bias correction of one term"),
     ("core/now", "checks.value_at(hyperparameter, self.count, name)",
      "checks.value_at(hyperparameter, self.count + 1, name)",
      "schedules of stages a step late"),

@@ -41,6 +41,7 @@ from adaptive_opt import (
     one_cycle,
     sgd,
     skip_nonfinite,
+    telemetry,
     to_bytes,
 )
 from adaptive_opt.checkpoints.headers import STATE_FORMAT
@@ -206,6 +207,8 @@ def test_the_error_names_what_differs():
             lookahead(sgd(0.1, momentum=0.9)), lookahead(sgd(0.1, momentum=0.8)))  # fmt: skip
     clipped = optax.chain(optax.clip(1.0), adam(1e-3))
     refused("the optimizer was adam, is chain", adam(1e-3), clipped)
+    watched = (adam(1e-3, observers=telemetry(every=n)) for n in (10, 20))
+    refused("every of telemetry in adaptive was 10, is 20", *watched)
     refused("chain was made of clip, adam, is of adam, clip",
             clipped, optax.chain(adam(1e-3), optax.clip(1.0)))  # fmt: skip
     refused(

@@ -54,6 +54,24 @@ def belief(b2):
     return line
 
 
+@stage
+def smoothed_rate(b3):
+    """An average of the rate, as a user would write it."""
+
+    def line(step):
+        return step.set(rate=step.average("rate_ema", step.rate, b3))
+
+    return line
+
+
+def test_a_rate_that_remembers_is_corrected_before():
+    first = first_moment(0.9), second_moment(0.999), per_weight_rate(1e-8)
+    adaptive(*first, debias_rate(0.9, 0.999), smoothed_rate(0.9))
+    acted = "corrects a rate on which smoothed_rate has acted already. Put debias_rate before"
+    with pytest.raises(ValueError, match=acted):
+        adaptive(*first, smoothed_rate(0.9), debias_rate(0.9, 0.999))
+
+
 # Each stage, and the stages that have to stand before it. Written from the papers' listings and not
 # from the implementation.
 MOMENTS = ("first_moment", "second_moment")

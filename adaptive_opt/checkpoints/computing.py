@@ -9,6 +9,7 @@ import jax
 import optax
 from jax.core import Tracer
 
+from adaptive_opt.checkpoints.headers import OBSERVERS
 from adaptive_opt.checkpoints.places import labels_over
 from adaptive_opt.core.describe import Description, describe
 from adaptive_opt.core.stage import STAGES
@@ -19,7 +20,6 @@ RATE = "learning rate"
 """What every stage is called that multiplies by it."""
 
 RATES = ("uniform_rate", "scale_rate", "scale_by_learning_rate")
-OBSERVERS = ("telemetry", "observer")
 
 
 class Computed(NamedTuple):

@@ -164,12 +164,11 @@ def averaged_in_optax(b: Any, old: jax.Array, x: Any) -> jax.Array:
 def one_minus_power(b: Any, t: jax.Array) -> jax.Array:
     """``1 - b^t`` to rounding, for a decay ``b``; the logarithm of a Python number in double."""
     if isinstance(b, jax.Array):
-        log, rest = jnp.log1p(b - 1), 0.0  # the difference is exact for b of at least 1/2
+        log = jnp.log1p(b - 1)  # the difference is exact for b of at least 1/2
     elif b <= 0:
         return jnp.ones_like(t)
     else:
-        log = np.asarray(math.log(b), t.dtype).item()
-        rest = math.log(b) - log
+        log = math.log(b)
     x = t * log
     if t.dtype == np.float64:
         return -jnp.expm1(x)
@@ -177,8 +176,7 @@ def one_minus_power(b: Any, t: jax.Array) -> jax.Array:
     near, series = jnp.maximum(x, -1.0), 0.0
     for n in range(12, 1, -1):
         series = near * (series + 1 / math.factorial(n))
-    power = jnp.exp(x)
-    return jnp.where(x > -1, -(near + near * series), 1 - power) - power * (t * rest)
+    return jnp.where(x > -1, -(near + near * series), 1 - jnp.exp(x))
 
 
 def is_one_in(decay: Any, width: Any) -> bool:

@@ -21,7 +21,7 @@ from adaptive_opt.core.checks import Hyperparameter, check_whole, value_at
 from adaptive_opt.core.describe import describe
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
 from adaptive_opt.core.tree import OpenStep, run
-from adaptive_opt.core.trees import Tree, branch
+from adaptive_opt.core.trees import Tree, branch, varying
 from adaptive_opt.core.waves import Waves, waves_of
 
 Shapes: TypeAlias = Any
@@ -247,12 +247,25 @@ def observe(
 
         if shown:
             run(lines, step.copy(), buffers, state_dtype, show)
-        return new, jax.tree.map(jax.lax.optimization_barrier, buffers)
+        return new, _held(buffers)
 
     def pass_by(seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
-        return seen, jax.tree.map(jax.lax.optimization_barrier, buffers)
+        return seen, _held(buffers)
 
     for every in sorted({watch.every for watch in watches}):
         now = (step.count - 1) % every == 0
         seen, buffers = branch(now, functools.partial(look, every), pass_by, seen, buffers)
     return seen, buffers
+
+
+def _held(buffers: Tree) -> Tree:
+    """The same behind one barrier, or one for each set of mesh axes over which arrays are split."""
+    leaves, structure = jax.tree.flatten(buffers)
+    places: dict[Any, list[int]] = {}
+    for place, x in enumerate(leaves):
+        places.setdefault(varying(x), []).append(place)
+    for own in places.values():
+        behind = jax.lax.optimization_barrier([leaves[place] for place in own])
+        for place, x in zip(own, behind, strict=True):
+            leaves[place] = x
+    return structure.unflatten(leaves)

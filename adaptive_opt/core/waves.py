@@ -94,7 +94,7 @@ class Waves:
         def take(t: Any, carry: Carry) -> Carry:
             cut = {name: jnp.asarray(column)[t] for name, column in table.items()}
             row = cut["row"].astype(jnp.uint32)  # for which no sign need be looked at
-            leaf = _apart(jax.lax.switch(cut["branch"], branches, row), self.leaves[0], self.length)
+            leaf = _apart(_one_of(branches, cut["branch"], row), self.leaves[0], self.length)
             place = jnp.arange(self.length, dtype=jnp.int32)
             inside = (place >= cut["first"]) & (place < cut["last"])
             step = stepped(self.lines, self.now, leaf, self.state_dtype)
@@ -308,6 +308,16 @@ def _cuts(leaves: Sequence[Inputs], numbers: Sequence[int], length: int) -> Any:
     return cuts, branches
 
 
+def _one_of(branches: Sequence[Callable[[Any], Any]], which: jax.Array, row: Any) -> Any:
+    """The value of that branch; in two steps, for JAX gives each the arrays of all beside it."""
+    few = math.isqrt(len(branches) - 1) + 1
+
+    def of_few(first: int) -> Callable[[Any], Any]:
+        return lambda row: jax.lax.switch(which % few, branches[first : first + few], row)
+
+    return jax.lax.switch(which // few, [*map(of_few, range(0, len(branches), few))], row)
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _part(row: Any, leaf: Inputs, width: int, high: int, length: int) -> list[jax.Array]:
     """So many rows of a leaf that is as wide."""
@@ -334,9 +344,12 @@ def _together(held: Sequence[Inputs], length: int) -> list[jax.Array]:
     rest = length - sum(leaf.gradient.size for leaf in held)
     parts: dict[Any, list[Any]] = {}
     for arrays in zip(*map(jax.tree.leaves, held), strict=True):
-        dtype = arrays[0].dtype
-        parts.setdefault(dtype, []).extend((*arrays, jnp.zeros(rest, dtype)))
-    return [jax.lax.concatenate(own, 0) for own in parts.values()]
+        parts.setdefault(arrays[0].dtype, []).append(arrays)
+    zeros = {dtype: [jnp.zeros(rest, dtype)] if rest else [] for dtype in parts}
+    return [
+        jax.lax.concatenate([x for arrays in own for x in (*arrays, *zeros[dtype])], 0)
+        for dtype, own in parts.items()
+    ]
 
 
 def _apart(together: Sequence[jax.Array], like: Inputs, length: int) -> Inputs:
