@@ -10,11 +10,19 @@ import inspect
 import chex
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 import optax
 import pytest
 
 import adaptive_opt
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+"""What XLA is told before it starts, and in a ``jit`` of a test's own."""
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_parallel_codegen_split_count": 32}
+"""The ``compiler_options`` of a ``jit`` where it counts which products and sums XLA joins."""
+if jaxlib.version.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"], AS_USERS["xla_cpu_use_fusion_emitters"] = False, True
 
 SHOWING = {
     "sgd": {"momentum": 0.9},

@@ -9,7 +9,12 @@ import sys
 
 import jax
 import pytest
+from common import QUICK
 from jax.experimental.compilation_cache import compilation_cache
+
+# Programs that run for a moment are compiled in a third of the time. `XLA_FLAGS= pytest` runs the
+# tests on what XLA makes by itself.
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--{k}={v}".lower() for k, v in QUICK.items()))
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))  # as when one of them is run

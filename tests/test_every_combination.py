@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import normal_tree
+from common import QUICK, normal_tree
 from devices import mesh_of
 
 from adaptive_opt import (
@@ -43,9 +43,6 @@ GIVEN = {"b1": 0.9, "b2": 0.99, "b3": 0.9, "shampoo_beta": 0.9, "momentum": 0.9,
 GIVEN |= {"eps": 1e-3, "learning_rate": 0.1, "factor": 0.5, "limit": 1.0, "weight_decay": 0.1}
 GIVEN |= {"gamma": 0.1, "alpha": 2.0, "weight": 0.5}
 """What the arguments are given that have no default, or None, by their names."""
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""For programs that run once: compiled in two thirds of the time."""
 
 PARAMS, GRADIENT = (normal_tree(seed, shapes={"kernel": (4, 3)}) for seed in (0, 1))
 

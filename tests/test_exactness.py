@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import AS_USERS
 
 import adaptive_opt
 from adaptive_opt import one_cycle
@@ -49,7 +50,8 @@ def test_recipe_equals_the_recorded_implementation(table, row, recorded, x64):
     optimizer, shape = optimizer_of(row, len(gradients)), row.get("shape", start.shape)
     steps = gradients.reshape(-1, *shape)
     losses = arrays[row["losses"]] if "losses" in row else None
-    made = jax.jit(lambda g, s: trajectory(optimizer, g, s, losses))(steps, start.reshape(shape))
+    run = jax.jit(lambda g, s: trajectory(optimizer, g, s, losses), compiler_options=AS_USERS)
+    made = run(steps, start.reshape(shape))
     x, u = (values.reshape(gradients.shape) for values in made)
     assert x.dtype == u.dtype == np.float64
     every = row["parameters_every"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import assert_bit_equal
+from common import AS_USERS, assert_bit_equal
 from flax import nnx
 
 import adaptive_opt
@@ -50,8 +50,8 @@ def weights(n=MILLION, dtype=jnp.bfloat16, seed=0, size=0.02):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(n) * size, dtype)
 
 
-def stepping(optimizer):
-    @jax.jit
+def stepping(optimizer, **settings):
+    @functools.partial(jax.jit, **settings)
     def step(params, state, gradient):
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
@@ -121,7 +121,8 @@ def test_adamw_goes_as_it_goes_in_float32(residual):
     optimizer = master_weights(inner, residual)
     params = weights()
     wide, state = params.astype(jnp.float32), optimizer.init(params)
-    plain, one, two = inner.init(wide), stepping(optimizer), stepping(inner)
+    plain = inner.init(wide)
+    one, two = (stepping(o, compiler_options=AS_USERS) for o in (optimizer, inner))
     way = np.zeros(MILLION)
     for seed in range(1, 11):
         gradient = weights(dtype=jnp.float32, seed=seed)

@@ -54,7 +54,7 @@ def close(actual, expected, rtol):
 @pytest.mark.parametrize("name", MODIFIERS)
 def test_in_a_bracket_and_behind_an_optimizer_the_numbers_are_the_same(name, x64):
     params, gradients = normal_tree(dtype=np.float64), list(gradient_trees(12, np.float64))
-    lr = optax.linear_schedule(1e-1, 1e-2, 12)
+    lr = optax.linear_schedule(2.0**-3, 2.0**-5, 16)  # whose numbers are floats
     inside = optax.chain(adaptive(*ADAM, MODIFIERS[name]), scale_by_learning_rate(lr))
     part = behind(optax.scale_by_adam(0.9, 0.99, 1e-8), MODIFIERS[name], downhill=False)
     outside = optax.chain(part, optax.scale_by_learning_rate(lr))

@@ -41,8 +41,8 @@ SAME = {
     ),
     "sgd with momentum": (optax.sgd(LR, momentum=0.9), sgd(LR, momentum=0.9)),
     "a schedule": (
-        optax.adam(optax.linear_schedule(LR, 0.0, 130)),
-        adam(optax.linear_schedule(LR, 0.0, 130)),
+        optax.adam(optax.linear_schedule(2.0**-7, 0.0, 128)),  # whose numbers are floats
+        adam(optax.linear_schedule(2.0**-7, 0.0, 128)),
     ),
     "a chain": (
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LR)),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal
+from common import AS_USERS, RECIPES, assert_bit_equal
 from jax.extend.core import Var
 
 from adaptive_opt import (
@@ -63,7 +65,8 @@ def assert_same_bits(optimizer, params, kernels=KERNELS, steps=3, ulps_of_an_upd
     if ON_GPU:
         pytest.skip("an interpreted kernel is compiled like the rest there; see below")
     interpreted = one_kernel(optimizer, interpret=True).update_and_apply
-    by_kernels, by_hand = jax.jit(interpreted), jax.jit(one_kernel(optimizer).update_and_apply)
+    as_users = functools.partial(jax.jit, compiler_options=AS_USERS)
+    by_kernels, by_hand = map(as_users, (interpreted, one_kernel(optimizer).update_and_apply))
     found = expected = params, optimizer.init(params)
     assert kernels_in(interpreted, params, found[1], params) == kernels
     for step in range(steps):

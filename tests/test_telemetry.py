@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from common import (
+    AS_USERS,
     EVERY_CONVENTION,
     assert_bit_equal,
     buffers_of,
@@ -291,7 +292,7 @@ def test_an_observed_recipe_takes_the_same_steps_and_its_rates_include_the_learn
     gradients = list(gradient_trees(4, shapes=shapes))
 
     def steps_with(observers):
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=AS_USERS)
         def step(lr, params, state, gradient):
             optimizer = without_decay(recipe, lr, observers=observers)
             updates, state = optimizer.update(gradient, state, params)
