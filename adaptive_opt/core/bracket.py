@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.describe import closing_over, described, transformation
-from adaptive_opt.core.look import init_buffers, init_shapes, look_at_some_leaf
+from adaptive_opt.core.look import Lines, init_buffers, init_shapes, look_at_some_leaf
 from adaptive_opt.core.now import Now, WrongOrder
 from adaptive_opt.core.observe import Watch, check_seen, init_observations, observe
 from adaptive_opt.core.stage import Stage, lines_of
@@ -125,7 +126,7 @@ def adaptive(
     return transformation("adaptive", {"state_dtype": state_dtype}, plain, parts=stages)
 
 
-def lines_among(stages: Iterable[Any], who: str) -> tuple[Any, ...]:
+def lines_among(stages: Iterable[Any], who: str) -> Lines:
     """The lines of all the stages, in order."""
     listed: list[Any] = []
     for given in stages:
@@ -137,7 +138,7 @@ def lines_among(stages: Iterable[Any], who: str) -> tuple[Any, ...]:
                 " optax.chain(...)."
             )
         listed += lines
-    return tuple(listed)
+    return Lines(listed)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -164,9 +165,9 @@ class Bracket:
                 )
             taken.append(watch.name)
 
-    @property
-    def lines(self) -> tuple[Any, ...]:
-        return tuple(line for line in self.listed if not isinstance(line, Watch))
+    @functools.cached_property
+    def lines(self) -> Lines:
+        return Lines(line for line in self.listed if not isinstance(line, Watch))
 
     @property
     def watches(self) -> tuple[Watch, ...]:

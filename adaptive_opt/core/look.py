@@ -6,7 +6,7 @@ A schedule and a collective are stood in for during the look: neither need exist
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,10 +33,40 @@ class Look(NamedTuple):
         return {name for specs in (*self.leaves, self.of_tree) for name in specs}
 
 
+@jax.tree_util.register_pytree_node_class
+class Lines(tuple[Any, ...]):
+    """Lines that are looked at once for every shape and dtype of a leaf."""
+
+    def __init__(self, lines: Iterable[Any] = ()) -> None:
+        del lines
+        self.seen: dict[Any, Look] = {}
+
+    def __reduce__(self) -> Any:
+        return Lines, (tuple(self),)
+
+    def tree_flatten(self) -> Any:
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, known: Any, children: Any) -> Lines:
+        del known
+        return cls(children)
+
+
 def look(
     lines: Sequence[Any], params: Tree, *, lenient: bool = False, closing: bool = False
 ) -> Look:
     """One abstract step for parameters like these."""
+    if not (isinstance(lines, Lines) and isinstance(params, jax.ShapeDtypeStruct)):
+        return _look(lines, params, lenient, closing)
+    width = jnp.result_type(float)  # which goes by a setting of JAX
+    key = params.shape, params.dtype, lenient, closing, width
+    if key not in lines.seen:
+        lines.seen[key] = _look(lines, params, lenient, closing)
+    return lines.seen[key]
+
+
+def _look(lines: Sequence[Any], params: Tree, lenient: bool, closing: bool) -> Look:
     found: list[Look] = []
 
     def step(params: Tree, count: Any) -> Any:

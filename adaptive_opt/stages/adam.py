@@ -9,7 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter
-from adaptive_opt.core.look import init_buffers
+from adaptive_opt.core.look import Lines, init_buffers
 from adaptive_opt.core.now import Now
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
 from adaptive_opt.core.tree import OpenStep, run
@@ -85,7 +85,7 @@ def scale_by_adam(
         *(corrections if nesterov else (debias(b1, b2, **how),)),
         per_weight_rate(eps, eps_root),
     )
-    lines = tuple(line for part in stages for line in lines_of(part) or ())
+    lines = Lines(line for part in stages for line in lines_of(part) or ())
 
     def init(params: Tree) -> optax.ScaleByAdamState:
         buffers = init_buffers(lines, params, state_dtype)
