@@ -99,6 +99,9 @@ REPRESENTATIVE = (
 FEW_OFTEN = often(REPRESENTATIVE)
 """Those often, every other recipe among the slow tests; for ``parametrize``."""
 
+FEW_CONVENTIONS = often(REPRESENTATIVE, EVERY_CONVENTION)
+"""The same, every other convention among the slow tests too; for ``parametrize``."""
+
 PER_TENSOR = tuple(
     name
     for name in REGISTERED

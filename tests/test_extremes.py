@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import (
-    EACH_OFTEN_ONCE,
     EVERY_CONVENTION,
+    FEW_CONVENTIONS,
     FEW_OFTEN,
     NEED_PARAMS,
     RECIPES,
@@ -129,7 +129,7 @@ def assert_forgotten(weights, updates):
         assert not slow, dtype
 
 
-@pytest.mark.parametrize("name", EACH_OFTEN_ONCE)
+@pytest.mark.parametrize("name", FEW_CONVENTIONS)
 def test_extreme_gradients_make_nothing_infinite_and_are_forgotten(name, x64):
     weights, given = gradients(("float16", "float32", "float64", "complex64"))
     state, updates, finite = run(make(name), given)
@@ -151,7 +151,7 @@ def test_extreme_gradients_make_nothing_infinite_where_nothing_is_compiled(name)
         assert is_finite(updates, state), t
 
 
-@pytest.mark.parametrize("name", EACH_OFTEN_ONCE)
+@pytest.mark.parametrize("name", FEW_CONVENTIONS)
 def test_where_squares_overflow_nothing_is_a_nan_and_the_guard_leaves_all_as_it_was(name):
     x, gradient = jnp.full(3, 0.5), jnp.array([1e30, -3e38, 1.0])
     plain, guarded = make(name), skip_nonfinite(make(name))

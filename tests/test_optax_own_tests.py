@@ -260,6 +260,7 @@ SLOW = [
     rf"alias: .*test_(state_shape_dtype_shard_stability|gradient_accumulation) .*{OTHERS}",
     rf"contrib: .*test_optimizers_(can_be_wrapped_in|accept_learning_rate_schedule).*{OTHERS}",
     rf"sharding: .*test_state_sharding_type_preserved_with_jit_{OTHERS}",
+    rf"complex_valued, {OTHERS}",
 ]
 
 # --- How the tests are read -----------------------------------------------------------------------
