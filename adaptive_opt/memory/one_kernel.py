@@ -40,7 +40,7 @@ from adaptive_opt.memory.low_memory import PLAIN, LowMemoryState, Noise, encoded
 from adaptive_opt.memory.views import BLOCK, IN_KERNEL
 
 _ROWS, _WARPS = 2, 2
-"""The most blocks that a program holds, and how many times 32 threads: 16 numbers in each."""
+"""The most blocks that a program holds, and how many times 32 threads: 8 numbers in each."""
 
 
 def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = False) -> OneKernel:
@@ -59,8 +59,8 @@ def one_kernel(optimizer: optax.GradientTransformation, *, interpret: bool = Fal
     ``update`` and ``optax.apply_updates``. Divisions and roots are Triton's, within 2 units in the
     last place; the states are those of ``low_memory``, and may go from one to the other.
 
-    Use it for every state in 8 bits on such a GPU. On an H200 a step takes 0.8 to 0.9 of that of
-    float32's, and of AMSGrad's, AdaMod's, diffGrad's and DiffMod's a fifth of what it takes without
+    Use it for every state in 8 bits on such a GPU. On an H200 a step takes 0.8 to 0.9 of a float32
+    step's time; for AMSGrad, AdaMod, diffGrad and DiffMod that is a fifth of the time without it
     (``benchmarks/README.md``).
 
     Do without it where parameters are split over devices under ``jit``, for XLA does not split a
