@@ -185,10 +185,10 @@ def gradient_trees(steps: int, dtype=np.float32, shapes=SHAPES):
         yield jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def train(optimizer, params, gradients, state=None):
-    """The parameters, the state and the updates after a jitted step for every gradient."""
+def train(optimizer, params, gradients, state=None, **settings):
+    """The parameters, the state and the updates after a step for every gradient, jitted so."""
 
-    @jax.jit
+    @functools.partial(jax.jit, **settings)
     def step(params, state, gradient):
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, updates

@@ -14,16 +14,12 @@ from benchmarks import cases, clipping, low_memory, master_weights, packed, step
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("XLA_FLAGS")  # which leave no loop with several results
-        return run_small(tmp_path_factory)
-
-
-def run_small(tmp_path_factory):
     output = tmp_path_factory.mktemp("benchmarks")
     sizes = ["--elements", "4096", "--leaves", "3", "--rounds", "2", "--threads", "1"]
     what = ["--cases", "leaf", "small", "--algorithms", "adamod", "--output", str(output)]
-    return step.main([*sizes, *what]), output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")  # which leave no loop with several results
+        return step.main([*sizes, *what]), output
 
 
 def test_every_contestant_has_a_time_in_every_round_and_what_it_costs(small_run):

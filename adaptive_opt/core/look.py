@@ -37,7 +37,7 @@ class Look(NamedTuple):
 class Lines(tuple[Any, ...]):
     """Lines that are looked at once for every shape and dtype of a leaf."""
 
-    def __init__(self, lines: Iterable[Any] = ()) -> None:
+    def __init__(self, lines: Iterable[Any]) -> None:
         del lines
         self.seen: dict[Any, Look] = {}
 
@@ -128,12 +128,9 @@ def init_buffers(
     if any(line.is_of_the_tree for line in lines):
         found = look(lines, structure.unflatten(shapes), lenient=lenient)
     else:
-        alike: dict[Any, dict[str, Spec]] = {}
-        for shape in shapes:
-            key = None if shape is None else (shape.shape, shape.dtype)
-            if key is not None and key not in alike:
-                alike[key] = look(lines, shape, lenient=lenient).leaves[0]
-        found = Look([{} if s is None else alike[s.shape, s.dtype] for s in shapes], {}, (), ())
+        lines = lines if isinstance(lines, Lines) else Lines(lines)
+        leaves = [{} if s is None else look(lines, s, lenient=lenient).leaves[0] for s in shapes]
+        found = Look(leaves, {}, (), ())
     names = found.names()
     if not any(found.leaves):  # no parameters, or something that stands for them
         some = look_at_some_leaf(lines, lenient=lenient)
