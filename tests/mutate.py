@@ -43,12 +43,13 @@ FIRST = {
 
 # file, what is there (once), what is put in its place, what is wrong then
 MUTANTS = [
-    ("core/now", "return (1 - b) * x + b * old", "return b * x + (1 - b) * old",
+    ("core/now", "times(x, by=1 - b) + trees.times(old, by=b)",
+     "times(x, by=b) + trees.times(old, by=1 - b)",
      "the moving average remembers the new"),
-    ("core/now", "return (1 - b) * x + b * old", "return x + b * old",
+    ("core/now", "return trees.times(x, by=1 - b) + trees", "return x + trees",
      "the moving average is a sum"),
-    ("core/now", "return old + ((1 - b) * x - (1 - b) * finite)",
-     "return old + ((1 - b) * x - b * finite)", "an average with a decay that rounding changes"),
+    ("core/now", "trees.times(finite, by=1 - b)",
+     "trees.times(finite, by=b)", "an average with a decay that rounding changes"),
     ("core/now", "if isinstance(b, jax.Array) or abs(b - held) <= 1e-6 * (1 - b):", "if True:",
      "an average takes its decay as it is rounded"),
     ("core/now", "jnp.minimum(old, jnp.finfo(old.dtype).max) if jnp.isrealobj(old) else old", "old",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -122,8 +124,25 @@ def adaptive(
     >>> print(rule.update(jnp.array([2.0]), state)[0].round(4))
     [1.]
     """
-    plain = closing_over(Bracket(lines_among(stages, "adaptive(...)"), state_dtype))
-    return transformation("adaptive", {"state_dtype": state_dtype}, plain, parts=stages)
+    bracket = Bracket(lines_among(stages, "adaptive(...)"), state_dtype)
+    if not _orders_are_known.get():
+        bracket.check()
+    return transformation(
+        "adaptive", {"state_dtype": state_dtype}, closing_over(bracket), parts=stages
+    )
+
+
+_orders_are_known = contextvars.ContextVar("_orders_are_known", default=False)
+
+
+@contextlib.contextmanager
+def orders_are_known() -> Iterator[None]:
+    """Where lists of stages are right, so that nothing is traced to check them."""
+    token = _orders_are_known.set(True)
+    try:
+        yield
+    finally:
+        _orders_are_known.reset(token)
 
 
 def lines_among(stages: Iterable[Any], who: str) -> Lines:
@@ -152,11 +171,18 @@ class Bracket:
         known: tuple[tuple[str, ...], tuple[str, ...]] | None = None,
     ) -> None:
         self.listed, self.state_dtype = listed, state_dtype
-        if known is None:
-            look = look_at_some_leaf(self.lines)  # which refuses a wrong order
-            known = ((), ()) if look is None else (tuple(sorted(look.names())), look.limits)
-        self.names, self.limits = known
-        taken = list(self.names)
+        if known is not None:
+            self.known = known
+
+    @functools.cached_property
+    def known(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the buffers, and of the stages that limit something; of some leaf."""
+        look = look_at_some_leaf(self.lines)  # which refuses a wrong order
+        return ((), ()) if look is None else (tuple(sorted(look.names())), look.limits)
+
+    def check(self) -> None:
+        """An error for an impossible order, and for two buffers of one name."""
+        taken = list(self.known[0])
         for watch in self.watches:
             if watch.name in taken:
                 raise WrongOrder(
@@ -174,7 +200,7 @@ class Bracket:
         return tuple(line for line in self.listed if isinstance(line, Watch))
 
     def tree_flatten(self) -> Any:
-        return (self.listed, self.state_dtype), (self.names, self.limits)
+        return (self.listed, self.state_dtype), self.known
 
     @classmethod
     def tree_unflatten(cls, known: Any, children: Any) -> Bracket:
@@ -183,7 +209,10 @@ class Bracket:
 
     def init(self, params: Tree) -> AdaptiveState:
         buffers = init_buffers(self.lines, params, self.state_dtype)
-        seen = init_observations(self.watches, self.limits)
+        if not self.watches:
+            return AdaptiveState(jnp.zeros([], jnp.int32), buffers)
+        self.check()
+        seen = init_observations(self.watches, self.known[1])
         return AdaptiveState(jnp.zeros([], jnp.int32), buffers | seen)
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -201,7 +230,8 @@ class Bracket:
         now, observers = Now(count, extra), {watch.name for watch in self.watches}
         check_seen(self.watches, state.buffers)
         kept = {name: buffer for name, buffer in state.buffers.items() if name not in observers}
-        if set(self.names) != set(kept):  # of some leaf; these may keep others
+        some = next(iter(self.lines.seen.values()), None)
+        if set(some.names() if some else self.known[0]) != set(kept):  # other leaves keep others
             known = updates if params is None else params
             check_names(self.lines, init_shapes(self.lines, known), kept)
         seen = {}

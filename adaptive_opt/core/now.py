@@ -153,12 +153,12 @@ def averaged(b: Any, old: jax.Array, x: Any) -> jax.Array:
         return averaged_in_optax(b, old, x)
     # An infinite square stays infinite.
     finite = jnp.minimum(old, jnp.finfo(old.dtype).max) if jnp.isrealobj(old) else old
-    return old + ((1 - b) * x - (1 - b) * finite)
+    return old + (trees.times(x, by=1 - b) - trees.times(finite, by=1 - b))
 
 
 def averaged_in_optax(b: Any, old: jax.Array, x: Any) -> jax.Array:
     """``b old + (1 - b) x``, both weights as the width of the arrays rounds them."""
-    return (1 - b) * x + b * old
+    return trees.times(x, by=1 - b) + trees.times(old, by=b)
 
 
 def one_minus_power(b: Any, t: jax.Array) -> jax.Array:

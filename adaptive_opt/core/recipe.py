@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import typing
@@ -11,7 +12,7 @@ from typing import Any, Literal, ParamSpec, get_args, get_origin
 import optax
 
 from adaptive_opt.core import checks
-from adaptive_opt.core.bracket import adaptive
+from adaptive_opt.core.bracket import adaptive, orders_are_known
 from adaptive_opt.core.checks import Hyperparameter
 from adaptive_opt.core.describe import Optimizer, bound, made_of, transformation
 from adaptive_opt.core.observe import product_of, told
@@ -61,7 +62,8 @@ def recipe(factory: Callable[P, Part | tuple[Part, ...]]) -> Callable[P, Optimiz
             if given[argument] is not None or None in allowed:
                 hint = hint_of(name, argument, given[argument])
                 checks.choose(argument, given[argument], dict.fromkeys(allowed), hint)
-        parts = factory(*args, **kwargs)
+        with orders_are_known() if _is_ours(factory) else contextlib.nullcontext():
+            parts = factory(*args, **kwargs)
         parts = (parts,) if isinstance(parts, optax.GradientTransformation) else tuple(parts)
         if given.get("observers", ()) != ():
             parts = _watched(parts, given)

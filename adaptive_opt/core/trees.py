@@ -177,11 +177,8 @@ def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalar
     """
     present, structure = jax.tree.flatten(where, is_leaf=is_none)
     columns = [leaves_like(structure, tree) for tree in trees]
-    results = []
-    for index, (leaf, *arrays) in enumerate(zip(present, *columns, strict=True)):
-        if leaf is None:
-            results.append(None)
-            continue
+
+    def of_leaf(index: int, arrays: Any) -> Any:
         if not all(map(is_array, arrays)):
             raise ValueError(
                 f"there is a gradient at {path_at(where, index)}, but the state or the parameters"
@@ -196,8 +193,11 @@ def map_leaves(function: Callable[..., Any], where: Tree, *trees: Tree, **scalar
             )
         width = max((real(wide(dtype_of(a))) for a in arrays), key=lambda d: d.itemsize)
         cast = {name: scalar_at(value, width) for name, value in scalars.items()}
-        with jax.numpy_dtype_promotion("standard"):  # widths are our matter
-            results.append(function(*(at_width(a, width) for a in arrays), **cast))
+        return function(*(at_width(a, width) for a in arrays), **cast)
+
+    rows = enumerate(zip(present, *columns, strict=True))
+    with jax.numpy_dtype_promotion("standard"):  # widths are our matter
+        results = [None if leaf is None else of_leaf(i, arrays) for i, (leaf, *arrays) in rows]
     return structure.unflatten(results)
 
 
@@ -228,12 +228,13 @@ def keep_dtype(old: Tree, new: Tree, what: str) -> Tree:
 
 def update_dtype(update: Any, param: Any) -> np.dtype:
     """The dtype in which the update of one leaf leaves."""
-    if param is None:
-        return dtype_of(update)
-    for dtype in filter(is_of_keys, (dtype_of(update), dtype_of(param))):
+    own = dtype_of(update)
+    if param is None or own == (other := dtype_of(param)):
+        return own
+    for dtype in filter(is_of_keys, (own, other)):
         wide(dtype)  # says why not
     with jax.numpy_dtype_promotion("standard"):
-        return np.dtype(jnp.promote_types(dtype_of(update), dtype_of(param)))
+        return np.dtype(jnp.promote_types(own, other))
 
 
 def update_dtypes(updates: Tree, params: Tree | None) -> Tree:
@@ -309,6 +310,12 @@ def at_width(x: Any, width: np.dtype) -> jax.Array:
 def scalar_at(value: Any, width: np.dtype) -> Any:
     """A scalar in a width; a Python number stays one, so that ``1 - b`` is rounded once."""
     return value if type(value) in (int, float) else jnp.asarray(value).astype(width)
+
+
+def times(x: Any, *, by: Any) -> jax.Array:
+    """``by * x``, of a scalar; in a trace, where it is a number, without what jnp has to ask."""
+    plain = type(by) is float and isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
+    return jax.lax.mul(x, x.dtype.type(by)) if plain else by * x
 
 
 def path_of(path: Any) -> str:

@@ -48,7 +48,7 @@ import optax
 from adaptive_opt.core.checks import Hyperparameter, check_nonnegative, is_number, value_at
 from adaptive_opt.core.describe import described
 from adaptive_opt.core.finite import narrowed
-from adaptive_opt.core.trees import Tree, map_leaves, map_none, update_dtypes
+from adaptive_opt.core.trees import Tree, map_leaves, map_none, times, update_dtypes
 
 Mask = Tree | Callable[[Tree], Tree]
 """A pytree of bools like the parameters (or a prefix of them), or a function that makes one."""
@@ -100,7 +100,9 @@ def decoupled_weight_decay(
     [3.]
     """
     check_nonnegative(weight_decay=weight_decay)
-    return _decay(lambda u, x, *, s: u + s * x, "weight_decay", weight_decay, mask, learning_rate)
+    return _decay(
+        lambda u, x, *, s: u + times(x, by=s), "weight_decay", weight_decay, mask, learning_rate
+    )
 
 
 @described
@@ -391,7 +393,7 @@ def scale_by_learning_rate(
     def combine(updates: Tree, params: Tree, count: Any) -> Tree:
         del params
         lr = value_at(learning_rate, count, "learning_rate")
-        return map_leaves(lambda u, *, by: by * u, updates, updates, by=-lr if flip_sign else lr)
+        return map_leaves(times, updates, updates, by=-lr if flip_sign else lr)
 
     return _plain(optax.scale_by_learning_rate(learning_rate), combine)
 
