@@ -43,8 +43,6 @@ def bytes_on_each(state):
 
 def varying(params):
     """So that jax.grad under check_vma=True does not add up over the devices."""
-    if hasattr(jax.lax, "pvary"):  # before jax 0.9
-        return jax.lax.pvary(params, "data")
     return jax.lax.pcast(params, "data", to="varying")
 
 

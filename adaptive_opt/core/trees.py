@@ -57,9 +57,8 @@ def branch(condition: Any, then: Callable[..., Any], other: Callable[..., Any], 
 
 def varying(x: Any) -> frozenset[str]:
     """The manual mesh axes over which an array varies, where JAX keeps track of it."""
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)  # "vma" before JAX 0.10
-    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if manual is None else frozenset(manual.varying)
 
 
 def varying_like(x: jax.Array, others: Iterable[Any]) -> jax.Array:

@@ -51,8 +51,8 @@ def zero1(
     reduces the gradients itself, and there is a reduce-scatter and an all-gather instead of an
     all-reduce: give the gradients of each device's own batch. With ``check_vma=True``, ``jax.grad``
     with respect to replicated parameters all-reduces; take it at
-    ``jax.lax.pcast(params, axis, to="varying")`` (before jax 0.9 ``jax.lax.pvary``). The state's
-    specs are ``state_shardings(optimizer, params, PartitionSpec())``.
+    ``jax.lax.pcast(params, axis, to="varying")``. The state's specs are
+    ``state_shardings(optimizer, params, PartitionSpec())``.
 
     Args:
       inner: elementwise: the update of a weight depends on its own gradients, on its own values and
@@ -185,9 +185,6 @@ def _is_manual(axes: tuple[str, ...]) -> bool:
 
 def _all_gather(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
     """That the result is the same on all devices is known to check_vma=True."""
-    before_jax_0_9 = getattr(jax.lax, "all_gather_invariant", None)
-    if before_jax_0_9:
-        return before_jax_0_9(x, axis, axis=x.ndim - 1, tiled=True)
     return jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True, to="invarying")
 
 
