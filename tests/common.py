@@ -82,9 +82,26 @@ EVERY_CONVENTION = RECIPES | {
 """Every recipe in every convention, as a function of the learning rate."""
 
 
-def often(few, names=RECIPES):
-    """A few of the names, and all others among the slow tests; for ``parametrize``."""
-    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def often(few, names=RECIPES, *, more=()):
+    """A few of the names by default, some more among the broad tests, and all others among the slow
+    ones; for ``parametrize``."""
+    marks = {name: "slow" for name in names} | {n: "broad" for n in more} | {n: "" for n in few}
+    return [
+        pytest.param(name, marks=getattr(pytest.mark, marks[name])) if marks[name] else name
+        for name in names
+    ]
+
+
+def broadly(few, names=RECIPES):
+    """A few of the names by default, and all others among the broad tests."""
+    return often(few, names, more=names)
+
+
+def one_in(n, rows):
+    """Every n-th by default, and all others among the broad tests; tuples are several arguments."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    marks = [pytest.mark.broad if i % n else () for i in range(len(rows))]
+    return [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]
 
 
 EACH_OFTEN_ONCE = often(RECIPES, EVERY_CONVENTION)
@@ -100,6 +117,15 @@ FEW_OFTEN = often(REPRESENTATIVE)
 """Those often, every other recipe among the slow tests; for ``parametrize``."""
 
 FEW_CONVENTIONS = often(REPRESENTATIVE, EVERY_CONVENTION)
+"""The same, every other convention among the slow tests too; for ``parametrize``."""
+
+FEWER = ("adamw", "diffmod", "rmsprop of the tree", "ranger")
+"""One with decay, one with four buffers, one with a scalar for a tree, one with slow weights."""
+
+FEWER_OFTEN = often(FEWER, more=REPRESENTATIVE)
+"""Those often, the representative ones among the broad tests, every other among the slow ones."""
+
+FEWER_CONVENTIONS = often(FEWER, EVERY_CONVENTION, more=REPRESENTATIVE)
 """The same, every other convention among the slow tests too; for ``parametrize``."""
 
 PER_TENSOR = tuple(
@@ -134,13 +160,9 @@ NEED_PARAMS = (
 @contextlib.contextmanager
 def checking_leaks():
     """JAX looks for leaks among all objects there are: only those made from here on, please."""
-    gc.collect()
     gc.freeze()
-    try:
-        with jax.checking_leaks():
-            yield
-    finally:
-        gc.unfreeze()
+    with jax.checking_leaks():
+        yield
 
 
 def buffers_of(state):

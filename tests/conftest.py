@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.util
 import os
 import pathlib
@@ -10,6 +12,7 @@ import sys
 import jax
 import pytest
 from common import QUICK
+from jax._src.interpreters import mlir as lowering
 from jax.experimental.compilation_cache import compilation_cache
 
 # Programs that run for a moment are compiled in a third of the time. `XLA_FLAGS= pytest` runs the
@@ -21,6 +24,11 @@ sys.path.append(str(EXAMPLES))  # as when one of them is run
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# JAX makes a context of MLIR for every program, however small: a third of the time of many tests.
+# It is no public function of JAX; where there is none, tests only take longer.
+if make_ir_context := getattr(lowering, "make_ir_context", None):
+    lowering.make_ir_context = functools.cache(make_ir_context)
+
 
 def pytest_configure(config):
     """Compiled programs stay in pytest's cache folder: for other files, processes and runs."""
@@ -28,6 +36,12 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish(session):
+    """What is there stays, and much of what JAX makes: to look for garbage in it costs a tenth."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 50)
 
 
 @pytest.fixture(autouse=True)

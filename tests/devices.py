@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import PER_TENSOR, RECIPES
+from common import FEWER, PER_TENSOR, RECIPES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,7 +29,7 @@ OPTIMIZERS = {name: recipe(1e-2) for name, recipe in RECIPES.items()}
 WITH_SUMS = ("rmsprop of the tree", "ranger", *PER_TENSOR)
 """Not elementwise: one rate for the tree; gradients less their mean; norms of tensors; matrices."""
 ELEMENTWISE = {name: o for name, o in OPTIMIZERS.items() if name not in WITH_SUMS}
-FEW = "adamw", "amsgrad", "adabound", "diffmod", "nadam", "rmsprop of the tree", "ranger", "lamb"
+FEW = *FEWER, "lamb"
 
 
 def by_hand(optimizers):

@@ -22,6 +22,7 @@ def small_run(tmp_path_factory):
         return step.main([*sizes, *what]), output
 
 
+@pytest.mark.broad
 def test_every_contestant_has_a_time_in_every_round_and_what_it_costs(small_run):
     results, output = small_run
     assert results == json.loads((output / "step.json").read_text())
@@ -36,6 +37,7 @@ def test_every_contestant_has_a_time_in_every_round_and_what_it_costs(small_run)
         assert contestants["ours"]["state bytes"] >= 12 * found["elements"]
 
 
+@pytest.mark.broad
 def test_the_floor_moves_what_the_algorithm_must_move(small_run):
     contestants = small_run[0]["cases"]["leaf"]["algorithms"]["adamod"]
     assert contestants["ours in bfloat16"]["state bytes"] == pytest.approx(6 * 4096, abs=8)
@@ -45,6 +47,7 @@ def test_the_floor_moves_what_the_algorithm_must_move(small_run):
     assert contestants["ours"][key] <= contestants["hand-fused"][key] + 0.1
 
 
+@pytest.mark.broad
 def test_table_and_chart_show_every_contestant(small_run):
     results, output = small_run
     rows = (output / "step.md").read_text().splitlines()
@@ -52,6 +55,7 @@ def test_table_and_chart_show_every_contestant(small_run):
     assert plt.imread(output / "step.png").std() > 0.05
 
 
+@pytest.mark.broad
 def test_the_chart_is_drawn_again_from_what_was_measured(small_run):
     results, output = small_run
     before = plt.imread(output / "step.png")

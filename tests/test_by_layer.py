@@ -124,6 +124,7 @@ def test_after_ten_steps_parameters_are_those_of_the_whole_step_but_for_rounding
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), ours, theirs)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["adamw, bfloat16", "8-bit"])
 def test_wrappers_go_inside(name):
     params = start(3, 32, jnp.bfloat16 if "bfloat16" in name else jnp.float32)

@@ -95,6 +95,7 @@ def test_the_evidence_is_what_the_gallery_measured():
             assert any(f"{mean:.{places}f}" == number for mean in means), (number, name)
 
 
+@pytest.mark.broad
 def test_the_safe_defaults_take_a_step():
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     namespace: dict = {}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import REPRESENTATIVE, assert_bit_equal, normal_tree
+from common import REPRESENTATIVE, assert_bit_equal, normal_tree, one_in
 
 from adaptive_opt import (
     RECIPES,
@@ -141,7 +141,7 @@ SCHEDULED = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULED)
+@pytest.mark.parametrize("name", one_in(4, SCHEDULED))
 def test_schedules(name):
     schedule = SCHEDULED[name]
     schedule(3)
@@ -264,6 +264,7 @@ OURS = {
 }  # fmt: skip
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", [n for n in OURS if n not in ("guard",)])
 def test_what_is_ours(name):
     optimizer = OURS[name]

@@ -17,7 +17,8 @@ FILES = ROOT / "adaptive_opt" / "checkpoints" / "files.py"
 STEPS = 12  # after the kills
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.broad
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_a_run_goes_on_from_its_last_complete_save(kills, tmp_path):
     pick = random.Random(kills)
     saved, moments = 0, []
@@ -41,7 +42,7 @@ def test_killed_at_any_moment_a_run_goes_on_from_its_last_complete_save(kills, t
     assert np.load(tmp_path / "final.npy").tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [12, pytest.param(1000, marks=pytest.mark.slow)])
 def test_killed_while_it_writes_a_file_the_old_or_the_new_one_is_there(kills, tmp_path):
     pick = random.Random(kills)
     path, last, cut_short = tmp_path / "checkpoint", 0, 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import broadly
 from devices import (
     FEW,
     FULLY_SHARDED,
@@ -86,7 +87,7 @@ def check(actual, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["automatic", "explicit"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", broadly([*LAYOUTS][-1:], LAYOUTS))
 def test_jit_with_named_shardings_equals_one_device(kind, layout, optimizers, one_device):
     shape, axes, specs = LAYOUTS[layout]
     mesh = mesh_of(shape, axes, kind)
@@ -184,6 +185,7 @@ def test_pmap_with_replicated_state_equals_one_device(optimizers, one_device):
     check(jax.tree.map(lambda x: x[0], result), one_device)
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flag is for x86")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_given_the_same_gradients_elementwise_recipes_are_bit_equal(which):

@@ -10,7 +10,7 @@ import re
 
 import matplotlib.pyplot as plt
 import pytest
-from common import RECIPES, REGISTERED
+from common import RECIPES, REGISTERED, one_in
 from mutate import MUTANTS
 
 import adaptive_opt
@@ -57,6 +57,7 @@ def test_the_readme_is_short_and_shows_code():
 WITH_TORCH = "docs/move_a_pytorch_run.md"  # which tests/test_from_torch.py runs, without PyTorch
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "document", ["README.md", "CONTRIBUTING.md", *sorted({*PAGES} - {WITH_TORCH})]
 )
@@ -98,7 +99,7 @@ def test_the_commands_of_the_readme_name_what_exists():
         assert (ROOT / "examples" / f"{name}.py").exists()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", one_in(3, FUNCTIONS))
 def test_docstring_examples_run_and_every_public_function_has_one(name):
     function = inspect.unwrap(getattr(adaptive_opt, name))
     tests = doctest.DocTestFinder(recurse=False).find(function, name, globs={})

@@ -41,7 +41,9 @@ def in_basis(*behind_it):
     return optax.chain(bracket, optax.scale(-1.0))
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize(
+    "dtype", [np.complex128, pytest.param(np.float64, marks=pytest.mark.broad)]
+)
 def test_a_rotation_of_the_parameters_rotates_the_trajectory(dtype, x64):
     left, right = (np.linalg.qr(normal(n, n, dtype=dtype))[0] for n in (4, 3))
     gradients = normal(6, 4, 3, dtype=dtype)
@@ -94,6 +96,7 @@ def test_bases_stay_wide_whatever_the_rest_is_kept_in():
         assert set(buffers) - narrow == {"gram_0", "gram_1", "basis_0", "basis_1"}
 
 
+@pytest.mark.broad
 def test_parts_of_arrays_and_an_unknown_limit_are_refused():
     mesh, x = jax.make_mesh((2,), ("data",)), jnp.ones((4, 4))
     with pytest.raises(ValueError, match="zero1"):

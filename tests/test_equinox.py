@@ -35,7 +35,8 @@ WRAPPED = {
 MAKERS = RECIPES | WRAPPED
 
 
-@pytest.mark.parametrize("name", [*often(("adamw", "soap")), *WRAPPED])
+@pytest.mark.broad
+@pytest.mark.parametrize("name", often(("adamw", "soap", *WRAPPED), MAKERS))
 def test_another_learning_rate_compiles_nothing_anew(name):
     x, traces = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, []
 

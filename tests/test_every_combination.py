@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import QUICK, normal_tree
+from common import QUICK, normal_tree, often
 from devices import mesh_of
 
 from adaptive_opt import (
@@ -197,7 +197,7 @@ def test_every_stage_has_one_role_and_there_are_thousands_of_combinations():
     assert len(list(everything())) > 5000
 
 
-@pytest.mark.parametrize("number", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", often([5], [5, 20, 200], more=[20]))
 def test_random_ones_are_sound_and_what_is_refused_is_so_with_a_reason(number):
     combinations, chosen, refused = list(everything()), {}, 0
     random.Random(20160512).shuffle(combinations)

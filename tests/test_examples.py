@@ -31,6 +31,7 @@ def test_a_stage_of_ones_own_is_in_the_description_and_changes_the_result(exampl
     assert medians["adam"] != medians["with caution"]
 
 
+@pytest.mark.broad
 def test_unfreezing_is_compared_with_two_other_ways(example, capsys):
     accuracies = example("gradual_unfreezing").main(["--steps", "3"])
     assert set(accuracies) == {"head alone", "all at one rate", "gradual unfreezing"}
@@ -40,6 +41,7 @@ def test_unfreezing_is_compared_with_two_other_ways(example, capsys):
         assert line.startswith(name)
 
 
+@pytest.mark.broad
 def test_what_is_frozen_stays(example):
     module = example("gradual_unfreezing")
     data = module.load(0)[1]
@@ -72,6 +74,7 @@ def test_a_body_that_is_tuned_too_does_better_than_the_head_alone(example):
 FINETUNE = ROOT / "examples" / "finetune.py"
 
 
+@pytest.mark.broad
 def test_fine_tuning_that_is_killed_goes_on_bit_for_bit(example, tmp_path, capsys):
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     module = example("finetune")
@@ -107,6 +110,7 @@ def test_the_fine_tuning_is_as_short_as_it_says(example):
     assert sum(lines) <= 60
 
 
+@pytest.mark.broad
 def test_the_frozen_layer_of_the_fine_tuning_stays_and_matrices_alone_decay(example):
     module = example("finetune")
     model = module.CNN(nnx.Rngs(0))
@@ -150,6 +154,7 @@ def test_the_run_that_is_moved_is_the_one_that_was_recorded(example):
     assert module.COMPARED == SEEN
 
 
+@pytest.mark.broad
 def test_pmap_trains_as_one_device_does(example, tmp_path, capsys):
     several, one = example("pmap").main(["--steps", "12", "--output", str(tmp_path / "pmap.png")])
     assert plt.imread(tmp_path / "pmap.png").std() > 0.02
@@ -193,6 +198,7 @@ def test_words_of_other_frameworks_make_the_optimizers_that_they_mean(example, t
 # --- a language model -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_language_model_is_trained_in_three_ways(example, tmp_path, capsys):
     module = example("language_model")
     small = ["--width", "32", "--layers", "4", "--steps", "12"]
@@ -297,6 +303,7 @@ def test_the_binary_version_of_cifar_10_is_read_as_it_was_written(example, cifar
     assert first[1 + 1024] == images[0, 0, 0, 1]  # green follows the 1,024 bytes of red
 
 
+@pytest.mark.broad
 def test_cifar_10_trains_for_a_few_steps_and_draws(example, cifar, capsys):
     folder, *_ = cifar
     picture = folder / "rates.png"

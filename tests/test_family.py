@@ -232,7 +232,8 @@ def test_under_partition_the_tree_is_the_group():
     np.testing.assert_allclose(apart["a"], -1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.broad
+@pytest.mark.parametrize("reduce", ["sum", pytest.param("mean", marks=pytest.mark.broad)])
 def test_under_shard_map_a_reduced_scope_sums_over_the_axes_it_is_told(reduce):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     g = jnp.arange(1.0, 9.0)
@@ -277,6 +278,7 @@ def test_under_shard_map_what_every_device_has_is_counted_once(scope, reduce):
         np.testing.assert_allclose(actual["bias"], -10 / np.sqrt(204 + 100 + 32), rtol=1e-6)
 
 
+@pytest.mark.broad
 def test_where_jax_does_not_track_what_is_split_every_leaf_counts_as_split():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     g = {"a": jnp.arange(1.0, 9.0), "b": jnp.arange(8.0)}
@@ -415,7 +417,7 @@ def test_every_restart_takes_the_maximum_when_compiled(dtype):
 
 
 @pytest.mark.parametrize("growth", [2, 3])
-@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("x64", [True, pytest.param(False, marks=pytest.mark.broad)])
 def test_every_restart_of_growing_periods_takes_the_maximum_when_compiled(growth, x64):
     with jax.enable_x64(x64):
         for period in (1, 7, 41, 49, 1000):

@@ -106,6 +106,7 @@ def counts(found: dict[str, np.ndarray]) -> tuple[int, int]:
     return int(found.pop("skipped")), int(found.pop("spikes"))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("instants", "saves", "damages"), [(2, 2, 1), pytest.param(60, 60, 40, marks=pytest.mark.slow)]
 )
@@ -143,7 +144,8 @@ def test_a_run_ends_bit_equal_whatever_happens_to_it(instants, saves, damages, t
         assert clean[name].tobytes() == value.tobytes(), name
 
 
-@pytest.mark.parametrize("moves", [(8, 4, 2), pytest.param((8, 4, 2) * 12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", [(8, 4, 2), (8, 4, 2) * 12])
 def test_a_run_that_is_moved_to_other_devices_ends_where_it_would_have(moves, tmp_path):
     """In float64: devices add up in another order, so the last bits differ, and grow from there."""
     pick = random.Random(len(moves))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import FEW_OFTEN, RECIPES, assert_bit_equal
+from common import FEWER_OFTEN, RECIPES, assert_bit_equal
 from flax import nnx
 from flax.training.train_state import TrainState
 
-EACH = pytest.mark.parametrize("recipe", FEW_OFTEN)
+EACH = pytest.mark.parametrize("recipe", FEWER_OFTEN)
 X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 Y = np.sin(X).sum(axis=1, keepdims=True)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from common import one_in
 from torch_states import (
     ADAMW_GROUPS,
     ALONE,
@@ -141,7 +142,7 @@ ONE_GROUP = {
 }
 
 
-@pytest.mark.parametrize("row", ONE_GROUP)
+@pytest.mark.parametrize("row", one_in(3, ONE_GROUP))
 def test_the_next_100_steps_are_those_of_pytorch(row, x64):
     target, more = ONE_GROUP[row]
     assert_goes_on(target, imported(row, target, **more), row)
@@ -172,7 +173,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("row", GROUPS)
+@pytest.mark.parametrize("row", one_in(3, GROUPS))
 def test_groups_schedules_and_late_parameters_go_on_too(row, x64):
     target, more = GROUPS[row]
     assert_goes_on(target, imported(row, target, **more), row)
@@ -195,6 +196,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_groups_and_recipes_go_on_inside_wrappers(wrapper, x64):
     times = 2 if wrapper in ("MultiSteps", "all") else 1

@@ -93,6 +93,7 @@ def test_every_number_in_a_table_is_in_the_json(name):
         assert int(count) == r["n"]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "name", [pytest.param(s, marks=[pytest.mark.slow] * (s not in QUICK)) for s in SCRIPTS]
 )

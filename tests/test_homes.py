@@ -352,6 +352,7 @@ def test_a_step_made_by_train_step_is_that_of_the_container(home):
         assert held[0].step == 2
 
 
+@pytest.mark.broad
 @EACH
 def test_a_member_of_a_sweep_is_trained_as_it_would_be_alone(home):
     rates = [1e-2, 1e-1]
@@ -390,6 +391,7 @@ def test_packed_parameters_take_the_same_steps(home):
     assert_close(*(jax.tree.leaves(packing.pack(tree)) for tree in (result, expected)))
 
 
+@pytest.mark.broad
 @EACH
 def test_a_state_in_8_bits_stays_so(home):
     tx = low_memory(adam(1e-2), "8-bit", min_size=1)
@@ -452,6 +454,7 @@ def test_telemetry_is_read_off_what_is_held(home):
     assert rate_histograms(optimizer)["all"].sum() == pytest.approx(1.0)
 
 
+@pytest.mark.broad
 @EACH
 def test_the_state_of_optax_moves_in(home):
     model, state = home.trained(made(home), optax.adam(1e-2))

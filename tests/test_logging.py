@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import one_in
 from flax import nnx
 from flax.training.train_state import TrainState
 
@@ -89,7 +90,7 @@ HOMES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("home", HOMES, ids=lambda home: home.__name__)
+@pytest.mark.parametrize("home", one_in(3, HOMES), ids=lambda home: home.__name__)
 def test_telemetry_is_read_where_a_state_is(home):
     held, recorder = home(), Recorder()
     seen = read_telemetry(held)
@@ -104,6 +105,7 @@ def test_telemetry_is_read_where_a_state_is(home):
     assert recorder.rows == [seen]
 
 
+@pytest.mark.broad
 def test_a_package_that_nobody_imported_is_not_imported():
     program = (
         "import sys, jax.numpy as jnp\n"

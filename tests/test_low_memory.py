@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import RECIPES, assert_bit_equal
+from common import RECIPES, assert_bit_equal, broadly
 
 import adaptive_opt
 from adaptive_opt import (
@@ -29,6 +29,8 @@ from adaptive_opt import (
 from adaptive_opt.core.buffers import buffer
 from adaptive_opt.memory import codecs, views
 from adaptive_opt.memory.low_memory import buffer_of
+
+BROAD = pytest.mark.broad
 
 STEPS = jnp.arange(200)
 
@@ -157,7 +159,7 @@ def broken(shape):
     return jnp.asarray(x)
 
 
-@pytest.mark.parametrize("shape", [(8, 512), (7, 300)])
+@pytest.mark.parametrize("shape", [(7, 300), pytest.param((8, 512), marks=BROAD)])
 @pytest.mark.parametrize("bits", [True, False], ids=["stochastic", "nearest"])
 def test_what_is_not_finite_stays_in_its_place(shape, bits):
     x, finite = broken(shape), jnp.isfinite(broken(shape))
@@ -187,7 +189,7 @@ def test_a_block_without_anything_broken_is_coded_as_if_it_stood_alone():
         assert not jnp.signbit(alone.scales).any()
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e30])
+@pytest.mark.parametrize("bad", [jnp.nan, 1e30, pytest.param(jnp.inf, marks=BROAD)])
 def test_a_broken_gradient_harms_its_own_weight_only(bad):
     """1e30 is finite, its square is not."""
     optimizer, params = low_memory(adam(1e-2), "8-bit"), jnp.zeros(SHAPE)
@@ -229,7 +231,10 @@ def test_tiny_numbers_have_codes_like_others():
             assert_bit_equal(code(scaled * size, None).codes, code(scaled, None).codes)
 
 
-@pytest.mark.parametrize("shape", [(16, 512), (2, 8, 256), (3, 512), (7, 100), (600,), ()])
+@pytest.mark.parametrize(
+    "shape",
+    broadly(((2, 8, 256), (7, 100)), [(16, 512), (2, 8, 256), (3, 512), (7, 100), (600,), ()]),
+)
 def test_blocks_are_the_same_in_the_view_of_every_platform(shape):
     x = jnp.resize(broken((8, 512)), shape)
     bits = codecs.noise(shape, jnp.array(2), 3)
@@ -365,8 +370,16 @@ def test_one_hash_serves_two_buffers_of_a_weight():
     assert products(low_memory(RECIPES["amsgrad"](1e-3), "8-bit")) == one
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
-@pytest.mark.parametrize("axes", [("data",), (None, "data")])
+@pytest.mark.broad
+@pytest.mark.parametrize(
+    ("storage", "axes"),
+    [
+        ("bfloat16", (None, "data")),
+        ("8-bit", (None, "data")),
+        pytest.param("bfloat16", ("data",), marks=BROAD),
+        pytest.param("8-bit", ("data",), marks=BROAD),
+    ],
+)
 def test_bits_are_the_same_however_the_arrays_are_split(storage, axes):
     optimizer = low_memory(adam(1e-2), storage)
     params = jnp.asarray(np.random.default_rng(7).standard_normal((16, 2048)), jnp.float32)
@@ -399,7 +412,12 @@ def run(optimizer, steps=60, seed=0):
 
 @pytest.mark.parametrize(
     ("name", "storage"),
-    [("adam", "bfloat16"), ("adam", "8-bit"), ("adamod", "8-bit"), ("diffmod", "bfloat16")],
+    [
+        ("adamod", "8-bit"),
+        ("diffmod", "bfloat16"),
+        pytest.param("adam", "bfloat16", marks=BROAD),
+        pytest.param("adam", "8-bit", marks=BROAD),
+    ],
 )
 def test_training_goes_where_it_goes_in_float32(name, storage):
     optimizer = RECIPES[name](3e-2)
@@ -452,8 +470,9 @@ def test_checkpoints_resume_bit_for_bit(storage):
         )
 
 
+@pytest.mark.broad
 @pytest.mark.compiles
-@pytest.mark.parametrize("axes", [("x",), (None, "x")])
+@pytest.mark.parametrize("axes", [(None, "x"), pytest.param(("x",), marks=pytest.mark.broad)])
 def test_a_sharded_state_stays_sharded_without_communication(axes):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.NamedSharding(mesh, jax.P(*axes))
@@ -622,7 +641,7 @@ def by_hand(optimizer, mesh, spec):
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
-@pytest.mark.parametrize("spec", [jax.P("data"), jax.P(None, "data")])
+@pytest.mark.parametrize("spec", [jax.P(None, "data"), pytest.param(jax.P("data"), marks=BROAD)])
 def test_the_storage_stays_under_shard_map_where_a_part_is_small(storage, spec):
     params = jnp.linspace(-1.0, 1.0, 8 * 2048).reshape(WIDE_SHAPE)
     optimizer = low_memory(adam(1e-2), storage)
@@ -639,7 +658,8 @@ def test_the_storage_stays_under_shard_map_where_a_part_is_small(storage, spec):
     assert update(params, new, params)[1].count == 2
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "8-bit"])
+@pytest.mark.broad
+@pytest.mark.parametrize("storage", ["8-bit", pytest.param("bfloat16", marks=BROAD)])
 def test_zero1_under_shard_map_keeps_the_storage(storage):
     mesh = mesh_of(8)
     params = jax.device_put(jnp.ones(WIDE_SHAPE), jax.NamedSharding(mesh, jax.P()))

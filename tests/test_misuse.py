@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import ADAMS, RECIPES, normal_tree
+from common import ADAMS, RECIPES, normal_tree, often
 
 import adaptive_opt
 from adaptive_opt import (
@@ -143,10 +143,11 @@ SHORTER = {  # all orders of seven stages are 5,040
 
 @pytest.mark.parametrize(
     "algorithm",
-    [
-        *SHORTER.values(),
-        *(pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS.values() if len(a) == 7),
-    ],
+    often(
+        [SHORTER["adam"]],
+        dict.fromkeys((*SHORTER.values(), *ALGORITHMS.values())),
+        more=SHORTER.values(),
+    ),
     ids="-".join,
 )
 def test_exactly_the_right_orders_of_the_stages_are_accepted(algorithm):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import broadly
 from moved import LR, after, assert_close, gradients, in_groups, injected, run
 
 from adaptive_opt import (
@@ -167,7 +168,7 @@ def check_nests(seed):
         raise AssertionError(said) from error
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", broadly(range(3), range(24)))
 def test_in_and_out_of_any_nest_the_next_20_updates_are_the_same(seed, x64):
     check_nests(seed)
 

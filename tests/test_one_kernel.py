@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import AS_USERS, RECIPES, assert_bit_equal
+from common import AS_USERS, RECIPES, assert_bit_equal, broadly
 from jax.extend.core import Var
 
 from adaptive_opt import (
@@ -86,7 +86,7 @@ def assert_same_bits(optimizer, params, kernels=KERNELS, steps=3, ulps_of_an_upd
     return found
 
 
-@pytest.mark.parametrize("name", ["adam", "amsgrad", "adamod", "diffmod"])
+@pytest.mark.parametrize("name", broadly(["adamod"], ["adam", "amsgrad", "adamod", "diffmod"]))
 def test_the_step_is_update_and_apply_bit_for_bit(name):
     params, _ = assert_same_bits(low_memory(RECIPES[name](1e-2), "8-bit", min_size=1), tree(0))
     others = jnp.ones((16, 512), bool).at[2, 5:9].set(False)
@@ -111,6 +111,7 @@ def test_update_and_apply_without_a_kernel_are_those_of_optax():
 GROUPS = {name: "adam" if name == "aligned" else "sgd" for name in SHAPES}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("inner", "kernels", "ulps"),
     [
@@ -135,6 +136,7 @@ def test_nothing_is_a_kernel_where_nothing_is_in_8_bits():
     assert_same_bits(optimizer, tree(0), kernels=0)
 
 
+@pytest.mark.broad
 def test_outside_jit_and_around_a_guard():
     params = jnp.ones((16, 256))
     optimizer = low_memory(skip_nonfinite(adam(1e-2)), "8-bit")
@@ -275,6 +277,7 @@ def assert_near_the_step(optimizer, kernel):
         assert differing <= 1e-4 * sum(leaf.size for leaf in leaves[1])
 
 
+@pytest.mark.broad
 def test_what_is_asked_on_a_gpu_holds_for_the_interpreted_kernel():
     optimizer = low_memory(adam(1e-2), "8-bit", min_size=1)
     assert_near_the_step(optimizer, one_kernel(optimizer, interpret=True))

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import RECIPES, REPRESENTATIVE
+from common import FEWER, RECIPES
 
 import adaptive_opt
 
@@ -243,8 +243,8 @@ SKIPPED = [
 ]
 # What remains optax's own.
 NOT_OURS = [r"alias: LBFGSTest", r"complex_valued, .*param_block_norm"]
-OTHERS = rf"our (?!({'|'.join(REPRESENTATIVE)})\b)\w+"
-"""All but a recipe of every kind of state."""
+OTHERS = rf"our (?!({'|'.join(FEWER)})\b)\w+"
+BROAD = [r"our (rmsprop of the tree|ranger)"]
 SLOW = [
     r"alias: .*test_optimization ",
     r"contrib: .*test_optimizers ",
@@ -256,11 +256,7 @@ SLOW = [
     r"contrib: .*test_optimizers_accept_learning_rate_schedule.*'mechanize'",
     r"accumulation: .*test_multi_steps_mixed_precision",
     r"sam: ",
-    # What `adaptive_opt.testing` asks of every recipe too.
-    rf"alias: .*test_(state_shape_dtype_shard_stability|gradient_accumulation) .*{OTHERS}",
-    rf"contrib: .*test_optimizers_(can_be_wrapped_in|accept_learning_rate_schedule).*{OTHERS}",
-    rf"sharding: .*test_state_sharding_type_preserved_with_jit_{OTHERS}",
-    rf"complex_valued, {OTHERS}",
+    OTHERS,  # of which `adaptive_opt.testing` asks the same
 ]
 
 # --- How the tests are read -----------------------------------------------------------------------
@@ -368,6 +364,8 @@ def marks_of(title: str) -> Iterator[pytest.MarkDecorator]:
             yield pytest.mark.xfail(reason=reason, raises=error, strict=True)
     if any(re.search(pattern, title) for pattern in SLOW):
         yield pytest.mark.slow
+    elif any(re.search(pattern, title) for pattern in BROAD):
+        yield pytest.mark.broad
 
 
 # --- The tests ------------------------------------------------------------------------------------

@@ -225,6 +225,7 @@ def test_low_memory_is_refused_inside(params):
     assert packing.optimizer(optimizer, elementwise=True) is not None
 
 
+@pytest.mark.broad
 def test_master_weights_go_around_packing(params):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     packing = Packing(params)

@@ -17,6 +17,7 @@ from processes import SAVED, STEPS, Run
 
 PROGRAM = pathlib.Path(__file__).with_name("processes.py")
 PROCESSES, SECONDS = 2, 300
+pytestmark = pytest.mark.broad
 PORT_IN_USE = ("Failed to start RPC server", "Failed to add port")  # the second, then a crash
 
 

@@ -21,6 +21,7 @@ def run(quickstart, tmp_path_factory):
     return quickstart.main([*shorter, "--output", str(picture)]), picture
 
 
+@pytest.mark.slow
 def test_every_optimizer_learns_the_digits_at_a_rate_of_its_own(run, quickstart):
     results, _ = run
     assert [r.name for r in results] == ["adam", "adamw", "amsgrad", "adamod", "diffmod"]
@@ -33,11 +34,13 @@ def test_every_optimizer_learns_the_digits_at_a_rate_of_its_own(run, quickstart)
         assert result.losses[:, -20:].mean() < 0.1
 
 
+@pytest.mark.slow
 def test_the_state_has_two_three_or_four_buffers_per_weight(run):
     weights = 64 * 128 + 128 + 128 * 10 + 10
     assert [round(r.state_bytes / 4 / weights) for r in run[0]] == [2, 2, 3, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_picture_is_saved(run):
     image = plt.imread(run[1])
     assert image.shape[0] > 300

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import EVERY_CONVENTION, PER_TENSOR, gradient_trees, normal_tree
+from common import (
+    EVERY_CONVENTION,
+    PER_TENSOR,
+    REPRESENTATIVE,
+    broadly,
+    gradient_trees,
+    normal_tree,
+)
 from devices import mesh_of, whole
 
 import adaptive_opt
@@ -157,7 +164,7 @@ def test_what_is_remembered_of_others_counts():
 # --- what is known --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EVERY_CONVENTION)
+@pytest.mark.parametrize("name", broadly(REPRESENTATIVE, EVERY_CONVENTION))
 def test_recipes_are_per_weight_but_for_those_that_say_so(name):
     result = found(EVERY_CONVENTION[name](1e-2))
     wider = {

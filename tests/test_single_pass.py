@@ -68,6 +68,7 @@ def assert_one_loop(name, found):
     assert found["ulps"] <= ULPS[name]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", OFTEN)
 def test_one_loop_reads_and_writes_everything_once(with_the_option, name):
     assert with_the_option["stands aside"] is None
@@ -82,6 +83,7 @@ def test_every_elementwise_recipe_becomes_one_loop():
         assert_one_loop(name, found[name])
 
 
+@pytest.mark.broad
 def test_the_numbers_of_the_documentation(with_the_option):
     found = {name: case["single pass"]["bytes"] for name, case in with_the_option["large"].items()}
     assert found["adam"] == found["adamw"] == found["optax.adam"] == 28
@@ -89,24 +91,29 @@ def test_the_numbers_of_the_documentation(with_the_option):
     assert found["diffmod"] == 44
 
 
+@pytest.mark.broad
 def test_trees_with_masks_none_and_16_bits_come_out_as_without(with_the_option):
     assert len(with_the_option["trees"]) == 5
     assert all(ulps <= 2 for ulps in with_the_option["trees"].values())  # of the update
 
 
+@pytest.mark.broad
 def test_a_training_step_has_one_loop_for_the_gradient_and_one_for_the_rest(with_the_option):
     for loops in with_the_option["training"]:
         assert loops["single pass"] == 2 < loops["plain"]
 
 
+@pytest.mark.broad
 def test_a_jit_inside_changes_nothing(with_the_option):
     assert with_the_option["nested jits"] == 3 * [{"bytes": 36.0, "temporary": 0.0, "loops": 1}]
 
 
+@pytest.mark.broad
 def test_sharded_parameters_stay_where_they_are(with_the_option):
     assert with_the_option["shards"] == {"communicates": False, "split": True}
 
 
+@pytest.mark.broad
 def test_the_copy_of_the_gradient_is_one_bit_for_bit_nan_and_zeros_included(with_the_option):
     assert with_the_option["previous gradient kept"]
 
@@ -136,6 +143,7 @@ def test_on_another_backend_it_stands_aside(monkeypatch):
     assert "on gpu XLA merges loops by itself" in single_pass_stands_aside()
 
 
+@pytest.mark.broad
 def test_a_jax_whose_programs_cannot_be_taken_apart_is_left_alone():
     program = """
 import adaptive_opt, sys, jax, jax.numpy as jnp

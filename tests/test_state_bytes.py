@@ -17,6 +17,7 @@ from benchmarks import state_bytes
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_what_the_command_prints(tmp_path, capsys):
     text = (ROOT / "docs" / "devices.md").read_text()
     copy = tmp_path / "devices.md"

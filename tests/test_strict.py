@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import EVERY_CONVENTION, FEW_CONVENTIONS, FEW_OFTEN, checking_leaks
+from common import EVERY_CONVENTION, FEWER_CONVENTIONS, FEWER_OFTEN, broadly, checking_leaks
 
 from adaptive_opt import (
     adam,
@@ -92,25 +92,34 @@ def assert_takes_two_steps(make, params):
 
 
 NARROW = np.float32, np.complex64, jnp.bfloat16
+NARROWLY = [name for name in WRAPPED if name != "injected"]
 
 
-@pytest.mark.parametrize("name", FEW_CONVENTIONS)
+@pytest.mark.parametrize("name", FEWER_CONVENTIONS)
 def test_every_recipe_is_traced_strictly(name):
     assert_is_traced(lambda: EVERY_CONVENTION[name](1e-2), parameters(*NARROW))
 
 
-@pytest.mark.parametrize("name", FEW_OFTEN)
+@pytest.mark.parametrize("name", FEWER_OFTEN)
 def test_every_recipe_takes_strict_steps(name):
     assert_takes_two_steps(lambda: EVERY_CONVENTION[name](1e-2), parameters(*NARROW))
 
 
-@pytest.mark.parametrize("name", [name for name in WRAPPED if name != "injected"])
-def test_every_wrapper_is_strict(name):
+@pytest.mark.parametrize(
+    "name", broadly(("8-bit", "telemetry", "skip_nonfinite", "lookahead"), NARROWLY)
+)
+def test_every_wrapper_is_traced_strictly(name):
     assert_is_traced(WRAPPED[name], parameters(*NARROW))
+
+
+@pytest.mark.parametrize("name", broadly(("skip_nonfinite", "lookahead", "bfloat16"), NARROWLY))
+def test_every_wrapper_takes_strict_steps(name):
     assert_takes_two_steps(WRAPPED[name], parameters(*NARROW))
 
 
-@pytest.mark.parametrize("name", ["scheduled", "8-bit", "an array", "injected"])
+@pytest.mark.parametrize(
+    "name", broadly(("8-bit", "injected"), ("scheduled", "8-bit", "an array", "injected"))
+)
 def test_float64_is_strict(name, x64):
     assert_is_traced(WRAPPED[name], parameters(np.float64))
     assert_takes_two_steps(WRAPPED[name], parameters(np.float64))

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import RECIPES, assert_bit_equal, buffers_of, normal_tree
+from common import (
+    FEW_OFTEN,
+    FEWER,
+    RECIPES,
+    assert_bit_equal,
+    broadly,
+    buffers_of,
+    normal_tree,
+)
 from flax import nnx
 
 from adaptive_opt import adam, adamod, amsgrad
@@ -56,7 +64,7 @@ CONTAINERS = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FEW_OFTEN)
 def test_a_container_makes_no_difference(recipe):
     optimizer = RECIPES[recipe](1e-2)
     tree = normal_tree()["dense"]
@@ -100,7 +108,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("rmsprop of the tree",)])
+@pytest.mark.parametrize(
+    "recipe", broadly(FEWER, [r for r in RECIPES if r != "rmsprop of the tree"])
+)
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_state_of_another_tree_or_shape_is_refused_with_the_path(recipe, other):
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import broadly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -145,6 +146,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.broad
 def test_waves_see_what_a_look_at_the_whole_sees(monkeypatch):
     """Large leaves in parts, small ones together; also where all are counted segment by segment."""
     monkeypatch.setattr(waves, "LONGEST", waves.SHORTEST)
@@ -214,7 +216,7 @@ def explicit(shape, spec, mesh):
     return jax.device_put(drawn({"x": shape}, 1e-3)["x"], NamedSharding(mesh, spec))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", broadly([AxisType.Explicit], [AxisType.Auto, AxisType.Explicit]))
 def test_on_a_mesh_of_either_kind_the_counts_are_those_of_one_device(kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
     specs = {"w": P("x", "y"), "v": P(None, "y"), "b": P()}
@@ -243,7 +245,9 @@ def temporaries(optimizer, params):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("params", [MANY, GIANT], ids=["many leaves", "a giant"])
+@pytest.mark.parametrize(
+    "params", [pytest.param(MANY, marks=pytest.mark.broad), GIANT], ids=["many leaves", "a giant"]
+)
 def test_temporaries_are_at_most_a_byte_for_each_weight(params):
     size = sum(x.size for x in params.values())
     more = temporaries(adamod(1e-3, observers=telemetry()), params) - temporaries(

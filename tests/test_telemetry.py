@@ -18,6 +18,7 @@ from common import (
     buffers_of,
     gradient_trees,
     normal_tree,
+    one_in,
     train,
 )
 from jax.sharding import Mesh, NamedSharding
@@ -163,7 +164,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_in(2, CASES))
 def test_the_numbers_are_those_of_a_direct_computation(case, x64):
     """Eight gradients, of which telemetry looks at the first and the last."""
     optimizer, expected = CASES[case]
@@ -275,7 +276,7 @@ def without_decay(recipe, lr, **observers):
     return EVERY_CONVENTION[recipe](lr, **({"weight_decay": 0.0} if decays else {}), **observers)
 
 
-TYPICAL = ("adam", "adamod", "amsgrad", "adabound", "radam", "diffgrad", "sgd", "ranger")
+TYPICAL = ("adamod", "amsgrad", "adabound", "radam", "ranger")
 
 
 @pytest.mark.parametrize(
@@ -363,6 +364,7 @@ def test_it_looks_at_every_nth_step_and_otherwise_takes_a_branch_that_does_nothi
     assert steps == [1, 1, 1, 4, 4, 4, 7]
 
 
+@pytest.mark.broad
 def test_an_update_with_observers_can_be_differentiated():
     def moved(g, observers):
         optimizer = adamod(1e-2, observers=observers)
@@ -385,6 +387,7 @@ def sharded_state(mesh, spec, gradients, params, optimizer):
     return state
 
 
+@pytest.mark.broad
 def test_sharded_parameters_give_the_numbers_of_whole_ones():
     """Eight devices, under jit, and under shard_map with biases that every device has."""
     rng = np.random.default_rng(0)
@@ -572,6 +575,7 @@ def looked(look):
     return optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
 
 
+@pytest.mark.broad
 def test_an_update_that_is_not_compiled_says_so_once():
     waves._say_that_it_is_compiled.cache_clear()
     optimizer, x = adam(1e-3, observers=telemetry()), jnp.ones(3)

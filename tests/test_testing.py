@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import RECIPES
+from common import FEWER, RECIPES, broadly, often
 
 import adaptive_opt
 from adaptive_opt.testing import CONTRACTS, assert_optimizer, check
@@ -298,21 +298,26 @@ ASKED_MORE_STRICTLY = {
     "inject_hyperparams": "test_wrappers.py",
 }
 """What other files ask of every recipe, and more strictly: here only of a few."""
-FEW = ("adamw", "diffmod", "rmsprop of the tree", "ranger")
-"""One with decay, one with four buffers, one with a scalar for a tree, one with slow weights."""
 WHOLE = "it multiplies whole matrices, and says so where one is split"
 EXCUSED = {"muon": {"shardings": WHOLE}, "soap": {"shardings": WHOLE}}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+OF_LINES = {"no_weak_types", "one_compilation", "scalar_leaves", "zero_size_leaves"}
+"""What goes by the lines of a recipe, and not by the kind of its state; asked of all, always."""
+
+
+@pytest.mark.parametrize("name", broadly(FEWER))
 def test_every_recipe_keeps_the_contracts_that_nothing_else_asks(name):
-    others = CONTRACTS.keys() - ASKED_MORE_STRICTLY.keys()
-    assert_optimizer(RECIPES[name], only=others, excused=EXCUSED.get(name))
+    asked = CONTRACTS.keys() - ASKED_MORE_STRICTLY.keys()
+    assert_optimizer(RECIPES[name], only=asked, excused=EXCUSED.get(name))
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES]
-)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in FEWER])
+def test_every_recipe_keeps_those_of_its_lines(name):
+    assert_optimizer(RECIPES[name], only=OF_LINES)
+
+
+@pytest.mark.parametrize("name", often(("diffmod",), more=FEWER))
 def test_every_recipe_keeps_the_others_too(name):
     assert_optimizer(RECIPES[name], only=ASKED_MORE_STRICTLY)
 

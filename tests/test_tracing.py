@@ -8,13 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from common import (
-    EVERY_CONVENTION,
-    FEW_OFTEN,
-    RECIPES,
-    assert_bit_equal,
-    normal_tree,
-)
+from common import EVERY_CONVENTION, FEWER_OFTEN, RECIPES, assert_bit_equal, broadly, normal_tree
 
 from adaptive_opt import (
     AdaptiveStep,
@@ -116,6 +110,7 @@ def compiled_in(steps):
     return len(programs)
 
 
+@pytest.mark.broad
 @pytest.mark.compiles
 def test_outside_of_a_trace_no_leaf_is_compiled_by_itself():
     optimizer, x = RECIPES["adamod"](1e-3), normal_tree()
@@ -156,7 +151,7 @@ WRAPPED = {
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", [*FEW_OFTEN, *WRAPPED])
+@pytest.mark.parametrize("name", [*FEWER_OFTEN, *broadly([], WRAPPED)])
 def test_a_loop_that_is_not_compiled_compiles_nothing_from_the_fourth_step_on(name):
     make = WRAPPED.get(name) or functools.partial(EVERY_CONVENTION[name], 1e-3)
     optimizer, gradients = make(), normal_tree(1)

@@ -27,6 +27,7 @@ def uninterrupted(main, tmp_path_factory):
     return losses
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("before", "after"),
     [

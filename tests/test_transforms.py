@@ -13,8 +13,8 @@ import optax
 import pytest
 from common import (
     EVERY_CONVENTION,
-    FEW_CONVENTIONS,
-    FEW_OFTEN,
+    FEWER_CONVENTIONS,
+    FEWER_OFTEN,
     RECIPES,
     assert_bit_equal,
     buffers_of,
@@ -26,7 +26,7 @@ from common import (
 
 from adaptive_opt import rmsprop, sgd
 
-EACH = pytest.mark.parametrize("recipe", FEW_OFTEN)
+EACH = pytest.mark.parametrize("recipe", FEWER_OFTEN)
 
 
 @EACH
@@ -51,7 +51,7 @@ def test_vmap_over_learning_rates_equals_one_at_a_time(recipe):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", FEW_CONVENTIONS)
+@pytest.mark.parametrize("recipe", FEWER_CONVENTIONS)
 def test_a_jitted_update_with_injected_hyperparameters_equals_the_plain_recipe(recipe, x64):
     # Everything that is a number in the signature is traced there, and an array in the eager init.
     make = EVERY_CONVENTION[recipe]
@@ -107,7 +107,7 @@ def test_donated_buffers_are_reused(recipe):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
 
 
-@pytest.mark.parametrize("recipe", FEW_OFTEN)
+@pytest.mark.parametrize("recipe", FEWER_OFTEN)
 def test_the_step_lowers_for_cpu_cuda_and_tpu(recipe):
     optimizer = RECIPES[recipe](optax.cosine_decay_schedule(1e-2, 100))
     params = {"w": jnp.ones((8, 128), jnp.bfloat16), "b": jnp.ones(128)}
@@ -121,6 +121,7 @@ def test_the_step_lowers_for_cpu_cuda_and_tpu(recipe):
     )
 
 
+@pytest.mark.broad
 def test_a_leak_would_be_found():
     kept = []
     with pytest.raises(Exception, match="Leaked"), checking_leaks():

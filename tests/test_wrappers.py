@@ -19,7 +19,8 @@ import pytest
 from common import (
     ADAMS,
     CONVENTIONS,
-    FEW_OFTEN,
+    FEWER,
+    FEWER_OFTEN,
     PER_TENSOR,
     RECIPES,
     REPRESENTATIVE,
@@ -28,16 +29,14 @@ from common import (
 
 from adaptive_opt import adam, adamw, decay_mask, lookahead, ranger, rmsprop
 
-EACH = pytest.mark.parametrize("recipe", FEW_OFTEN)
-# One with decay, one with four buffers, one with a scalar for a tree, one with slow weights.
-FEW = ("adamw", "diffmod", "rmsprop of the tree", "ranger")
+EACH = pytest.mark.parametrize("recipe", FEWER_OFTEN)
 
 
-def few(recipe, *values, often=FEW):
-    return pytest.param(*values, recipe, marks=() if recipe in often else pytest.mark.slow)
+def few(recipe, *values, broadly=()):
+    marks = pytest.mark.broad if recipe in broadly else pytest.mark.slow
+    return pytest.param(*values, recipe, marks=() if recipe in FEWER else marks)
 
 
-FEW_AND_SLOWLY_EACH = pytest.mark.parametrize("recipe", [few(recipe) for recipe in RECIPES])
 RATE, STEPS = 1e-2, 6
 SHAPES = {"w": (3, 2), "b": (3,)}
 pytestmark = pytest.mark.usefixtures("x64")
@@ -156,7 +155,7 @@ FIRST = ("conditionally_mask", "flatten")
 @pytest.mark.parametrize(
     ("wrapper", "recipe"),
     [
-        few(recipe, wrapper, often=REPRESENTATIVE if wrapper in FIRST else FEW)
+        few(recipe, wrapper, broadly=REPRESENTATIVE if wrapper in FIRST else ())
         for wrapper in WRAPPERS
         for recipe in RECIPES
         if wrapper != "flatten" or recipe in REPRESENTATIVE or recipe not in PER_TENSOR
@@ -228,7 +227,7 @@ def test_injected_numbers_are_the_recipes_and_can_be_changed(recipe):
     assert_close(changed, halves(start(falling, trees(1, STEPS))[0])[1])
 
 
-@FEW_AND_SLOWLY_EACH
+@EACH
 def test_injected_schedules_are_those_of_the_recipe(recipe):
     ends = {"learning_rate": (RATE, RATE / 4)}
     ends |= {"b1": (0.9, 0.8), "b2": (0.9, 0.99)} if recipe in ADAMS else {}
@@ -316,7 +315,7 @@ def test_a_dtype_is_a_static_argument_of_inject_hyperparams_or_a_dtype_object():
         )(RATE, jnp.bfloat16).init(trees(0))
 
 
-@FEW_AND_SLOWLY_EACH
+@EACH
 def test_16_bit_parameters_want_hyperparameters_in_32_bits(recipe):
     params, gradient = (
         jax.tree.map(lambda x: x.astype(jnp.bfloat16), trees(seed)) for seed in (0, 1)
@@ -357,7 +356,7 @@ def test_a_population_of_members_and_learning_rates_equals_single_runs(recipe):
 # --- Wrappers that take part in the step ----------------------------------------------------------
 
 
-@FEW_AND_SLOWLY_EACH
+@EACH
 def test_our_lookahead_of_every_recipe_is_that_of_optax(recipe):
     gradients, params = trees(1, STEPS), trees(0)
     history, state = start(lookahead(RECIPES[recipe](RATE), 2, 0.8), gradients)
@@ -368,7 +367,7 @@ def test_our_lookahead_of_every_recipe_is_that_of_optax(recipe):
     assert_close(state.slow, jax.tree.map(lambda x: x[-1], expected.slow))
 
 
-@FEW_AND_SLOWLY_EACH
+@EACH
 def test_schedule_free_of_every_recipe_is_its_definition(recipe):
     gradients, beta = trees(1, STEPS), 0.9
     optimizer = RECIPES[recipe](RATE)
@@ -399,7 +398,7 @@ def test_schedule_free_of_every_recipe_is_its_definition(recipe):
 # --- Transformations of functions, and copies of states ------------------------------------------
 
 
-@FEW_AND_SLOWLY_EACH
+@EACH
 def test_checkpointed_steps_have_the_same_gradient(recipe):
     gradients = trees(1, 3)
 
