@@ -12,7 +12,6 @@ import sys
 import jax
 import pytest
 from common import QUICK
-from jax._src.interpreters import mlir as lowering
 from jax.experimental.compilation_cache import compilation_cache
 
 # Programs that run for a moment are compiled in a third of the time. `XLA_FLAGS= pytest` runs the
@@ -26,6 +25,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # JAX makes a context of MLIR for every program, however small: a third of the time of many tests.
 # It is no public function of JAX; where there is none, tests only take longer.
+lowering = sys.modules.get("jax._src.interpreters.mlir")
 if make_ir_context := getattr(lowering, "make_ir_context", None):
     lowering.make_ir_context = functools.cache(make_ir_context)
 
