@@ -150,6 +150,8 @@ MUTANTS = [
      "syncs = count % sync_period == 1", "Lookahead syncs a step late"),
     ("wrappers/guard", "functools.reduce(jnp.logical_and, finite, jnp.array(True))",
      "functools.reduce(jnp.logical_or, finite, jnp.array(False))", "one finite leaf is enough"),
+    ("core/bracket", "if not _orders_are_known.get():", "if False:",
+     "a wrong order of stages is no error before init"),
     ("checkpoints/headers", "if list(old) != list(new) or not alike:", "if False:",
      "shapes are not compared"),
     ("checkpoints/headers", "if differences and follows:", "if follows:",

@@ -77,11 +77,7 @@ def test_every_16_bit_number_is_widened_exactly_rounds_to_itself_and_leaves_noth
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(
-    "dtype",
-    [jnp.dtype(jnp.bfloat16), pytest.param(jnp.dtype(jnp.float16), marks=pytest.mark.broad)],
-    ids=str,
-)
+@EACH
 def test_every_number_with_every_code_is_a_float32_that_rounds_to_it_and_comes_back(dtype):
     """16 million pairs: in one order, no two of them equal but at ties, whatever the noise."""
     params = finite(dtype)
