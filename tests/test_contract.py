@@ -15,7 +15,6 @@ from common import (
     FEWER_CONVENTIONS,
     NEED_PARAMS,
     RECIPES,
-    REPRESENTATIVE,
     assert_bit_equal,
     broadly,
     buffers_of,
@@ -50,7 +49,7 @@ def needs_params(name):
     return name.split(" (")[0] in NEED_PARAMS
 
 
-@pytest.mark.parametrize("name", broadly(REPRESENTATIVE, EVERY_CONVENTION))
+@pytest.mark.parametrize("name", broadly(RECIPES, EVERY_CONVENTION))
 def test_updates_are_promoted_and_the_state_is_a_fixed_point(name, x64):
     """28 pairs of dtypes, each a leaf of one tree. A fixed point means a single compilation."""
     optimizer = EVERY_CONVENTION[name](1e-2)
@@ -132,7 +131,7 @@ def test_a_complex_gradient_of_a_real_parameter_is_refused():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.broad)])
-@pytest.mark.parametrize("name", broadly(REPRESENTATIVE))
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_state_of_16_bit_parameters_is_that_of_float32_parameters(name, dtype):
     """Bit for bit, given the same gradients; the update is the float32 one, rounded at most twice.
 

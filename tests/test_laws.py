@@ -16,15 +16,14 @@ import numpy as np
 import optax
 import pytest
 from common import (
+    EACH_OFTEN_ONCE,
     EVERY_CONVENTION,
     PER_TENSOR,
     RECIPES,
-    REPRESENTATIVE,
     START_AT_PARAMS,
     assert_bit_equal,
     gradient_trees,
     normal_tree,
-    often,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -225,7 +224,7 @@ def test_updates_are_odd_in_the_gradient_and_linear_in_the_learning_rate(x64):
     check()
 
 
-@pytest.mark.parametrize("name", often(REPRESENTATIVE, EVERY_CONVENTION, more=RECIPES))
+@pytest.mark.parametrize("name", EACH_OFTEN_ONCE)
 def test_a_run_continued_from_saved_bytes_at_any_step_is_bit_equal(name):
     fall = optax.linear_schedule(1.0, 0.0, 5)
     if name == "sgdw (paper)":  # whose decay is "independent"
