@@ -27,7 +27,9 @@ from common import (
 
 import adaptive_opt
 from adaptive_opt import adam, low_memory, sgd, skip_nonfinite
+from adaptive_opt.core.finite import squarable
 from adaptive_opt.memory import codecs
+from adaptive_opt.stages.moments import absolute_square
 
 DTYPES = {
     "bfloat16": jnp.bfloat16,
@@ -167,6 +169,17 @@ def test_where_squares_overflow_nothing_is_a_nan_and_the_guard_leaves_all_as_it_
         assert not np.any(update)
     update, after = step(jnp.ones(3), after, x)
     assert is_finite(update, after)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_the_square_of_what_is_squarable_is_finite(dtype):
+    largest = jnp.finfo(dtype).max
+    x = jnp.asarray([largest, -largest, 1.0]).astype(dtype)
+    x = x * (1 + 1j) if jnp.iscomplexobj(x) else x
+    square = absolute_square(squarable(x))
+    assert jnp.isfinite(square).all()
+    assert square[0] > float(largest) / 3
+    assert squarable(x)[2] == x[2]
 
 
 def test_what_is_too_large_for_fewer_bits_becomes_their_largest_number():
