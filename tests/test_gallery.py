@@ -11,6 +11,7 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from common import often
 
 ROOT = pathlib.Path(__file__).parent.parent
 GALLERY = ROOT / "examples" / "gallery"
@@ -94,9 +95,7 @@ def test_every_number_in_a_table_is_in_the_json(name):
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(
-    "name", [pytest.param(s, marks=[pytest.mark.slow] * (s not in QUICK)) for s in SCRIPTS]
-)
+@pytest.mark.parametrize("name", often(QUICK, SCRIPTS))
 def test_a_script_measures_and_draws(name, gallery, tmp_path):
     found = gallery(name).main([*TINY[name], "--output", str(tmp_path)])
     shown = json.loads((GALLERY / f"{name}.json").read_text())

@@ -18,6 +18,7 @@ from common import (
     buffers_of,
     gradient_trees,
     normal_tree,
+    often,
     one_in,
     train,
 )
@@ -280,8 +281,7 @@ TYPICAL = ("adamod", "amsgrad", "adabound", "radam", "ranger")
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(c, marks=[] if c in TYPICAL else [pytest.mark.slow]) for c in EVERY_CONVENTION],
+    "recipe", often(TYPICAL, EVERY_CONVENTION, more=("adam", "diffgrad", "sgd"))
 )
 def test_an_observed_recipe_takes_the_same_steps_and_its_rates_include_the_learning_rate(recipe):
     """Four steps, of which it looks at the first and the last.

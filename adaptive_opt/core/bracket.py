@@ -136,9 +136,9 @@ _orders_are_known = contextvars.ContextVar("_orders_are_known", default=False)
 
 
 @contextlib.contextmanager
-def orders_are_known() -> Iterator[None]:
-    """Where lists of stages are right, so that nothing is traced to check them."""
-    token = _orders_are_known.set(True)
+def orders_are_known(known: bool) -> Iterator[None]:
+    """Whether lists of stages are right, so that nothing is traced to check them."""
+    token = _orders_are_known.set(known)
     try:
         yield
     finally:
@@ -209,11 +209,10 @@ class Bracket:
 
     def init(self, params: Tree) -> AdaptiveState:
         buffers = init_buffers(self.lines, params, self.state_dtype)
-        if not self.watches:
-            return AdaptiveState(jnp.zeros([], jnp.int32), buffers)
-        self.check()
-        seen = init_observations(self.watches, self.known[1])
-        return AdaptiveState(jnp.zeros([], jnp.int32), buffers | seen)
+        if self.watches:
+            self.check()
+            buffers |= init_observations(self.watches, self.known[1])
+        return AdaptiveState(jnp.zeros([], jnp.int32), buffers)
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if isinstance(updates, OpenStep):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import typing
@@ -62,7 +61,7 @@ def recipe(factory: Callable[P, Part | tuple[Part, ...]]) -> Callable[P, Optimiz
             if given[argument] is not None or None in allowed:
                 hint = hint_of(name, argument, given[argument])
                 checks.choose(argument, given[argument], dict.fromkeys(allowed), hint)
-        with orders_are_known() if _is_ours(factory) else contextlib.nullcontext():
+        with orders_are_known(_is_ours(factory)):
             parts = factory(*args, **kwargs)
         parts = (parts,) if isinstance(parts, optax.GradientTransformation) else tuple(parts)
         if given.get("observers", ()) != ():
