@@ -30,14 +30,15 @@ from adaptive_opt.watching.tally import _FIRST_KEYS, KEYS, QUANTILES, Tally, Wei
 
 @jax.jit
 def merged_with(tally, rate, group):
-    number = tally.least.size
+    number = tally.friction.size
     weights = Weights(rate, None, (rate, None, rate), (rate > 1,))
-    return tally.merged(Tally.nothing(number, 1).adding(weights, group).in_digits())
+    more = Tally.nothing(number, 1).adding(weights, group)
+    return tally.merged(more.in_digits(len(tally.counts)))
 
 
-def counted(rates, groups, number):
+def counted(rates, groups, number, digits=3):
     """The numbers of a tally of arrays of rates, each in a group."""
-    tally = Tally.nothing(number, 1).in_digits()
+    tally = Tally.nothing(number, 1).in_digits(digits)
     for rate, group in zip(rates, groups, strict=True):
         tally = merged_with(tally, jnp.asarray(rate, jnp.float32), jnp.int32(group))
     sizes = [
@@ -55,16 +56,17 @@ def whole(words):
     st.lists(
         st.tuples(st.integers(0, 1), st.sampled_from([1, 7, 40]), st.integers(0, 2**32 - 1)),
         max_size=4,
-    )
+    ),
+    st.sampled_from([1, 3]),
 )
-def test_counts_and_quantiles_are_those_of_numpy(leaves):
+def test_counts_and_quantiles_are_those_of_numpy(leaves, digits):
     """Floats of any bits, NaN, infinity and zero among them."""
     groups = [g for g, _, _ in leaves]
     rates = [
         np.abs(np.random.default_rng(seed).integers(0, 2**32, n, np.uint32).view(np.float32))
         for _, n, seed in leaves
     ]
-    seen, _ = counted(rates, groups, 2)
+    seen, _ = counted(rates, groups, 2, digits)
     for group in range(2):
         own = [r for r, g in zip(rates, groups, strict=True) if g == group]
         if not own:
@@ -82,10 +84,11 @@ def test_counts_and_quantiles_are_those_of_numpy(leaves):
                 np.testing.assert_allclose(found, exact, rtol=2.0**-8)
 
 
-def test_the_weights_of_small_leaves_count_beside_a_large_one():
+@pytest.mark.parametrize("digits", [1, 3])
+def test_the_weights_of_small_leaves_count_beside_a_large_one(digits):
     """In float32 one more than 2^24 is 2^24."""
     large = jnp.zeros((1, KEYS + 1), jnp.uint32).at[0, 100].set(2**24)
-    tally = Tally.nothing(1, 1)._replace(counts=large).in_digits()
+    tally = Tally.nothing(1, 1)._replace(counts=large).in_digits(digits)
     for _ in range(40):
         tally = merged_with(tally, jnp.full(1, 2.0), jnp.int32(0))
     seen = jax.jit(lambda t: t.numbers([2**24 + 40]))(tally)
@@ -96,12 +99,12 @@ def test_the_weights_of_small_leaves_count_beside_a_large_one():
 def test_counts_of_more_than_32_bits_are_exact():
     """2^33 + 8 weights in five parts of which none is larger than 2^31."""
     parts = [2**31 - 1] * 4 + [12]
-    tally = Tally.nothing(1, 0).in_digits()
+    tally = Tally.nothing(1, 0).in_digits(3)
     for i, size in enumerate(parts):
         counts = jnp.zeros((1, KEYS), jnp.uint32).at[0, 16000 + 256 * (i // 4)].set(size)
-        everything = {"least": jnp.zeros(1), "largest": jnp.full(1, np.inf)}
-        part = Tally.nothing(1, 0)._replace(counts=counts, **everything)
-        tally = tally.merged(part.in_digits())
+        every_rate = jnp.array([[0, 0, 0, np.inf, 0]])
+        part = Tally.nothing(1, 0)._replace(counts=counts, largest=every_rate)
+        tally = tally.merged(part.in_digits(3))
     assert sum(parts) == 2**33 + 8
     seen = jax.device_get(jax.jit(lambda t: t.numbers([sum(parts)]))(tally))
     assert sorted(whole(seen["histogram"][0]))[-2:] == [12, 2**33 - 4]

@@ -247,7 +247,7 @@ def observe(
 
         if shown:
             run(lines, step.copy(), buffers, state_dtype, show)
-        return new, _held(buffers)
+        return new, buffers
 
     def pass_by(seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
         return seen, _held(buffers)

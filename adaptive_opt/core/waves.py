@@ -35,6 +35,10 @@ Carry = TypeVar("Carry")
 
 SHORTEST, LONGEST = 2**12, 2**24
 """The least and the greatest length of a wave, which is a multiple of the least."""
+PARTS = 4
+"""The lines go through a wave in so many parts."""
+MADE = 32
+"""The bytes of what is made of a weight and kept for the length of a part."""
 SEGMENT = 2**31
 """So many weights can be counted in 32 bits."""
 
@@ -83,7 +87,7 @@ class Waves:
           rest, merge: what is kept of a segment, and how two of them become one.
         """
         cuts, branches = _cuts(self.leaves, numbers, self.length)
-        table = {name: np.array([cut[name] for cut in cuts], np.int32) for name in cuts[0]}
+        table = jnp.asarray(np.array(cuts, np.int32))
         many = max(1, SEGMENT // self.length - 1)
         arrays = jax.tree.leaves(self.leaves)
         start = jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
@@ -92,13 +96,17 @@ class Waves:
             _say_that_it_is_compiled()
 
         def take(t: Any, carry: Carry) -> Carry:
-            cut = {name: jnp.asarray(column)[t] for name, column in table.items()}
-            row = cut["row"].astype(jnp.uint32)  # for which no sign need be looked at
-            leaf = _apart(_one_of(branches, cut["branch"], row), self.leaves[0], self.length)
-            place = jnp.arange(self.length, dtype=jnp.int32)
-            inside = (place >= cut["first"]) & (place < cut["last"])
+            cut = jax.lax.dynamic_index_in_dim(table, jnp.asarray(t, jnp.uint32), keepdims=False)
+            held = jax.lax.switch(cut[0], branches, cut)
+            return jax.lax.fori_loop(0, PARTS, lambda k, carry: part(k, carry, held, cut), carry)
+
+        def part(k: Any, carry: Carry, held: Sequence[jax.Array], cut: jax.Array) -> Carry:
+            _, _, first, last, number = cut
+            begin = k * (self.length // PARTS)
+            leaf = _part(held, begin, self.leaves[0], self.length)
+            place = begin + jnp.arange(self.length // PARTS, dtype=jnp.int32)
             step = stepped(self.lines, self.now, leaf, self.state_dtype)
-            return add(carry, Wave(step, inside, cut["number"]))
+            return add(carry, Wave(step, (place >= first) & (place < last), number))
 
         total = rest(jax.lax.fori_loop(0, min(many, len(cuts)), take, start))
         if len(cuts) <= many:
@@ -141,30 +149,36 @@ def waves_of(
         for each, own in zip(step.steps, stored, strict=True)
     ]
     there = [leaf for leaf in inputs if leaf is not None]
-    if not there or any(map(_may_be_split, jax.tree.leaves(there))):
+    types = {
+        place: (tuple(map(jax.typeof, jax.tree.leaves(leaf))), jax.tree.structure(leaf))
+        for place, leaf in enumerate(inputs)
+        if leaf is not None and leaf.gradient.size
+    }
+    some = {type_: inputs[place] for place, type_ in types.items()}
+    if not there or any(map(_may_be_split, jax.tree.leaves(list(some.values())))):
         return None
     now, first = step.now.copy(), there[0]
     now.calculate(scalars_of(lines, first.gradient, first.param))
     length = _length(there)
-    found: dict[Any, Any] = {}
-    kinds: dict[Any, list[int]] = {}
-    for place, leaf in enumerate(inputs):
-        if leaf is None or leaf.gradient.size == 0:
-            continue
+    programs: dict[Any, Any] = {}
+    kinds: dict[Any, Any] = {}
+    for (arrays, structure), leaf in some.items():
         if not _fits(leaf):
             return None
-        kind = tuple(jax.tree.map(trees.dtype_of, jax.tree.leaves(leaf))), jax.tree.structure(leaf)
-        for shape in (leaf.gradient.shape, (length,)):
-            if (kind, shape) not in found:
-                found[kind, shape] = _program(lines, now, leaf, shape, state_dtype)
-        program = found[kind, leaf.gradient.shape]
-        if program is None or program != found[kind, (length,)]:
+        dtypes = tuple(x.dtype for x in arrays), structure
+        if dtypes not in programs:
+            programs[dtypes] = _program(lines, now, leaf, (length // PARTS,), state_dtype)
+        program = _program(lines, now, leaf, leaf.gradient.shape, state_dtype)
+        if program is None or program != programs[dtypes]:
             return None
         split = frozenset().union(*map(trees.varying, jax.tree.leaves(leaf)))
-        kinds.setdefault((kind, split), []).append(place)
+        kinds[arrays, structure] = dtypes, split
+    alike: dict[Any, list[int]] = {}
+    for place, type_ in types.items():
+        alike.setdefault(kinds[type_], []).append(place)
     return [
         Waves(lines, now, state_dtype, tuple(places), tuple(inputs[i] for i in places), length)
-        for places in kinds.values()
+        for places in alike.values()
     ]
 
 
@@ -182,13 +196,13 @@ def stepped(
 
 
 def _length(leaves: Sequence[Inputs]) -> int:
-    """Such that a wave of all inputs, and what is made of it, is less than a byte for each weight.
+    """Such that a wave of all inputs, and what is made of a part, is less than a byte a weight.
 
     Longer waves are fewer, and so is what there is to compile.
     """
     total = sum(leaf.gradient.size for leaf in leaves)
     bytes_of_one = max(sum(x.dtype.itemsize for x in jax.tree.leaves(leaf)) for leaf in leaves)
-    part = total // (bytes_of_one + 24)
+    part = total // (bytes_of_one + MADE // PARTS)
     return int(np.clip(part // SHORTEST * SHORTEST, SHORTEST, LONGEST))
 
 
@@ -274,53 +288,51 @@ def _operations(program: Any, shape: tuple[int, ...]) -> Any:
 # --- cutting --------------------------------------------------------------------------------------
 
 
+class Cut(NamedTuple):
+    """A wave: how to make it, which of its places are weights that are new, and their number."""
+
+    branch: int
+    row: int
+    first: int
+    last: int
+    number: int
+
+
 def _cuts(leaves: Sequence[Inputs], numbers: Sequence[int], length: int) -> Any:
-    """The waves as a table, and for every way to make one its function of a row."""
-    cuts: list[dict[str, int]] = []
-    branches: list[Callable[[Any], list[jax.Array]]] = []
-    open_: dict[int, list[Inputs]] = {}
-
-    def close(number: int, held: list[Inputs]) -> None:
-        size = sum(leaf.gradient.size for leaf in held)
-        cut = {"branch": len(branches), "row": 0, "first": 0, "last": size, "number": number}
-        cuts.append(cut)
-        branches.append(lambda row, held=held: _together([*map(_flat, held)], length))
-
-    for leaf, number in zip(leaves, numbers, strict=True):
+    """The waves, and for every way to make one its function of a cut."""
+    cuts: list[Cut] = []
+    branches: list[Callable[[jax.Array], list[jax.Array]]] = []
+    small: list[tuple[int, list[Inputs]]] = []
+    filled: list[int] = []
+    ordered = sorted(zip(leaves, numbers, strict=True), key=lambda each: -each[0].gradient.size)
+    for leaf, number in ordered:  # the largest first, each into the first wave with room for it
         size = leaf.gradient.size
         if size >= length:
             width = 1 if size < SEGMENT else math.gcd(size, SHORTEST)
             rows, high = size // width, length // width
             for row in range(0, rows, high):
                 begin = min(row, rows - high)  # the last one reaches back
-                first = (row - begin) * width
-                cut = {"branch": len(branches), "row": begin, "first": first, "last": length}
-                cuts.append(cut | {"number": number})
-            branches.append(lambda row, own=(leaf, width, high): _part(row, *own, length))
+                cuts.append(Cut(len(branches), begin, (row - begin) * width, length, number))
+            branches.append(lambda cut, own=(leaf, width, high): _rows(cut[1], *own, length))
             continue
-        held = open_.setdefault(number, [])
-        if sum(other.gradient.size for other in held) + size > length:
-            close(number, open_.pop(number))
-            held = open_.setdefault(number, [])
-        held.append(leaf)
-    for number, held in open_.items():
-        close(number, held)
+        for i, (of, held) in enumerate(small):
+            if of == number and filled[i] + size <= length:
+                held.append(leaf)
+                filled[i] += size
+                break
+        else:
+            small.append((number, [leaf]))
+            filled.append(size)
+    for (number, held), size in zip(small, filled, strict=True):
+        cuts.append(Cut(len(branches), 0, 0, size, number))
+        branches.append(lambda _, held=held: _together([*map(_flat, held)], length))
     return cuts, branches
 
 
-def _one_of(branches: Sequence[Callable[[Any], Any]], which: jax.Array, row: Any) -> Any:
-    """The value of that branch; in two steps, for JAX gives each the arrays of all beside it."""
-    few = math.isqrt(len(branches) - 1) + 1
-
-    def of_few(first: int) -> Callable[[Any], Any]:
-        return lambda row: jax.lax.switch(which % few, branches[first : first + few], row)
-
-    return jax.lax.switch(which // few, [*map(of_few, range(0, len(branches), few))], row)
-
-
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _part(row: Any, leaf: Inputs, width: int, high: int, length: int) -> list[jax.Array]:
+def _rows(row: Any, leaf: Inputs, width: int, high: int, length: int) -> list[jax.Array]:
     """So many rows of a leaf that is as wide."""
+    row = row.astype(jnp.uint32)  # for which no sign need be looked at
 
     def cut(x: Any) -> jax.Array:
         if width == 1:
@@ -352,9 +364,12 @@ def _together(held: Sequence[Inputs], length: int) -> list[jax.Array]:
     ]
 
 
-def _apart(together: Sequence[jax.Array], like: Inputs, length: int) -> Inputs:
-    """The arrays of a wave again."""
+def _part(held: Sequence[jax.Array], begin: Any, like: Inputs, length: int) -> Inputs:
+    """The arrays of a wave again, a part of each."""
     leaves, structure = jax.tree.flatten(like)
     dtypes = list(dict.fromkeys(x.dtype for x in leaves))
-    rows = {d: iter(x.reshape(-1, length)) for d, x in zip(dtypes, together, strict=True)}
+    rows = {
+        dtype: iter(jax.lax.dynamic_slice_in_dim(x.reshape(-1, length), begin, length // PARTS, 1))
+        for dtype, x in zip(dtypes, held, strict=True)
+    }
     return structure.unflatten([next(rows[x.dtype]) for x in leaves])

@@ -4,8 +4,8 @@ A rate goes into one of 2^15 bins: a float32 without its sign and its last 16 bi
 2^-7 of its rate wide, and the bits of floats that are not negative, read as integers, are in the
 order of the floats. Quantiles and histogram are read off these counts.
 
-Counts are 32 bits wide while they are made, for less than 2^31 weights at a time, and then three
-digits of 16 bits each, which can be added up in 32.
+Counts are 32 bits wide while they are made, for less than 2^31 weights at a time. Of more weights
+they are then three digits of 16 bits each, which can be added up in 32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_opt.core.step import AdaptiveStep
+from adaptive_opt.core.trees import varying_like
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 LOW, HIGH, PER_DECADE = -12, 6, 8
@@ -32,7 +33,7 @@ UNKNOWN = -1.0
 NO_COUNT = 2**32 - 1
 """In the state, in place of either half of a count that there is none of."""
 
-KEYS, ROW = 2**15, 2**7
+KEYS = 2**15
 _FIRST_KEYS = (10.0**BIN_EDGES).astype(np.float32).view(np.uint32) >> 16
 NORMS = ("gradient", "param", "update")
 
@@ -79,21 +80,19 @@ class Tally(NamedTuple):
 
     counts: jax.Array
     """Of the keys of rates, then of the weights that each stage limits; uint32, or digits."""
-    scale: jax.Array
-    squares: jax.Array
-    """The sum of squares of what there are norms of, each divided by its scale first."""
-    friction: jax.Array
-    least: jax.Array
     largest: jax.Array
+    """Of what there are norms of, of the rates, and of the rates with a minus."""
+    squares: jax.Array
+    """The sum of squares of what there are norms of, each divided by a scale near its largest."""
+    friction: jax.Array
 
     @classmethod
     def nothing(cls, groups: int, limits: int) -> Tally:
+        none = [*(0.0 for _ in NORMS), 0.0, -np.inf]
         return cls(
             jnp.zeros((groups, KEYS + limits), jnp.uint32),
-            jnp.full((groups, len(NORMS)), _LEAST_SCALE),
+            jnp.tile(jnp.array(none, jnp.float32), (groups, 1)),
             jnp.zeros((groups, len(NORMS)), jnp.float32),
-            jnp.zeros(groups, jnp.float32),
-            jnp.full(groups, jnp.inf, jnp.float32),
             jnp.zeros(groups, jnp.float32),
         )
 
@@ -101,7 +100,8 @@ class Tally(NamedTuple):
         """With the weights of an array of one group, those for which ``where`` is true."""
         groups, width = self.counts.shape
 
-        def there(x: jax.Array, otherwise: Any) -> jax.Array:
+        def there(x: Any, otherwise: Any = 0) -> jax.Array:
+            x = jnp.zeros_like(weights.rate) if x is None else x
             return x if where is None else jnp.where(where, x, jnp.asarray(otherwise, x.dtype))
 
         rate = weights.rate
@@ -110,81 +110,67 @@ class Tally(NamedTuple):
         one = jnp.ones((), jnp.uint32)
         counts = self.counts.reshape(-1).at[place].add(one, mode="drop").reshape(groups, width)
         for i, limited in enumerate(weights.limited):
-            number = jnp.sum(there(limited, False), dtype=jnp.uint32)
+            number = jnp.sum(there(limited), dtype=jnp.uint32)
             counts = counts.at[group, KEYS + i].add(number)
-        scale, squares = _sums_of_squares(
-            [None if x is None else there(x, 0) for x in weights.sized]
-        )
-        new, old = self._scaled(group, scale, squares)
-        friction = UNKNOWN if weights.friction is None else jnp.sum(there(weights.friction, 0))
-        number = ~jnp.isnan(rate)
-        least = jnp.min(there(jnp.where(number, rate, jnp.inf), jnp.inf), initial=jnp.inf)
-        largest = jnp.max(there(jnp.where(number, rate, 0), 0), initial=0)
+        number = jnp.where(jnp.isnan(rate), 0, rate), jnp.where(jnp.isnan(rate), -jnp.inf, -rate)
+        every = [*map(there, weights.sized), there(number[0]), there(number[1], -jnp.inf)]
+        every, axes = jnp.stack(every), tuple(range(1, rate.ndim + 1))
+        largest = jnp.max(every, axis=axes, initial=-jnp.inf)
+        sized, scale = every[: len(NORMS)], jnp.expand_dims(_scale(largest), axes)
+        squares = jnp.sum((sized / scale) ** 2, axis=axes)
+        largest, squares = _joined(self.largest[group], self.squares[group], largest, squares)
+        friction = UNKNOWN if weights.friction is None else jnp.sum(there(weights.friction))
         return Tally(
             counts,
-            self.scale.at[group].set(new),
-            self.squares.at[group].set(old),
+            self.largest.at[group].set(largest),
+            self.squares.at[group].set(squares),
             self.friction.at[group].add(friction),
-            self.least.at[group].min(least),
-            self.largest.at[group].max(largest),
         )
 
-    def _scaled(self, group: Any, scale: jax.Array, squares: jax.Array) -> Any:
-        return _joined(self.scale[group], self.squares[group], scale, squares)
-
-    def in_digits(self) -> Tally:
-        return self._replace(counts=_digits(self.counts))
+    def in_digits(self, number: int) -> Tally:
+        """Counts as so many digits: one of 32 bits, or three of 16 that can be added up."""
+        digits = [self.counts & 0xFFFF, self.counts >> 16, jnp.zeros_like(self.counts)]
+        return self._replace(counts=jnp.stack(digits if number == 3 else [self.counts]))
 
     def merged(self, other: Tally) -> Tally:
-        """Of two in digits."""
-        scale, squares = _joined(self.scale, self.squares, other.scale, other.squares)
-        return Tally(
-            _carried(self.counts + other.counts),
-            scale,
-            squares,
-            self.friction + other.friction,
-            jnp.minimum(self.least, other.least),
-            jnp.maximum(self.largest, other.largest),
-        )
+        """Of two in as many digits."""
+        largest, squares = _joined(self.largest, self.squares, other.largest, other.squares)
+        counts = _carried(self.counts + other.counts)
+        return Tally(counts, largest, squares, self.friction + other.friction)
 
     def everywhere(self, axes: tuple[str, ...]) -> Tally:
         """The sum over the devices among which the weights are split; in digits."""
         if not axes:
             return self
-        scale = jax.lax.pmax(self.scale, axes)
+        largest = jax.lax.pmax(self.largest, axes)
         return Tally(
             _carried(jax.lax.psum(self.counts, axes)),
-            scale,
-            jax.lax.psum(self.squares * (self.scale / scale) ** 2, axes),
+            largest,
+            jax.lax.psum(self.squares * (_scale(self.largest) / _scale(largest)) ** 2, axes),
             jax.lax.psum(self.friction, axes),
-            jax.lax.pmin(self.least, axes),
-            jax.lax.pmax(self.largest, axes),
         )
 
     def numbers(self, sizes: Sequence[int]) -> dict[str, jax.Array]:
         """What is kept, a row for each group of so many weights; of one in digits."""
-        rows = _Rows(self.counts[..., :KEYS])
+        keys, limited = self.counts[..., :KEYS], self.counts[..., KEYS:]
         size = jnp.asarray(np.maximum(sizes, 1), jnp.float32)
-        quantiles = _quantiles(rows, sizes)
-        norms = self.scale * jnp.sqrt(self.squares)
+        highest, lowest = self.largest[:, -2:-1], -self.largest[:, -1:]
         return {
-            "histogram": _histogram(rows),
-            "limited": _words(self.counts[..., KEYS:]),
-            "quantiles": jnp.clip(quantiles, self.least[:, None], self.largest[:, None]),
+            "histogram": _words(_histogram(keys)),
+            "limited": _words(limited),
+            "quantiles": jnp.clip(_quantiles(keys, sizes), lowest, highest),
             "friction": jnp.where(self.friction < 0, UNKNOWN, self.friction / size),
-            "norms": norms,
+            "norms": _scale(self.largest) * jnp.sqrt(self.squares),
         }
 
 
 # --- exact counts ---------------------------------------------------------------------------------
 
 
-def _digits(counts: jax.Array) -> jax.Array:
-    return jnp.stack([counts & 0xFFFF, counts >> 16, jnp.zeros_like(counts)])
-
-
 def _carried(digits: jax.Array) -> jax.Array:
     """Digits that are less than 2^16 again, the last one excepted."""
+    if len(digits) == 1:
+        return digits
     first, second, third = digits
     second = second + (first >> 16)
     return jnp.stack([first & 0xFFFF, second & 0xFFFF, third + (second >> 16)])
@@ -192,14 +178,9 @@ def _carried(digits: jax.Array) -> jax.Array:
 
 def _words(digits: jax.Array) -> jax.Array:
     """The low and the high 32 bits, along a new last axis."""
+    if len(digits) == 1:
+        return jnp.stack([digits[0], jnp.zeros_like(digits[0])], axis=-1)
     return jnp.stack([digits[0] | digits[1] << 16, digits[2]], axis=-1)
-
-
-def _up_to(digits: jax.Array) -> jax.Array:
-    """The sums up to each place, along the last axis; one loop, and not the many of a cumsum."""
-    upper = np.tri(digits.shape[-1], dtype=bool)
-    parts = jnp.where(upper, digits[..., None, :], jnp.zeros((), jnp.uint32))
-    return _carried(jnp.sum(parts, axis=-1, dtype=jnp.uint32))
 
 
 def _less(digits: jax.Array, than: jax.Array) -> jax.Array:
@@ -207,48 +188,33 @@ def _less(digits: jax.Array, than: jax.Array) -> jax.Array:
     return (high < other_high) | ((high == other_high) & (low < other_low))
 
 
-class _Rows:
-    """The counts of the keys in rows, and the sums up to the end of each row."""
-
-    def __init__(self, keys: jax.Array) -> None:
-        self.rows = keys.reshape(3, -1, KEYS // ROW, ROW)
-        self.up_to = _up_to(_carried(jnp.sum(self.rows, axis=-1, dtype=jnp.uint32)))
-
-    def of(self, row: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(self.rows, row[None, ..., None], axis=2)
-
-    def before(self, row: jax.Array) -> jax.Array:
-        sums = jnp.take_along_axis(self.up_to, jnp.maximum(row - 1, 0)[None], axis=2)
-        return jnp.where(row > 0, sums, jnp.zeros((), jnp.uint32))
+def _histogram(keys: jax.Array) -> jax.Array:
+    """The counts in the bins."""
+    bins = np.searchsorted(_FIRST_KEYS, np.arange(KEYS), side="right").astype(np.int32)
+    none = jnp.zeros_like(keys, shape=(*keys.shape[:-1], len(_FIRST_KEYS) + 1))
+    return _carried(none.at[..., bins].add(keys))
 
 
-def _histogram(rows: _Rows) -> jax.Array:
-    """The counts in the bins, in words: differences of the sums before each edge."""
-    row, column = np.divmod(_FIRST_KEYS.astype(np.int32), ROW)
-    groups = rows.up_to.shape[1]
-    row = jnp.broadcast_to(row, (groups, len(row)))
-    is_before = np.arange(ROW) < column[:, None]
-    inside = jnp.where(is_before, rows.of(row), jnp.zeros((), jnp.uint32))
-    sums = _carried(rows.before(row) + jnp.sum(inside, axis=-1, dtype=jnp.uint32))
-    ends = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums, rows.up_to[..., -1:]], axis=-1)
-    low, high = jnp.moveaxis(_words(ends), -1, 0)
-    borrow = (low[:, 1:] < low[:, :-1]).astype(jnp.uint32)
-    return jnp.stack([low[:, 1:] - low[:, :-1], high[:, 1:] - high[:, :-1] - borrow], axis=-1)
-
-
-def _quantiles(rows: _Rows, sizes: Sequence[int]) -> jax.Array:
+def _quantiles(keys: jax.Array, sizes: Sequence[int]) -> jax.Array:
     """The middles of the bins in which the weights of these ranks are, a row for each group.
 
-    First in which row of bins a rank is, and then in which of its bins.
+    The key is found bit by bit: it is the largest below which there are fewer weights than that.
     """
-    ranks = [[max(1, -(-round(100 * q) * n // 100)) for q in QUANTILES] for n in sizes]
-    digits = [[[r >> shift & 0xFFFF for r in of] for of in ranks] for shift in (0, 16, 32)]
-    rank = jnp.asarray(np.array(digits), jnp.uint32)[..., None]
-    row = jnp.sum(_less(rows.up_to[:, :, None], rank), axis=-1, dtype=jnp.int32)
-    row = jnp.minimum(row, KEYS // ROW - 1)
-    within = _carried(_up_to(rows.of(row)) + rows.before(row)[..., None])
-    place = jnp.sum(_less(within, rank), axis=-1, dtype=jnp.int32)
-    key = (row * ROW + place).astype(jnp.uint32)
+    ranks = [[-(-round(100 * q) * n // 100) for q in QUANTILES] for n in sizes]
+    shifts, digit = ((0, 16, 32), 0xFFFF) if len(keys) == 3 else ((0,), 2**32 - 1)
+    rank = [[[r >> s & digit for r in of] for of in ranks] for s in shifts]
+    rank = jnp.asarray(np.array(rank, np.uint32))
+    bits = KEYS.bit_length() - 1
+
+    def with_next_bit(i: Any, key: jax.Array) -> jax.Array:
+        higher = key + (jnp.asarray(KEYS // 2, jnp.int32) >> i)
+        is_below = jnp.arange(KEYS, dtype=jnp.int32) < higher[..., None]
+        below = jnp.where(is_below, keys[:, :, None], jnp.zeros((), jnp.uint32))
+        below = _carried(jnp.sum(below, axis=-1, dtype=jnp.uint32))
+        return jnp.where(_less(below, rank), higher, key)
+
+    first = varying_like(jnp.zeros(rank.shape[1:], jnp.int32), [keys])
+    key = jax.lax.fori_loop(0, bits, with_next_bit, first).astype(jnp.uint32)
     middle = jax.lax.bitcast_convert_type(key << 16 | 0x8000, jnp.float32)
     infinite = np.uint32(np.float32(np.inf).view(np.uint32) >> 16)
     middle = jnp.where(key == infinite, jnp.inf, middle)
@@ -257,26 +223,16 @@ def _quantiles(rows: _Rows, sizes: Sequence[int]) -> jax.Array:
 
 # --- sums of squares ------------------------------------------------------------------------------
 
-_LEAST_SCALE = np.float32(2.0**-126)
+
+def _scale(largest: jax.Array) -> jax.Array:
+    """A power of two near the largest element of each of what there are norms of."""
+    bits = jax.lax.bitcast_convert_type(largest[..., : len(NORMS)], jnp.uint32)
+    bits = jnp.clip(bits & 0x7F800000, 0x00800000, 0x7F000000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _sums_of_squares(arrays: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-    """Of each array a power of two near its largest element, and the sum of squares over it."""
-    scales, squares = [], []
-    for x in arrays:
-        if x is None:
-            scales.append(jnp.asarray(_LEAST_SCALE))
-            squares.append(jnp.zeros((), jnp.float32))
-            continue
-        bits = jax.lax.bitcast_convert_type(jnp.max(x, initial=0), jnp.uint32)
-        bits = jnp.clip(bits & 0x7F800000, 0x00800000, 0x7F000000)
-        scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        scales.append(scale)
-        squares.append(jnp.sum((x / scale) ** 2))
-    return jnp.stack(scales), jnp.stack(squares)
-
-
-def _joined(scale: Any, squares: Any, other: Any, more: Any) -> tuple[jax.Array, jax.Array]:
-    """Two scaled sums of squares as one."""
-    new = jnp.maximum(scale, other)
-    return new, squares * (scale / new) ** 2 + more * (other / new) ** 2
+def _joined(largest: Any, squares: Any, other: Any, more: Any) -> tuple[jax.Array, jax.Array]:
+    """The larger ones, and two scaled sums of squares as one."""
+    new = jnp.maximum(largest, other)
+    scale, old, added = _scale(new), _scale(largest), _scale(other)
+    return new, squares * (old / scale) ** 2 + more * (added / scale) ** 2

@@ -147,6 +147,8 @@ class _Look:
         self.limits = len(like[self.labels[0]]["limited"])
         self.reached = 0  # of the limits, by the stages before this observer
         self.sizes = [0] * len(self.labels)
+        total = sum(each.gradient.size for each in step.steps if each is not None)
+        self.digits = 1 if total * jax.lax.psum(1, axes) < SEGMENT else 3
         self.tally: Tally | None = None
 
     def in_waves(self, waves: Sequence[Waves]) -> Any:
@@ -155,7 +157,7 @@ class _Look:
 
         for kind in waves:
             groups = [self.group_of[place] for place in kind.places]
-            made = kind.fold(groups, add, self._nothing(), Tally.in_digits, Tally.merged)
+            made = kind.fold(groups, add, self._nothing(), self._in_digits, Tally.merged)
             arrays = [x for leaf in kind.leaves for x in jax.tree.leaves(leaf)]
             self._count(
                 made, [(x.gradient, g) for x, g in zip(kind.leaves, groups, strict=True)], arrays
@@ -191,6 +193,9 @@ class _Look:
     def _nothing(self) -> Tally:
         return Tally.nothing(len(self.labels), self.limits)
 
+    def _in_digits(self, tally: Tally) -> Tally:
+        return tally.in_digits(self.digits)
+
     def _of_leaf(self, weights: Weights, group: jax.Array) -> Tally:
         """Of the weights of an array, in digits; on a mesh with explicit axes, by its parts."""
         sharding = jax.typeof(weights.rate).sharding
@@ -200,7 +205,7 @@ class _Look:
         def of_part(weights: Weights, group: jax.Array) -> Tally:
             arrays = jax.tree.leaves(weights)
             start = jax.tree.map(lambda x: varying_like(x, arrays), self._nothing())
-            return start.adding(weights, group).in_digits().everywhere(split)
+            return self._in_digits(start.adding(weights, group)).everywhere(split)
 
         if not split:
             return of_part(weights, group)
@@ -218,7 +223,7 @@ class _Look:
 
     def _numbers(self) -> Any:
         """In the structure of the state."""
-        rows = (self.tally or self._nothing().in_digits()).numbers(self.sizes)
+        rows = (self.tally or self._in_digits(self._nothing())).numbers(self.sizes)
         limited = rows.pop("limited")
         norms, (param,) = rows["norms"], [NORMS.index("param")]
         if self.step.params is None:
