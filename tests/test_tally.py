@@ -24,7 +24,7 @@ from adaptive_opt import (
     stage,
     telemetry,
 )
-from adaptive_opt.core import waves
+from adaptive_opt.core import observe, waves
 from adaptive_opt.watching.tally import _FIRST_KEYS, KEYS, QUANTILES, Tally, Weights
 
 
@@ -45,6 +45,11 @@ def counted(rates, groups, number, digits=3):
         sum(np.size(r) for r, g in zip(rates, groups, strict=True) if g == i) for i in range(number)
     ]
     return jax.device_get(tally.numbers(sizes)), sizes
+
+
+def by_tensor(learning_rate, **settings):
+    """A line of it sees more than one weight."""
+    return rmsprop(learning_rate, scope="tensor", **settings)
 
 
 def whole(words):
@@ -102,8 +107,8 @@ def test_counts_of_more_than_32_bits_are_exact():
     tally = Tally.nothing(1, 0).in_digits(3)
     for i, size in enumerate(parts):
         counts = jnp.zeros((1, KEYS), jnp.uint32).at[0, 16000 + 256 * (i // 4)].set(size)
-        every_rate = jnp.array([[0, 0, 0, np.inf, 0]])
-        part = Tally.nothing(1, 0)._replace(counts=counts, largest=every_rate)
+        every_rate = {"least": jnp.zeros(1), "largest": jnp.array([[0, 0, 0, np.inf]])}
+        part = Tally.nothing(1, 0)._replace(counts=counts, **every_rate)
         tally = tally.merged(part.in_digits(3))
     assert sum(parts) == 2**33 + 8
     seen = jax.device_get(jax.jit(lambda t: t.numbers([sum(parts)]))(tally))
@@ -120,7 +125,7 @@ def test_counts_of_more_than_32_bits_are_exact():
         {"half": (2**31 + 2,), "b": (2**32,)},
     ],
 )
-@pytest.mark.parametrize("make", [adamod, lambda lr, **k: rmsprop(lr, scope="tensor", **k)])
+@pytest.mark.parametrize("make", [adamod, by_tensor])
 def test_a_group_of_billions_of_weights_is_traced(shapes, make):
     params = {k: jax.ShapeDtypeStruct(shape, np.float32) for k, shape in shapes.items()}
     optimizer = make(1e-3, observers=telemetry())
@@ -151,7 +156,8 @@ SHAPES = {
 
 @pytest.mark.broad
 def test_waves_see_what_a_look_at_the_whole_sees(monkeypatch):
-    """Large leaves in parts, small ones together; also where all are counted segment by segment."""
+    """Large leaves in parts, small ones together; also where all are counted segment by segment,
+    where a wave is a leaf, and where the directions of all leaves are there already."""
     monkeypatch.setattr(waves, "LONGEST", waves.SHORTEST)
     params, groups = drawn(SHAPES, 1e-3), {"some": "a|d|f", "never": "x"}
     optimizer = adamod(1e-3, observers=telemetry(every=1, groups=groups))
@@ -167,9 +173,11 @@ def test_waves_see_what_a_look_at_the_whole_sees(monkeypatch):
     in_segments = after_two()
     monkeypatch.setattr(waves, "_fits", lambda *_: False)
     by_leaf = after_two()
+    monkeypatch.setattr(observe, "waves_of", lambda *_: None)
+    at_once = after_two()
     expected = read_telemetry(by_leaf)
     assert 0 < expected["limited/adamod_momental_bound/some"] <= 1
-    for other in (in_waves, in_segments):
+    for other in (in_waves, in_segments, at_once):
         for group, histogram in rate_histograms(by_leaf).items():
             np.testing.assert_array_equal(rate_histograms(other)[group], histogram)
         assert read_telemetry(other) == pytest.approx(expected, rel=1e-6)
@@ -249,24 +257,30 @@ def temporaries(optimizer, params):
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    "params", [pytest.param(MANY, marks=pytest.mark.broad), GIANT], ids=["many leaves", "a giant"]
+    ("make", "params"),
+    [
+        (adamod, GIANT),
+        pytest.param(adamod, MANY, marks=pytest.mark.broad),
+        pytest.param(by_tensor, MANY, marks=pytest.mark.broad),
+    ],
+    ids=["a giant", "many leaves", "many leaves, by tensor"],
 )
-def test_temporaries_are_at_most_a_byte_for_each_weight(params):
+def test_temporaries_are_at_most_a_byte_for_each_weight(make, params):
     size = sum(x.size for x in params.values())
-    more = temporaries(adamod(1e-3, observers=telemetry()), params) - temporaries(
-        adamod(1e-3), params
-    )
-    assert more <= size
+    observed, alone = make(1e-3, observers=telemetry()), make(1e-3)
+    assert temporaries(observed, params) - temporaries(alone, params) <= size
 
 
-def test_lines_are_traced_for_each_shape_and_not_for_each_leaf():
+@pytest.mark.parametrize("sees", ["a weight", "a leaf"])
+def test_lines_are_traced_for_each_shape_and_not_for_each_leaf(sees):
     runs = []
 
     @stage
     def noted():
         def line(step: AdaptiveStep) -> AdaptiveStep:
             runs.append(step.gradient.shape)
-            return step.set(direction=2 * step.direction)
+            factor = 2 if sees == "a weight" else jnp.mean(step.direction)
+            return step.set(direction=factor * step.direction)
 
         return line
 

@@ -4,6 +4,7 @@ Who looks at every weight, and keeps nothing of their size, need not hold all of
 have a program for every leaf. Where the lines work on each weight by itself, a wave is a flat array
 of one length, cut from a large leaf or filled with small ones, and one loop goes through all waves:
 the lines are compiled once for it. Whether they do is read off their operations (see ``reach``).
+Elsewhere a wave is a leaf, and the lines are compiled once for every shape.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from adaptive_opt.core.tree import OpenStep, of_leaves, run_on_one
 from adaptive_opt.core.trees import Tree
 
 Carry = TypeVar("Carry")
+Leaf = TypeVar("Leaf")
 
 SHORTEST, LONGEST = 2**12, 2**24
 """The least and the greatest length of a wave, which is a multiple of the least."""
 PARTS = 4
 """The lines go through a wave in so many parts."""
-MADE = 32
+MADE = 40
 """The bytes of what is made of a weight and kept for the length of a part."""
 SEGMENT = 2**31
 """So many weights can be counted in 32 bits."""
@@ -52,10 +54,10 @@ class Inputs(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """A step of flat arrays; which of its places are weights, and under which number."""
+    """A step of some arrays; which of their places are weights (None: all), under which number."""
 
     step: AdaptiveStep
-    is_weight: jax.Array
+    is_weight: jax.Array | None
     number: jax.Array
 
 
@@ -69,7 +71,8 @@ class Waves:
     places: tuple[int, ...]
     """The places of the leaves in the tree."""
     leaves: tuple[Inputs, ...]
-    length: int
+    length: int | None
+    """Of a wave; None: it is a leaf, and all leaves have one shape."""
 
     def fold(
         self,
@@ -86,14 +89,24 @@ class Waves:
           add, start: what is carried through a segment, of less than 2^31 weights.
           rest, merge: what is kept of a segment, and how two of them become one.
         """
-        cuts, branches = _cuts(self.leaves, numbers, self.length)
-        table = jnp.asarray(np.array(cuts, np.int32))
-        many = max(1, SEGMENT // self.length - 1)
         arrays = jax.tree.leaves(self.leaves)
         start = jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
         is_traced = any(isinstance(x, Tracer) for x in arrays)
         if not (is_traced or cast(Any, jax.config).jax_disable_jit):
             _say_that_it_is_compiled()
+        if self.length is None:
+            return rest(
+                one_by_one(
+                    self.leaves,
+                    numbers,
+                    lambda carry, leaf, n: add(carry, Wave(self._stepped(leaf), None, n)),
+                    start,
+                )
+            )
+        length = self.length
+        cuts, branches = _cuts(self.leaves, numbers, length)
+        table = jnp.asarray(np.array(cuts, np.int32))
+        many = max(1, SEGMENT // length - 1)
 
         def take(t: Any, carry: Carry) -> Carry:
             cut = jax.lax.dynamic_index_in_dim(table, jnp.asarray(t, jnp.uint32), keepdims=False)
@@ -102,10 +115,9 @@ class Waves:
 
         def part(k: Any, carry: Carry, held: Sequence[jax.Array], cut: jax.Array) -> Carry:
             _, _, first, last, number = cut
-            begin = k * (self.length // PARTS)
-            leaf = _part(held, begin, self.leaves[0], self.length)
-            place = begin + jnp.arange(self.length // PARTS, dtype=jnp.int32)
-            step = stepped(self.lines, self.now, leaf, self.state_dtype)
+            begin = k * (length // PARTS)
+            step = self._stepped(_part(held, begin, self.leaves[0], length))
+            place = begin + jnp.arange(length // PARTS, dtype=jnp.int32)
             return add(carry, Wave(step, (place >= first) & (place < last), number))
 
         total = rest(jax.lax.fori_loop(0, min(many, len(cuts)), take, start))
@@ -117,6 +129,25 @@ class Waves:
             return merge(total, rest(jax.lax.fori_loop(k * many, end, take, start)))
 
         return jax.lax.fori_loop(1, -(-len(cuts) // many), segment, total)
+
+    def _stepped(self, leaf: Inputs) -> AdaptiveStep:
+        return stepped(self.lines, self.now, leaf, self.state_dtype)
+
+
+def one_by_one(
+    leaves: Sequence[Leaf],
+    numbers: Sequence[int],
+    add: Callable[[Carry, Leaf, jax.Array], Carry],
+    start: Carry,
+) -> Carry:
+    """``add`` over leaves of one type, each with its number: one program, and one at a time."""
+    branches = [lambda leaf=leaf: leaf for leaf in leaves]
+    number = jnp.asarray(np.array(numbers, np.int32))
+
+    def take(t: Any, carry: Carry) -> Carry:
+        return add(carry, jax.lax.switch(t, branches), number[t])
+
+    return jax.lax.fori_loop(0, len(branches), take, start)
 
 
 @functools.cache
@@ -136,10 +167,9 @@ def waves_of(
     buffers: Mapping[str, Tree],
     state_dtype: DTypeLike | None,
 ) -> list[Waves] | None:
-    """The leaves of a step as it was opened, by kind; None where they cannot go through waves.
+    """The leaves of a step as it was opened, by kind; None where a line is of the whole tree.
 
-    That is where a line sees more than one weight or asks in Python for a shape, and where arrays
-    may be split over a mesh: their parts would have to be put together first.
+    Also where a leaf is all of a wave and too large to be counted.
     """
     if any(line.is_of_the_tree for line in lines):
         return None
@@ -155,11 +185,39 @@ def waves_of(
         if leaf is not None and leaf.gradient.size
     }
     some = {type_: inputs[place] for place, type_ in types.items()}
-    if not there or any(map(_may_be_split, jax.tree.leaves(list(some.values())))):
+    if not there:
         return None
     now, first = step.now.copy(), there[0]
     now.calculate(scalars_of(lines, first.gradient, first.param))
-    length = _length(there)
+    length: int | None = _length(there)
+    kinds: dict[Any, Any] | None = _by_program(lines, now, some, length, state_dtype)
+    if kinds is None:
+        kinds, length = {type_: type_ for type_ in some}, None
+    alike: dict[Any, list[int]] = {}
+    for place, type_ in types.items():
+        alike.setdefault(kinds[type_], []).append(place)
+    waves = [
+        Waves(lines, now, state_dtype, tuple(places), tuple(inputs[i] for i in places), length)
+        for places in alike.values()
+    ]
+    are_countable = all(leaf.gradient.size < SEGMENT for leaf in some.values())
+    return waves if length is not None or are_countable else None
+
+
+def _by_program(
+    lines: Sequence[Any],
+    now: Now,
+    some: Mapping[Any, Inputs],
+    length: int,
+    state_dtype: DTypeLike | None,
+) -> dict[Any, Any] | None:
+    """The kind of each type of leaf, for which the lines are one program.
+
+    None where a line sees more than one weight, or asks in Python for a shape, and where arrays may
+    be split over a mesh: their parts would have to be put together first.
+    """
+    if any(map(_may_be_split, jax.tree.leaves(list(some.values())))):
+        return None
     programs: dict[Any, Any] = {}
     kinds: dict[Any, Any] = {}
     for (arrays, structure), leaf in some.items():
@@ -173,13 +231,7 @@ def waves_of(
             return None
         split = frozenset().union(*map(trees.varying, jax.tree.leaves(leaf)))
         kinds[arrays, structure] = dtypes, split
-    alike: dict[Any, list[int]] = {}
-    for place, type_ in types.items():
-        alike.setdefault(kinds[type_], []).append(place)
-    return [
-        Waves(lines, now, state_dtype, tuple(places), tuple(inputs[i] for i in places), length)
-        for places in alike.values()
-    ]
+    return kinds
 
 
 def stepped(

@@ -66,13 +66,9 @@ class Weights(NamedTuple):
         return cls(
             filled(jnp.abs(rate * remaining).astype(jnp.float32)),
             None if friction is None else filled(friction).astype(jnp.float32),
-            tuple(None if x is None else _size(x) for x in (gradient, param, applied)),
+            (gradient, param, applied),
             tuple(limited),
         )
-
-
-def _size(x: jax.Array) -> jax.Array:
-    return jnp.abs(x).astype(jnp.float32)
 
 
 class Tally(NamedTuple):
@@ -81,18 +77,21 @@ class Tally(NamedTuple):
     counts: jax.Array
     """Of the keys of rates, then of the weights that each stage limits; uint32, or digits."""
     largest: jax.Array
-    """Of what there are norms of, of the rates, and of the rates with a minus."""
+    """Of what there are norms of, and of the rates."""
     squares: jax.Array
-    """The sum of squares of what there are norms of, each divided by a scale near its largest."""
+    """The sums of squares of the same, each divided by a scale near its largest."""
+    least: jax.Array
+    """Of the rates."""
     friction: jax.Array
 
     @classmethod
     def nothing(cls, groups: int, limits: int) -> Tally:
-        none = [*(0.0 for _ in NORMS), 0.0, -np.inf]
+        none = jnp.zeros((groups, len(NORMS) + 1), jnp.float32)
         return cls(
             jnp.zeros((groups, KEYS + limits), jnp.uint32),
-            jnp.tile(jnp.array(none, jnp.float32), (groups, 1)),
-            jnp.zeros((groups, len(NORMS)), jnp.float32),
+            none,
+            none,
+            jnp.full(groups, jnp.inf, jnp.float32),
             jnp.zeros(groups, jnp.float32),
         )
 
@@ -112,18 +111,20 @@ class Tally(NamedTuple):
         for i, limited in enumerate(weights.limited):
             number = jnp.sum(there(limited), dtype=jnp.uint32)
             counts = counts.at[group, KEYS + i].add(number)
-        number = jnp.where(jnp.isnan(rate), 0, rate), jnp.where(jnp.isnan(rate), -jnp.inf, -rate)
-        every = [*map(there, weights.sized), there(number[0]), there(number[1], -jnp.inf)]
-        every, axes = jnp.stack(every), tuple(range(1, rate.ndim + 1))
-        largest = jnp.max(every, axis=axes, initial=-jnp.inf)
-        sized, scale = every[: len(NORMS)], jnp.expand_dims(_scale(largest), axes)
-        squares = jnp.sum((sized / scale) ** 2, axis=axes)
+        sized = [None if x is None else jnp.abs(x).astype(jnp.float32) for x in weights.sized]
+        is_number = ~jnp.isnan(rate)
+        every = jnp.stack([*map(there, sized), there(jnp.where(is_number, rate, 0))])
+        axes = tuple(range(1, every.ndim))
+        largest = jnp.max(every, axis=axes, initial=0)
+        squares = jnp.sum((every / jnp.expand_dims(_scale(largest), axes)) ** 2, axis=axes)
         largest, squares = _joined(self.largest[group], self.squares[group], largest, squares)
+        least = jnp.min(there(jnp.where(is_number, rate, jnp.inf), jnp.inf), initial=jnp.inf)
         friction = UNKNOWN if weights.friction is None else jnp.sum(there(weights.friction))
         return Tally(
             counts,
             self.largest.at[group].set(largest),
             self.squares.at[group].set(squares),
+            self.least.at[group].min(least),
             self.friction.at[group].add(friction),
         )
 
@@ -135,8 +136,13 @@ class Tally(NamedTuple):
     def merged(self, other: Tally) -> Tally:
         """Of two in as many digits."""
         largest, squares = _joined(self.largest, self.squares, other.largest, other.squares)
-        counts = _carried(self.counts + other.counts)
-        return Tally(counts, largest, squares, self.friction + other.friction)
+        return Tally(
+            _carried(self.counts + other.counts),
+            largest,
+            squares,
+            jnp.minimum(self.least, other.least),
+            self.friction + other.friction,
+        )
 
     def everywhere(self, axes: tuple[str, ...]) -> Tally:
         """The sum over the devices among which the weights are split; in digits."""
@@ -147,6 +153,7 @@ class Tally(NamedTuple):
             _carried(jax.lax.psum(self.counts, axes)),
             largest,
             jax.lax.psum(self.squares * (_scale(self.largest) / _scale(largest)) ** 2, axes),
+            jax.lax.pmin(self.least, axes),
             jax.lax.psum(self.friction, axes),
         )
 
@@ -154,13 +161,13 @@ class Tally(NamedTuple):
         """What is kept, a row for each group of so many weights; of one in digits."""
         keys, limited = self.counts[..., :KEYS], self.counts[..., KEYS:]
         size = jnp.asarray(np.maximum(sizes, 1), jnp.float32)
-        highest, lowest = self.largest[:, -2:-1], -self.largest[:, -1:]
+        lowest, highest = self.least[:, None], self.largest[:, len(NORMS) :]
         return {
             "histogram": _words(_histogram(keys)),
             "limited": _words(limited),
             "quantiles": jnp.clip(_quantiles(keys, sizes), lowest, highest),
             "friction": jnp.where(self.friction < 0, UNKNOWN, self.friction / size),
-            "norms": _scale(self.largest) * jnp.sqrt(self.squares),
+            "norms": (_scale(self.largest) * jnp.sqrt(self.squares))[:, : len(NORMS)],
         }
 
 
@@ -205,10 +212,11 @@ def _quantiles(keys: jax.Array, sizes: Sequence[int]) -> jax.Array:
     rank = [[[r >> s & digit for r in of] for of in ranks] for s in shifts]
     rank = jnp.asarray(np.array(rank, np.uint32))
     bits = KEYS.bit_length() - 1
+    every_key = jnp.arange(KEYS, dtype=jnp.int32).reshape(1, 1, 1, KEYS)
 
     def with_next_bit(i: Any, key: jax.Array) -> jax.Array:
         higher = key + (jnp.asarray(KEYS // 2, jnp.int32) >> i)
-        is_below = jnp.arange(KEYS, dtype=jnp.int32) < higher[..., None]
+        is_below = every_key < higher[None, ..., None]
         below = jnp.where(is_below, keys[:, :, None], jnp.zeros((), jnp.uint32))
         below = _carried(jnp.sum(below, axis=-1, dtype=jnp.uint32))
         return jnp.where(_less(below, rank), higher, key)
@@ -225,8 +233,8 @@ def _quantiles(keys: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 
 def _scale(largest: jax.Array) -> jax.Array:
-    """A power of two near the largest element of each of what there are norms of."""
-    bits = jax.lax.bitcast_convert_type(largest[..., : len(NORMS)], jnp.uint32)
+    """A power of two near the largest elements."""
+    bits = jax.lax.bitcast_convert_type(largest, jnp.uint32)
     bits = jnp.clip(bits & 0x7F800000, 0x00800000, 0x7F000000)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 

@@ -16,7 +16,7 @@ from adaptive_opt.core.observe import HYPERPARAMETERS, watching
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.core.trees import axes_of, axes_split, is_none, path_of, varying_like
-from adaptive_opt.core.waves import SEGMENT, Wave, Waves
+from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one
 from adaptive_opt.watching.tally import (
     BIN_EDGES,
     NO_COUNT,
@@ -67,9 +67,11 @@ def telemetry(
     rounded down to those of bins. Norms are right to float32's rounding at any size of gradients.
 
     A look goes through all weights in waves: temporaries are less than a byte for each weight,
-    besides a megabyte, and one program serves all leaves. It goes leaf by leaf, in a program for
-    each shape and with up to 8 bytes for each weight of the largest leaf, where a line of the
-    optimizer sees more than one weight, and on a mesh of several devices under ``jit``.
+    besides a megabyte, and one program serves all leaves. Where a line of the optimizer sees more
+    than one weight, and on a mesh of several devices under ``jit``, a wave is a leaf: one program
+    serves all leaves of a shape, and temporaries are up to 24 bytes for each weight of the largest
+    leaf. Where a line is of the whole tree (a masked decay inside of the rule, a norm of all
+    leaves), the directions and the rates of all leaves are there at once: 8 bytes for each weight.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -155,9 +157,16 @@ class _Look:
         def add(tally: Tally, wave: Wave) -> Tally:
             return tally.adding(self._weights(wave.step), wave.number, wave.is_weight)
 
+        def add_leaf(tally: Tally, wave: Wave) -> Tally:
+            return self._with_leaf(tally, self._weights(wave.step), wave.number)
+
         for kind in waves:
             groups = [self.group_of[place] for place in kind.places]
-            made = kind.fold(groups, add, self._nothing(), self._in_digits, Tally.merged)
+            if kind.length is None:
+                start = self._in_digits(self._nothing())
+                made = kind.fold(groups, add_leaf, start, lambda tally: tally, Tally.merged)
+            else:
+                made = kind.fold(groups, add, self._nothing(), self._in_digits, Tally.merged)
             arrays = [x for leaf in kind.leaves for x in jax.tree.leaves(leaf)]
             self._count(
                 made, [(x.gradient, g) for x, g in zip(kind.leaves, groups, strict=True)], arrays
@@ -165,24 +174,22 @@ class _Look:
         return self._numbers()
 
     def leaf_by_leaf(self) -> Any:
-        @jax.jit
-        def one(weights: Weights, group: jax.Array) -> Tally:
-            return self._of_leaf(weights, group)
-
+        """The same where all directions are there already."""
+        alike: dict[Any, list[tuple[Weights, int]]] = {}
         for place, each in enumerate(self.step.steps):
             if each is None or not each.gradient.size:
                 continue
             weights, group = self._weights(each), self.group_of[place]
-            parts = -(-weights.rate.size // (SEGMENT - 1))
-            rows = -(-weights.rate.shape[0] // parts) if parts > 1 else 0
-            for part in range(parts):
-                cut = weights
-                if parts > 1:
-                    own = slice(part * rows, (part + 1) * rows)
-                    cut = jax.tree.map(lambda x, own=own: x[own], weights)
-                if cut.rate.size:
-                    tally = one(cut, jnp.asarray(group, jnp.int32))
-                    self._count(tally, [(cut.rate, group)], jax.tree.leaves(cut))
+            for cut in _countable(weights):
+                arrays, structure = jax.tree.flatten(cut)
+                type_ = tuple(map(jax.typeof, arrays)), structure
+                alike.setdefault(type_, []).append((cut, group))
+        for own in alike.values():
+            cuts, groups = zip(*own, strict=True)
+            arrays, start = jax.tree.leaves(cuts), self._in_digits(self._nothing())
+            start = jax.tree.map(lambda x, arrays=arrays: varying_like(x, arrays), start)
+            made = one_by_one(cuts, groups, self._with_leaf, start)
+            self._count(made, [(cut.rate, group) for cut, group in own], arrays)
         return self._numbers()
 
     def _weights(self, step: Any) -> Weights:
@@ -195,6 +202,9 @@ class _Look:
 
     def _in_digits(self, tally: Tally) -> Tally:
         return tally.in_digits(self.digits)
+
+    def _with_leaf(self, tally: Tally, weights: Weights, group: jax.Array) -> Tally:
+        return tally.merged(self._of_leaf(weights, group))
 
     def _of_leaf(self, weights: Weights, group: jax.Array) -> Tally:
         """Of the weights of an array, in digits; on a mesh with explicit axes, by its parts."""
@@ -239,6 +249,17 @@ class _Look:
             }
             for g, label in enumerate(self.labels)
         }
+
+
+def _countable(weights: Weights) -> list[Weights]:
+    """The weights of a leaf, in parts of less than 2^31."""
+    parts = -(-weights.rate.size // (SEGMENT - 1))
+    if parts == 1:
+        return [weights]
+    rows = -(-weights.rate.shape[0] // parts)
+    cuts = (slice(part * rows, (part + 1) * rows) for part in range(parts))
+    made = [jax.tree.map(lambda x, own=own: x[own], weights) for own in cuts]
+    return [cut for cut in made if cut.rate.size]
 
 
 def _loss(value: Any) -> jax.Array:
