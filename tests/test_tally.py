@@ -271,6 +271,16 @@ def test_temporaries_are_at_most_a_byte_for_each_weight(make, params):
     assert temporaries(observed, params) - temporaries(alone, params) <= size
 
 
+@pytest.mark.broad
+@pytest.mark.compiles
+def test_temporaries_of_leaves_of_different_shapes_are_those_of_the_largest():
+    """And the counts of each shape, where a line sees more than one weight."""
+    params = {f"w{i}": jax.ShapeDtypeStruct((i + 40, 400), np.float32) for i in range(40)}
+    largest = max(x.size for x in params.values())
+    counts = (len(params) + 1) * 4 * KEYS
+    assert temporaries(by_tensor(1e-3, observers=telemetry()), params) <= 24 * largest + counts
+
+
 @pytest.mark.parametrize("sees", ["a weight", "a leaf"])
 def test_lines_are_traced_for_each_shape_and_not_for_each_leaf(sees):
     runs = []

@@ -101,6 +101,7 @@ class Waves:
                     numbers,
                     lambda carry, leaf, n: add(carry, Wave(self._stepped(leaf), None, n)),
                     start,
+                    self.now.count,
                 )
             )
         length = self.length
@@ -139,10 +140,21 @@ def one_by_one(
     numbers: Sequence[int],
     add: Callable[[Carry, Leaf, jax.Array], Carry],
     start: Carry,
+    count: jax.Array,
 ) -> Carry:
-    """``add`` over leaves of one type, each with its number: one program, and one at a time."""
+    """``add`` over leaves of one type, each with its number: one program, and one at a time.
+
+    ``count`` is that of the step.
+    """
     branches = [lambda leaf=leaf: leaf for leaf in leaves]
     number = jnp.asarray(np.array(numbers, np.int32))
+    if len(leaves) == 1:
+        # XLA takes a loop of one round apart, and may then hold what all leaves need at once. That
+        # there is a step it does not know.
+        def take_one(carry: Carry) -> Carry:
+            return add(carry, leaves[0], number[0])
+
+        return trees.branch(count > 0, take_one, lambda carry: carry, start)
 
     def take(t: Any, carry: Carry) -> Carry:
         return add(carry, jax.lax.switch(t, branches), number[t])

@@ -70,8 +70,9 @@ def telemetry(
     besides a megabyte, and one program serves all leaves. Where a line of the optimizer sees more
     than one weight, and on a mesh of several devices under ``jit``, a wave is a leaf: one program
     serves all leaves of a shape, and temporaries are up to 24 bytes for each weight of the largest
-    leaf. Where a line is of the whole tree (a masked decay inside of the rule, a norm of all
-    leaves), the directions and the rates of all leaves are there at once: 8 bytes for each weight.
+    leaf, and 128 KiB of counts for each shape and group. Where a line is of the whole tree (a
+    masked decay inside of the rule, a norm of all leaves), the directions and the rates of all
+    leaves are there at once: 8 bytes for each weight more.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -188,7 +189,7 @@ class _Look:
             cuts, groups = zip(*own, strict=True)
             arrays, start = jax.tree.leaves(cuts), self._in_digits(self._nothing())
             start = jax.tree.map(lambda x, arrays=arrays: varying_like(x, arrays), start)
-            made = one_by_one(cuts, groups, self._with_leaf, start)
+            made = one_by_one(cuts, groups, self._with_leaf, start, self.step.count)
             self._count(made, [(cut.rate, group) for cut, group in own], arrays)
         return self._numbers()
 
