@@ -135,6 +135,27 @@ def test_a_group_of_billions_of_weights_is_traced(shapes, make):
     assert updates.keys() == params.keys()
 
 
+def test_a_schedule_that_only_some_leaves_ask_for_can_be_observed():
+    """And a bound that only some leaves have is counted, whichever leaf comes last."""
+
+    @stage
+    def of_matrices(rate):
+        def line(step: AdaptiveStep) -> AdaptiveStep:
+            if step.gradient.ndim == 2:
+                bound = step.at(rate) * jnp.ones_like(step.direction)
+                return step.limit(direction=jnp.minimum(step.direction, bound))
+            return step
+
+        return line
+
+    shapes = {"a_bias": (3,), "k1": (2, 3), "k2": (4, 5), "k3": (2, 3), "z_bias": (7,)}
+    params = {k: jnp.ones(shape) for k, shape in shapes.items()}
+    optimizer = adaptive(of_matrices(lambda count: 0.25 / (count + 1)), telemetry())
+    _, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    limited = read_telemetry(state)["limited/of_matrices/all"]
+    assert limited == pytest.approx(32 / 42)
+
+
 def drawn(shapes, scale=1.0):
     rng = np.random.default_rng(0)
     return {
@@ -209,6 +230,19 @@ def test_norms_are_right_for_gradients_whose_squares_are_not_numbers():
         optimizer = adam(1e-3, observers=telemetry())
         _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
         exact = np.linalg.norm(np.asarray(gradient["a"], np.float64))
+        assert read_telemetry(state)["gradient_norm/all"] == pytest.approx(exact, rel=1e-6)
+        assert read_telemetry(state)["param_norm/all"] == pytest.approx(exact, rel=1e-6)
+
+
+def test_gradient_and_parameter_may_be_split_differently():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    x = drawn({"x": (8, 4)}, 1e-3)["x"]
+    optimizer = adam(1e-3, observers=telemetry(every=1))
+    with jax.set_mesh(mesh):
+        gradient = jax.device_put(x, NamedSharding(mesh, P()))
+        param = jax.device_put(x, NamedSharding(mesh, P("x")))
+        _, state = jax.jit(optimizer.update)(gradient, optimizer.init(gradient), param)
+        exact = np.linalg.norm(np.asarray(x, np.float64))
         assert read_telemetry(state)["gradient_norm/all"] == pytest.approx(exact, rel=1e-6)
         assert read_telemetry(state)["param_norm/all"] == pytest.approx(exact, rel=1e-6)
 

@@ -111,7 +111,7 @@ class Waves:
 
         def take(t: Any, carry: Carry) -> Carry:
             cut = jax.lax.dynamic_index_in_dim(table, jnp.asarray(t, jnp.uint32), keepdims=False)
-            held = jax.lax.switch(cut[0], branches, cut)
+            held = _one_of(branches, cut[0], cut)
             return jax.lax.fori_loop(0, PARTS, lambda k, carry: part(k, carry, held, cut), carry)
 
         def part(k: Any, carry: Carry, held: Sequence[jax.Array], cut: jax.Array) -> Carry:
@@ -144,22 +144,35 @@ def one_by_one(
 ) -> Carry:
     """``add`` over leaves of one type, each with its number: one program, and one at a time.
 
-    ``count`` is that of the step.
+    On a mesh with automatic axes it is a program for each: leaves of one shape may be split in
+    different ways there, and a loop would bring all of them to one. ``count`` is that of the step.
     """
     branches = [lambda leaf=leaf: leaf for leaf in leaves]
     number = jnp.asarray(np.array(numbers, np.int32))
-    if len(leaves) == 1:
+    if len(leaves) == 1 or any(map(_is_split_unseen, jax.tree.leaves(leaves))):
         # XLA takes a loop of one round apart, and may then hold what all leaves need at once. That
         # there is a step it does not know.
-        def take_one(carry: Carry) -> Carry:
-            return add(carry, leaves[0], number[0])
-
-        return trees.branch(count > 0, take_one, lambda carry: carry, start)
+        for leaf, n in zip(leaves, number, strict=True):
+            take_one = functools.partial(lambda leaf, n, carry: add(carry, leaf, n), leaf, n)
+            start = trees.branch(count > 0, take_one, lambda carry: carry, start)
+        return start
 
     def take(t: Any, carry: Carry) -> Carry:
-        return add(carry, jax.lax.switch(t, branches), number[t])
+        return add(carry, _one_of(branches, t), number[t])
 
     return jax.lax.fori_loop(0, len(branches), take, start)
+
+
+def _one_of(branches: Sequence[Callable[..., Any]], which: Any, *args: Any) -> Any:
+    """The value of that branch; of many in two steps, for JAX gives each the arrays of all."""
+    if len(branches) <= 32:
+        return jax.lax.switch(which, branches, *args)
+    few = math.isqrt(len(branches) - 1) + 1
+
+    def of_few(first: int) -> Callable[..., Any]:
+        return lambda *args: jax.lax.switch(which % few, branches[first : first + few], *args)
+
+    return jax.lax.switch(which // few, [*map(of_few, range(0, len(branches), few))], *args)
 
 
 @functools.cache
@@ -251,7 +264,7 @@ def stepped(
 ) -> AdaptiveStep:
     """The step of one array after the lines."""
     own = now.copy()
-    own.scalars = now.scalars
+    own.scalars = dict(now.scalars)  # what a loop calculates stays in it
     warned = set(leaf.stored)  # the update says it
     memory = Memory(leaf.stored, state_dtype, warned=warned, like=jnp.shape(leaf.gradient))
     step = AdaptiveStep(own, leaf.gradient, leaf.param, memory)
@@ -275,11 +288,21 @@ def _length(leaves: Sequence[Inputs]) -> int:
 
 def _may_be_split(x: Any) -> bool:
     """Whether an array is on several devices, and not as a part of its own on each."""
+    return bool(_kinds_of_axes(x) - {jax.sharding.AxisType.Manual})
+
+
+def _is_split_unseen(x: Any) -> bool:
+    """Whether an array may be split in a way that its type does not show."""
+    return jax.sharding.AxisType.Auto in _kinds_of_axes(x)
+
+
+def _kinds_of_axes(x: Any) -> set[Any]:
+    """Of the mesh that an array is on, where there is more than one device along them."""
     mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
     if mesh is None or mesh.empty:
-        return False
+        return set()
     kinds = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    return any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in kinds)
+    return {kind for kind, size in kinds if size > 1}
 
 
 def _fits(leaf: Inputs) -> bool:

@@ -113,10 +113,11 @@ class Tally(NamedTuple):
             counts = counts.at[group, KEYS + i].add(number)
         sized = [None if x is None else jnp.abs(x).astype(jnp.float32) for x in weights.sized]
         is_number = ~jnp.isnan(rate)
-        every = jnp.stack([*map(there, sized), there(jnp.where(is_number, rate, 0))])
-        axes = tuple(range(1, every.ndim))
-        largest = jnp.max(every, axis=axes, initial=0)
-        squares = jnp.sum((every / jnp.expand_dims(_scale(largest), axes)) ** 2, axis=axes)
+        every = [*map(there, sized), there(jnp.where(is_number, rate, 0))]  # split as they are
+        largest = jnp.stack([jnp.max(x, initial=0) for x in every])
+        scales = _scale(largest)
+        squares = [jnp.sum((x / scale) ** 2) for x, scale in zip(every, scales, strict=True)]
+        squares = jnp.stack(squares)
         largest, squares = _joined(self.largest[group], self.squares[group], largest, squares)
         least = jnp.min(there(jnp.where(is_number, rate, jnp.inf), jnp.inf), initial=jnp.inf)
         friction = UNKNOWN if weights.friction is None else jnp.sum(there(weights.friction))

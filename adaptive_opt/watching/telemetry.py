@@ -69,10 +69,10 @@ def telemetry(
     A look goes through all weights in waves: temporaries are less than a byte for each weight,
     besides a megabyte, and one program serves all leaves. Where a line of the optimizer sees more
     than one weight, and on a mesh of several devices under ``jit``, a wave is a leaf: one program
-    serves all leaves of a shape, and temporaries are up to 24 bytes for each weight of the largest
-    leaf, and 128 KiB of counts for each shape and group. Where a line is of the whole tree (a
-    masked decay inside of the rule, a norm of all leaves), the directions and the rates of all
-    leaves are there at once: 8 bytes for each weight more.
+    serves all leaves of a shape (on automatic axes, one leaf), and temporaries are up to 36 bytes
+    for each weight of the largest leaf, and 128 KiB of counts for each program and group. Where a
+    line is of the whole tree (a masked decay inside of the rule, a norm of all leaves), the
+    directions and the rates of all leaves are there at once: up to 16 bytes for each weight more.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -195,7 +195,7 @@ class _Look:
 
     def _weights(self, step: Any) -> Weights:
         weights = jax.lax.stop_gradient(Weights.of(step, self.remaining, self.limits))
-        self.reached = len(weights.limited)
+        self.reached = max(self.reached, len(weights.limited))
         return weights
 
     def _nothing(self) -> Tally:
