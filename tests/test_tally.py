@@ -107,7 +107,7 @@ def test_counts_of_more_than_32_bits_are_exact():
     tally = Tally.nothing(1, 0).in_digits(3)
     for i, size in enumerate(parts):
         counts = jnp.zeros((1, KEYS), jnp.uint32).at[0, 16000 + 256 * (i // 4)].set(size)
-        every_rate = {"least": jnp.zeros(1), "largest": jnp.array([[0, 0, 0, np.inf]])}
+        every_rate = {"lowest": jnp.zeros(1), "highest": jnp.full(1, np.inf)}
         part = Tally.nothing(1, 0)._replace(counts=counts, **every_rate)
         tally = tally.merged(part.in_digits(3))
     assert sum(parts) == 2**33 + 8

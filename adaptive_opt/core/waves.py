@@ -82,29 +82,16 @@ class Waves:
         rest: Callable[[Carry], Any],
         merge: Callable[[Any, Any], Any],
     ) -> Any:
-        """``add`` over all waves, beginning with ``start``.
+        """``add`` over all waves of one length, beginning with ``start``.
 
         Args:
           numbers: one for each leaf; a wave holds only leaves of one number.
           add, start: what is carried through a segment, of less than 2^31 weights.
           rest, merge: what is kept of a segment, and how two of them become one.
         """
-        arrays = jax.tree.leaves(self.leaves)
-        start = jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
-        is_traced = any(isinstance(x, Tracer) for x in arrays)
-        if not (is_traced or cast(Any, jax.config).jax_disable_jit):
-            _say_that_it_is_compiled()
-        if self.length is None:
-            return rest(
-                one_by_one(
-                    self.leaves,
-                    numbers,
-                    lambda carry, leaf, n: add(carry, Wave(self._stepped(leaf), None, n)),
-                    start,
-                    self.now.count,
-                )
-            )
-        length = self.length
+        length = cast(int, self.length)
+        _warn_where_not_traced(self.leaves)
+        start = _varying_like(start, self.leaves)
         cuts, branches = _cuts(self.leaves, numbers, length)
         table = jnp.asarray(np.array(cuts, np.int32))
         many = max(1, SEGMENT // length - 1)
@@ -131,6 +118,17 @@ class Waves:
 
         return jax.lax.fori_loop(1, -(-len(cuts) // many), segment, total)
 
+    def fold_leaves(
+        self, numbers: Sequence[int], add: Callable[[Carry, Wave], Carry], start: Carry
+    ) -> Carry:
+        """``add`` over all waves, where each is a leaf."""
+        _warn_where_not_traced(self.leaves)
+
+        def add_leaf(carry: Carry, leaf: Inputs, number: jax.Array) -> Carry:
+            return add(carry, Wave(self._stepped(leaf), None, number))
+
+        return one_by_one(self.leaves, numbers, add_leaf, start, self.now.count)
+
     def _stepped(self, leaf: Inputs) -> AdaptiveStep:
         return stepped(self.lines, self.now, leaf, self.state_dtype)
 
@@ -147,7 +145,7 @@ def one_by_one(
     On a mesh with automatic axes it is a program for each: leaves of one shape may be split in
     different ways there, and a loop would bring all of them to one. ``count`` is that of the step.
     """
-    branches = [lambda leaf=leaf: leaf for leaf in leaves]
+    start = _varying_like(start, leaves)
     number = jnp.asarray(np.array(numbers, np.int32))
     if len(leaves) == 1 or any(map(_is_split_unseen, jax.tree.leaves(leaves))):
         # XLA takes a loop of one round apart, and may then hold what all leaves need at once. That
@@ -156,6 +154,7 @@ def one_by_one(
             take_one = functools.partial(lambda leaf, n, carry: add(carry, leaf, n), leaf, n)
             start = trees.branch(count > 0, take_one, lambda carry: carry, start)
         return start
+    branches = [lambda leaf=leaf: leaf for leaf in leaves]
 
     def take(t: Any, carry: Carry) -> Carry:
         return add(carry, _one_of(branches, t), number[t])
@@ -173,6 +172,23 @@ def _one_of(branches: Sequence[Callable[..., Any]], which: Any, *args: Any) -> A
         return lambda *args: jax.lax.switch(which % few, branches[first : first + few], *args)
 
     return jax.lax.switch(which // few, [*map(of_few, range(0, len(branches), few))], *args)
+
+
+def _varying_like(start: Carry, leaves: Any) -> Carry:
+    arrays = jax.tree.leaves(leaves)
+    return jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
+
+
+def type_of(leaf: Any) -> Any:
+    """What leaves have in common that one program can take: types of arrays, and structure."""
+    arrays, structure = jax.tree.flatten(leaf)
+    return tuple(map(jax.typeof, arrays)), structure
+
+
+def _warn_where_not_traced(leaves: Any) -> None:
+    is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(leaves))
+    if not (is_traced or cast(Any, jax.config).jax_disable_jit):
+        _say_that_it_is_compiled()
 
 
 @functools.cache
@@ -205,7 +221,7 @@ def waves_of(
     ]
     there = [leaf for leaf in inputs if leaf is not None]
     types = {
-        place: (tuple(map(jax.typeof, jax.tree.leaves(leaf))), jax.tree.structure(leaf))
+        place: type_of(leaf)
         for place, leaf in enumerate(inputs)
         if leaf is not None and leaf.gradient.size
     }

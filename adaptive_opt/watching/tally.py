@@ -77,21 +77,23 @@ class Tally(NamedTuple):
     counts: jax.Array
     """Of the keys of rates, then of the weights that each stage limits; uint32, or digits."""
     largest: jax.Array
-    """Of what there are norms of, and of the rates."""
+    """Of what there are norms of."""
     squares: jax.Array
     """The sums of squares of the same, each divided by a scale near its largest."""
-    least: jax.Array
+    lowest: jax.Array
+    highest: jax.Array
     """Of the rates."""
     friction: jax.Array
 
     @classmethod
     def nothing(cls, groups: int, limits: int) -> Tally:
-        none = jnp.zeros((groups, len(NORMS) + 1), jnp.float32)
+        none = jnp.zeros((groups, len(NORMS)), jnp.float32)
         return cls(
             jnp.zeros((groups, KEYS + limits), jnp.uint32),
             none,
             none,
             jnp.full(groups, jnp.inf, jnp.float32),
+            jnp.zeros(groups, jnp.float32),
             jnp.zeros(groups, jnp.float32),
         )
 
@@ -113,19 +115,21 @@ class Tally(NamedTuple):
             counts = counts.at[group, KEYS + i].add(number)
         sized = [None if x is None else jnp.abs(x).astype(jnp.float32) for x in weights.sized]
         is_number = ~jnp.isnan(rate)
-        every = [*map(there, sized), there(jnp.where(is_number, rate, 0))]  # split as they are
-        largest = jnp.stack([jnp.max(x, initial=0) for x in every])
+        sized = [*map(there, sized)]  # each split as it is
+        largest = jnp.stack([jnp.max(x, initial=0) for x in sized])
         scales = _scale(largest)
-        squares = [jnp.sum((x / scale) ** 2) for x, scale in zip(every, scales, strict=True)]
+        squares = [jnp.sum((x / scale) ** 2) for x, scale in zip(sized, scales, strict=True)]
         squares = jnp.stack(squares)
         largest, squares = _joined(self.largest[group], self.squares[group], largest, squares)
-        least = jnp.min(there(jnp.where(is_number, rate, jnp.inf), jnp.inf), initial=jnp.inf)
+        lowest = jnp.min(there(jnp.where(is_number, rate, jnp.inf), jnp.inf), initial=jnp.inf)
+        highest = jnp.max(there(jnp.where(is_number, rate, 0)), initial=0)
         friction = UNKNOWN if weights.friction is None else jnp.sum(there(weights.friction))
         return Tally(
             counts,
             self.largest.at[group].set(largest),
             self.squares.at[group].set(squares),
-            self.least.at[group].min(least),
+            self.lowest.at[group].min(lowest),
+            self.highest.at[group].max(highest),
             self.friction.at[group].add(friction),
         )
 
@@ -141,7 +145,8 @@ class Tally(NamedTuple):
             _carried(self.counts + other.counts),
             largest,
             squares,
-            jnp.minimum(self.least, other.least),
+            jnp.minimum(self.lowest, other.lowest),
+            jnp.maximum(self.highest, other.highest),
             self.friction + other.friction,
         )
 
@@ -154,7 +159,8 @@ class Tally(NamedTuple):
             _carried(jax.lax.psum(self.counts, axes)),
             largest,
             jax.lax.psum(self.squares * (_scale(self.largest) / _scale(largest)) ** 2, axes),
-            jax.lax.pmin(self.least, axes),
+            jax.lax.pmin(self.lowest, axes),
+            jax.lax.pmax(self.highest, axes),
             jax.lax.psum(self.friction, axes),
         )
 
@@ -162,13 +168,13 @@ class Tally(NamedTuple):
         """What is kept, a row for each group of so many weights; of one in digits."""
         keys, limited = self.counts[..., :KEYS], self.counts[..., KEYS:]
         size = jnp.asarray(np.maximum(sizes, 1), jnp.float32)
-        lowest, highest = self.least[:, None], self.largest[:, len(NORMS) :]
+        lowest, highest = self.lowest[:, None], self.highest[:, None]
         return {
             "histogram": _words(_histogram(keys)),
             "limited": _words(limited),
             "quantiles": jnp.clip(_quantiles(keys, sizes), lowest, highest),
             "friction": jnp.where(self.friction < 0, UNKNOWN, self.friction / size),
-            "norms": (_scale(self.largest) * jnp.sqrt(self.squares))[:, : len(NORMS)],
+            "norms": _scale(self.largest) * jnp.sqrt(self.squares),
         }
 
 

@@ -16,7 +16,7 @@ from adaptive_opt.core.observe import HYPERPARAMETERS, watching
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.core.trees import axes_of, axes_split, is_none, path_of, varying_like
-from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one
+from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one, type_of
 from adaptive_opt.watching.tally import (
     BIN_EDGES,
     NO_COUNT,
@@ -164,8 +164,7 @@ class _Look:
         for kind in waves:
             groups = [self.group_of[place] for place in kind.places]
             if kind.length is None:
-                start = self._in_digits(self._nothing())
-                made = kind.fold(groups, add_leaf, start, lambda tally: tally, Tally.merged)
+                made = kind.fold_leaves(groups, add_leaf, self._in_digits(self._nothing()))
             else:
                 made = kind.fold(groups, add, self._nothing(), self._in_digits, Tally.merged)
             arrays = [x for leaf in kind.leaves for x in jax.tree.leaves(leaf)]
@@ -182,15 +181,12 @@ class _Look:
                 continue
             weights, group = self._weights(each), self.group_of[place]
             for cut in _countable(weights):
-                arrays, structure = jax.tree.flatten(cut)
-                type_ = tuple(map(jax.typeof, arrays)), structure
-                alike.setdefault(type_, []).append((cut, group))
+                alike.setdefault(type_of(cut), []).append((cut, group))
         for own in alike.values():
             cuts, groups = zip(*own, strict=True)
-            arrays, start = jax.tree.leaves(cuts), self._in_digits(self._nothing())
-            start = jax.tree.map(lambda x, arrays=arrays: varying_like(x, arrays), start)
+            start = self._in_digits(self._nothing())
             made = one_by_one(cuts, groups, self._with_leaf, start, self.step.count)
-            self._count(made, [(cut.rate, group) for cut, group in own], arrays)
+            self._count(made, [(cut.rate, group) for cut, group in own], jax.tree.leaves(cuts))
         return self._numbers()
 
     def _weights(self, step: Any) -> Weights:
@@ -253,7 +249,7 @@ class _Look:
 
 
 def _countable(weights: Weights) -> list[Weights]:
-    """The weights of a leaf, in parts of less than 2^31."""
+    """The weights of a leaf, in parts of less than 2^31 where its first axis can be cut so."""
     parts = -(-weights.rate.size // (SEGMENT - 1))
     if parts == 1:
         return [weights]
