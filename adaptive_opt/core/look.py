@@ -40,6 +40,14 @@ class Lines(tuple[Any, ...]):
     def __init__(self, lines: Iterable[Any]) -> None:
         del lines
         self.seen: dict[Any, Look] = {}
+        self._before: dict[int, Lines] = {}
+
+    def before(self, place: int) -> Lines:
+        """The lines before a place, less observers; the same ones every time."""
+        if place not in self._before:
+            lines = (line for line in self[:place] if hasattr(line, "function"))
+            self._before[place] = Lines(lines)
+        return self._before[place]
 
     def __reduce__(self) -> Any:
         return Lines, (tuple(self),)

@@ -1,8 +1,8 @@
 """Observers: stages that read the open step, change nothing, and keep what they saw.
 
-An observer looks at every N-th step only. The bracket then goes through its stages once more,
-inside a branch of ``lax.cond``: what the observer needs (the rates as values, the moments before a
-maximum) is made for it there, and a step that nobody looks at pays for a comparison.
+An observer looks at every N-th step only. The bracket then goes through its stages once more: what
+the observer needs (the rates as values, the moments before a maximum) is made for it there, in
+waves or inside a branch of ``lax.cond``, and a step that nobody looks at pays for a comparison.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter, check_whole, value_at
 from adaptive_opt.core.describe import describe
+from adaptive_opt.core.look import Lines
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
 from adaptive_opt.core.tree import OpenStep, run
-from adaptive_opt.core.trees import Tree, branch, varying
+from adaptive_opt.core.trees import Tree, branch
 from adaptive_opt.core.waves import Waves, waves_of
 
 Shapes: TypeAlias = Any
@@ -47,7 +48,7 @@ class Watch:
     """Of what it keeps, in the state."""
     every: int = dataclasses.field(metadata={"static": True})
     look: Callable[..., Tree]
-    """Of the step; where ``waves``, of the step, what is kept, and the waves or None."""
+    """Of the step; where ``waves``, see there."""
     shapes: Callable[[tuple[str, ...]], Shapes]
     """What it keeps, given the names of the stages that limit something."""
     hyperparameters: Mapping[str, Hyperparameter | None]
@@ -55,23 +56,35 @@ class Watch:
     remaining: tuple[Hyperparameter, ...]
     """The factors that the update meets after the bracket."""
     waves: bool = dataclasses.field(default=False, metadata={"static": True})
-    """Whether ``look`` is given the waves of the weights where there are any; the step is then as
-    it was opened."""
+    """Whether ``look`` goes through the weights in waves where it can: it is then given the step as
+    it was opened, what it saw last, the waves (or None, and the step where the observer stands) and
+    whether it is time, and returns what it has seen by now, and a truth that it knows only then."""
     is_of_the_tree: ClassVar[bool] = False
 
     def values(
-        self, step: OpenStep, like: Tree, waves: Sequence[Waves] | None = None
-    ) -> Observation:
-        """What is seen at this step, in the structure and the dtypes of ``like``."""
+        self,
+        step: OpenStep,
+        last: Observation,
+        waves: Sequence[Waves] | None = None,
+        when: Any = True,
+    ) -> tuple[Observation, Any]:
+        """What has been seen after this step, in the structure and the dtypes of the last look."""
         known = {
             name: value_at(value, step.count)
             for name, value in self.hyperparameters.items()
             if value is not None
         }
         remaining = _product(self.remaining, step.count)
-        step = step.noting(hyperparameters=known, remaining=remaining)
+        step, like, truth = (
+            step.noting(hyperparameters=known, remaining=remaining),
+            last.values,
+            when,
+        )
         with jax.numpy_dtype_promotion("standard"):
-            seen = self.look(step, like, waves) if self.waves else self.look(step)
+            if self.waves:
+                seen, truth = self.look(step, like, waves, when)
+            else:
+                seen = self.look(step)
         if jax.tree.structure(seen) != jax.tree.structure(like):
             raise ValueError(
                 f"{self.stage} returned {jax.tree.structure(seen)}, but said it keeps"
@@ -84,7 +97,7 @@ class Watch:
                     f"{self.stage} returned an array of shape {new.shape}, but said it"
                     f" keeps one of shape {old.shape}."
                 )
-        return Observation(step.count, kept)
+        return Observation(jnp.where(when, step.count, last.step), kept), truth
 
 
 def observer(
@@ -212,60 +225,56 @@ def check_seen(watches: Sequence[Watch], state: Mapping[str, Any]) -> None:
 
 
 def observe(
-    lines: Sequence[Any],
+    lines: Lines,
     step: OpenStep,
     buffers: dict[str, Tree],
     state: Mapping[str, Any],
     state_dtype: DTypeLike | None,
-) -> tuple[dict[str, Observation], dict[str, Tree]]:
-    """The observations after this step, which is given as it was opened, and the same buffers.
+) -> tuple[dict[str, Observation], jax.Array]:
+    """The observations after this step, which is given as it was opened, and a truth.
 
-    ``buffers`` are those of the stages, ``state`` holds the last observations. The buffers go
-    through the branches and the step must go on with what comes out: otherwise XLA may look after
-    it has taken the step, and keeps a copy of every buffer until then.
+    ``buffers`` are those of the stages, ``state`` holds the last observations. The truth is known
+    only when all have looked. What takes the step must ask it (``trees.after``): otherwise XLA may
+    look after it has taken the step, and keeps a copy of every buffer until then.
     """
     watches = [line for line in lines if isinstance(line, Watch)]
-    seen = {watch.name: state[watch.name] for watch in watches}
-
-    def look(every: int, seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
-        new, shown = dict(seen), set()
+    seen, truths = {watch.name: state[watch.name] for watch in watches}, []
+    for every in sorted({watch.every for watch in watches}):
+        when, shown = (step.count - 1) % every == 0, set()
         for place, watch in enumerate(lines):
-            if not isinstance(watch, Watch) or watch.every != every:
-                continue
-            before = [line for line in lines[:place] if not isinstance(line, Watch)]
-            waves = None
-            if watch.waves:
-                waves = waves_of(before, step, buffers, state_dtype)
-            if waves is None:
-                shown.add(watch.name)
-            else:
-                new[watch.name] = watch.values(step, seen[watch.name].values, waves)
-
-        def show(watch: Watch, at: OpenStep) -> None:
-            if watch.name in shown:
-                new[watch.name] = watch.values(at, seen[watch.name].values)
+            if isinstance(watch, Watch) and watch.every == every:
+                waves = None
+                if watch.waves:
+                    waves = waves_of(lines.before(place), step, buffers, state_dtype)
+                if waves is None:
+                    shown.add(watch.name)
+                    continue
+                last = seen[watch.name]
+                seen[watch.name], truth = watch.values(step, last, waves, when)
+                truths.append(truth)
 
         if shown:
-            run(lines, step.copy(), buffers, state_dtype, show)
-        return new, buffers
-
-    def pass_by(seen: dict[str, Observation], buffers: dict[str, Tree]) -> Any:
-        return seen, _held(buffers)
-
-    for every in sorted({watch.every for watch in watches}):
-        now = (step.count - 1) % every == 0
-        seen, buffers = branch(now, functools.partial(look, every), pass_by, seen, buffers)
-    return seen, buffers
+            look = functools.partial(_look_at_all, lines, step, buffers, state_dtype, when)
+            new = branch(when, look, lambda last: last, {name: seen[name] for name in shown})
+            seen |= new
+            truths += [each.step >= 0 for each in new.values()]
+    return seen, functools.reduce(jnp.logical_and, truths)
 
 
-def _held(buffers: Tree) -> Tree:
-    """The same behind one barrier, or one for each set of mesh axes over which arrays are split."""
-    leaves, structure = jax.tree.flatten(buffers)
-    places: dict[Any, list[int]] = {}
-    for place, x in enumerate(leaves):
-        places.setdefault(varying(x), []).append(place)
-    for own in places.values():
-        behind = jax.lax.optimization_barrier([leaves[place] for place in own])
-        for place, x in zip(own, behind, strict=True):
-            leaves[place] = x
-    return structure.unflatten(leaves)
+def _look_at_all(
+    lines: Lines,
+    step: OpenStep,
+    buffers: dict[str, Tree],
+    state_dtype: DTypeLike | None,
+    when: Any,
+    last: dict[str, Observation],
+) -> dict[str, Observation]:
+    """What these observers see where they stand, of all leaves."""
+    new = dict(last)
+
+    def show(watch: Watch, at: OpenStep) -> None:
+        if watch.name in last:
+            new[watch.name], _ = watch.values(at, last[watch.name], None, when)
+
+    run(lines, step.copy(), buffers, state_dtype, show)
+    return new

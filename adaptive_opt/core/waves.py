@@ -79,55 +79,42 @@ class Waves:
         numbers: Sequence[int],
         add: Callable[[Carry, Wave], Carry],
         start: Carry,
-        rest: Callable[[Carry], Any],
-        merge: Callable[[Any, Any], Any],
-    ) -> Any:
-        """``add`` over all waves of one length, beginning with ``start``.
+        when: Any,
+    ) -> Carry:
+        """``add`` over all waves, beginning with ``start``; over none where it is not time.
 
         Args:
           numbers: one for each leaf; a wave holds only leaves of one number.
-          add, start: what is carried through a segment, of less than 2^31 weights.
-          rest, merge: what is kept of a segment, and how two of them become one.
+          add, start: what is carried from wave to wave.
+          when: a truth.
         """
-        length = cast(int, self.length)
         _warn_where_not_traced(self.leaves)
-        start = _varying_like(start, self.leaves)
+        if self.length is None:
+
+            def add_leaf(carry: Carry, leaf: Inputs, number: jax.Array) -> Carry:
+                return add(carry, Wave(self._stepped(leaf), None, number))
+
+            return one_by_one(self.leaves, numbers, add_leaf, start, when)
+        length = self.length
         cuts, branches = _cuts(self.leaves, numbers, length)
         table = jnp.asarray(np.array(cuts, np.int32))
-        many = max(1, SEGMENT // length - 1)
 
         def take(t: Any, carry: Carry) -> Carry:
             cut = jax.lax.dynamic_index_in_dim(table, jnp.asarray(t, jnp.uint32), keepdims=False)
             held = _one_of(branches, cut[0], cut)
-            return jax.lax.fori_loop(0, PARTS, lambda k, carry: part(k, carry, held, cut), carry)
+            part = functools.partial(take_part, held, cut)
+            is_within = lambda state: state[0] < length  # noqa: E731
+            return jax.lax.while_loop(is_within, part, (np.int32(0), carry))[1]
 
-        def part(k: Any, carry: Carry, held: Sequence[jax.Array], cut: jax.Array) -> Carry:
+        def take_part(held: Sequence[jax.Array], cut: jax.Array, state: Any) -> Any:
+            begin, carry = state
             _, _, first, last, number = cut
-            begin = k * (length // PARTS)
             step = self._stepped(_part(held, begin, self.leaves[0], length))
             place = begin + jnp.arange(length // PARTS, dtype=jnp.int32)
-            return add(carry, Wave(step, (place >= first) & (place < last), number))
+            wave = Wave(step, (place >= first) & (place < last), number)
+            return begin + np.int32(length // PARTS), add(carry, wave)
 
-        total = rest(jax.lax.fori_loop(0, min(many, len(cuts)), take, start))
-        if len(cuts) <= many:
-            return total
-
-        def segment(k: Any, total: Any) -> Any:
-            end = jnp.minimum((k + 1) * many, len(cuts))
-            return merge(total, rest(jax.lax.fori_loop(k * many, end, take, start)))
-
-        return jax.lax.fori_loop(1, -(-len(cuts) // many), segment, total)
-
-    def fold_leaves(
-        self, numbers: Sequence[int], add: Callable[[Carry, Wave], Carry], start: Carry
-    ) -> Carry:
-        """``add`` over all waves, where each is a leaf."""
-        _warn_where_not_traced(self.leaves)
-
-        def add_leaf(carry: Carry, leaf: Inputs, number: jax.Array) -> Carry:
-            return add(carry, Wave(self._stepped(leaf), None, number))
-
-        return one_by_one(self.leaves, numbers, add_leaf, start, self.now.count)
+        return repeat(len(cuts), take, _varying_like(start, self.leaves), when)
 
     def _stepped(self, leaf: Inputs) -> AdaptiveStep:
         return stepped(self.lines, self.now, leaf, self.state_dtype)
@@ -138,28 +125,63 @@ def one_by_one(
     numbers: Sequence[int],
     add: Callable[[Carry, Leaf, jax.Array], Carry],
     start: Carry,
-    count: jax.Array,
+    when: Any,
 ) -> Carry:
     """``add`` over leaves of one type, each with its number: one program, and one at a time.
 
     On a mesh with automatic axes it is a program for each: leaves of one shape may be split in
-    different ways there, and a loop would bring all of them to one. ``count`` is that of the step.
+    different ways there, and a loop would bring all of them to one.
     """
     start = _varying_like(start, leaves)
     number = jnp.asarray(np.array(numbers, np.int32))
-    if len(leaves) == 1 or any(map(_is_split_unseen, jax.tree.leaves(leaves))):
-        # XLA takes a loop of one round apart, and may then hold what all leaves need at once. That
-        # there is a step it does not know.
+    if any(map(_is_split_unseen, jax.tree.leaves(leaves))):
         for leaf, n in zip(leaves, number, strict=True):
             take_one = functools.partial(lambda leaf, n, carry: add(carry, leaf, n), leaf, n)
-            start = trees.branch(count > 0, take_one, lambda carry: carry, start)
+            start = trees.branch(when, take_one, lambda carry: carry, start)
         return start
     branches = [lambda leaf=leaf: leaf for leaf in leaves]
 
     def take(t: Any, carry: Carry) -> Carry:
         return add(carry, _one_of(branches, t), number[t])
 
-    return jax.lax.fori_loop(0, len(branches), take, start)
+    return repeat(len(branches), take, start, when)
+
+
+def repeat(times: int, body: Callable[[Any, Carry], Carry], start: Carry, when: Any) -> Carry:
+    """``start`` after so many rounds; after none where it is not time. It has no derivative.
+
+    A loop that may have no round is half the program of a ``lax.cond`` around a loop, and leaves
+    ``start`` where it is. How often it goes round is not known to JAX, which could not
+    differentiate it backwards.
+    """
+    if not isinstance(when, Tracer) and not when:
+        return start
+    rounds = jnp.where(when, np.int32(times), np.int32(0))
+
+    def loop(rounds: jax.Array, start: Carry) -> Carry:
+        return jax.lax.fori_loop(np.int32(0), rounds, body, start)
+
+    return _without_derivative(loop, rounds, start)
+
+
+def _without_derivative(function: Callable[..., Any], *args: Any) -> Any:
+    """The value of a function, constant in whatever it is given and has closed over."""
+    converted, closed_over = jax.closure_convert(function, *args)
+    constant = jax.custom_jvp(lambda *every: converted(*every))
+
+    @constant.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        del tangents
+        value = constant(*primals)
+        return value, jax.tree.map(_no_tangent, value)
+
+    return constant(*args, *closed_over)
+
+
+def _no_tangent(x: jax.Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 def _one_of(branches: Sequence[Callable[..., Any]], which: Any, *args: Any) -> Any:

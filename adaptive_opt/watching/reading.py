@@ -18,7 +18,7 @@ import numpy as np
 
 from adaptive_opt.core.containers import unboxed
 from adaptive_opt.core.observe import HYPERPARAMETERS
-from adaptive_opt.watching.tally import BIN_EDGES, NO_COUNT, NORMS, QUANTILES, UNKNOWN
+from adaptive_opt.watching.tally import BIN_EDGES, NORMS, QUANTILES, UNKNOWN, Counted, Tally
 
 _SKIPPED = {
     ("consecutive", "total", "inner_state"): ("skipped", "total", "consecutive"),
@@ -94,6 +94,9 @@ def rate_histograms(state: Any) -> dict[str, np.ndarray]:
     return Reading.of(state).histograms()
 
 
+OF_TELEMETRY = {"hyperparameters", "loss", "groups", "limits", *Tally._fields}
+
+
 class Seen(NamedTuple):
     """What an observer saw last, on the host, and what its keys begin with."""
 
@@ -103,7 +106,14 @@ class Seen(NamedTuple):
 
     @property
     def is_of_telemetry(self) -> bool:
-        return set(self.values) == {"hyperparameters", "loss", "groups"}
+        return {*self.values, "limits"} == OF_TELEMETRY  # of which there may be none
+
+    @property
+    def counted(self) -> dict[str, Counted]:
+        """What telemetry counted of every group that has weights, by its name."""
+        tally = Tally(**{field: self.values[field] for field in Tally._fields})
+        rows = {label: Counted.of(tally, int(row)) for label, row in self.values["groups"].items()}
+        return {label: counted for label, counted in rows.items() if counted.size}
 
 
 class Reading(NamedTuple):
@@ -159,20 +169,19 @@ class Reading(NamedTuple):
 
     def numbers(self, histograms: bool = False) -> dict[str, float]:
         flat: dict[str, float] = {}
-        for prefix, step, values in self.seen:
-            flat[f"{prefix}step"] = float(step)
-            is_ours = Seen(prefix, step, values).is_of_telemetry
-            entries = _entries(values, histograms) if is_ours else _flat(values)
-            flat |= {f"{prefix}{key}": value for key, value in entries.items()}
+        for each in self.seen:
+            flat[f"{each.prefix}step"] = float(each.step)
+            ours = each.is_of_telemetry
+            entries = _entries(each, histograms) if ours else _flat(each.values)
+            flat |= {f"{each.prefix}{key}": value for key, value in entries.items()}
         return flat | self.skipped
 
     def histograms(self) -> dict[str, np.ndarray]:
         return {
-            f"{each.prefix}{group}": _fractions(values)
+            f"{each.prefix}{group}": counted.histogram / counted.size
             for each in self.seen
             if each.is_of_telemetry
-            for group, values in each.values["groups"].items()
-            if values["histogram"].any()
+            for group, counted in each.counted.items()
         }
 
 
@@ -219,51 +228,40 @@ def _prefix(path: tuple[str, ...], node: Mapping[str, Any]) -> str:
 # --- flattening -----------------------------------------------------------------------------------
 
 
-def _entries(values: Mapping[str, Any], histograms: bool) -> dict[str, float]:
+def _entries(seen: Seen, histograms: bool) -> dict[str, float]:
+    values, groups = seen.values, seen.counted
     hyperparameters = zip(HYPERPARAMETERS, map(float, values["hyperparameters"]), strict=True)
     entries = {name: value for name, value in hyperparameters if value != UNKNOWN}
     is_known, loss = map(float, values["loss"])
     entries |= {"loss": loss} if is_known else {}
-    groups = {name: seen for name, seen in values["groups"].items() if seen["histogram"].any()}
-    for group, seen in groups.items():
-        for q, value in zip(QUANTILES, seen["quantiles"], strict=True):
+    for group, counted in groups.items():
+        for q, value in zip(QUANTILES, counted.quantiles, strict=True):
             entries[f"rate/{group}/q{round(100 * q):02d}"] = float(value)
-        size = sum(_whole(seen["histogram"]))
-        for name, words in seen.get("limited", {}).items():
-            if (words != NO_COUNT).any():
-                entries[f"limited/{name}/{group}"] = _whole(words[None])[0] / size
-        if seen["friction"] != UNKNOWN:
-            entries[f"friction/{group}"] = float(seen["friction"])
-        entries |= _norms(group, seen["norms"].astype(float))
+        for name, place in values.get("limits", {}).items():
+            if place >= 0:
+                entries[f"limited/{name}/{group}"] = counted.limited[int(place)] / counted.size
+        if counted.friction != UNKNOWN:
+            entries[f"friction/{group}"] = counted.friction
+        entries |= _norms(group, counted.norms)
         if histograms:
             lower = ("-inf", *(f"{edge:g}" for edge in BIN_EDGES))
-            bins = zip(lower, map(float, _fractions(seen)), strict=True)
-            entries |= {f"histogram/{group}/{edge}": value for edge, value in bins}
+            bins = zip(lower, counted.histogram / counted.size, strict=True)
+            entries |= {f"histogram/{group}/{edge}": float(value) for edge, value in bins}
     if groups and "all" not in groups:
-        norms = [seen["norms"].astype(float) for seen in groups.values()]
-        together = [
-            math.hypot(*of) if min(of) != UNKNOWN else UNKNOWN for of in zip(*norms, strict=True)
-        ]
-        entries |= _norms("all", np.array(together))
+        together = {
+            name: math.hypot(*of) if min(of) != UNKNOWN else UNKNOWN
+            for name in NORMS
+            for of in [[counted.norms[name] for counted in groups.values()]]
+        }
+        entries |= _norms("all", together)
     return entries
 
 
-def _norms(group: str, norms: np.ndarray) -> dict[str, float]:
-    by_name = dict(zip(NORMS, map(float, norms), strict=True))
-    entries = {f"{k}_norm/{group}": x for k, x in by_name.items() if x != UNKNOWN}
-    if by_name["param"] > 0:
-        entries[f"update_ratio/{group}"] = by_name["update"] / by_name["param"]
+def _norms(group: str, norms: Mapping[str, float]) -> dict[str, float]:
+    entries = {f"{k}_norm/{group}": x for k, x in norms.items() if x != UNKNOWN}
+    if norms["param"] > 0:
+        entries[f"update_ratio/{group}"] = norms["update"] / norms["param"]
     return entries
-
-
-def _whole(words: np.ndarray) -> list[int]:
-    """Counts of two words of 32 bits, low and high, as Python's integers."""
-    return [int(low) + (int(high) << 32) for low, high in words]
-
-
-def _fractions(seen: Mapping[str, Any]) -> np.ndarray:
-    counts = np.array(_whole(seen["histogram"]), float)
-    return counts / counts.sum()
 
 
 def _flat(values: Any) -> dict[str, float]:

@@ -2,15 +2,14 @@
 
 A rate goes into one of 2^15 bins: a float32 without its sign and its last 16 bits. So a bin is
 2^-7 of its rate wide, and the bits of floats that are not negative, read as integers, are in the
-order of the floats. Quantiles and histogram are read off these counts.
-
-Counts are 32 bits wide while they are made, for less than 2^31 weights at a time. Of more weights
-they are then three digits of 16 bits each, which can be added up in 32.
+order of the floats. The counts themselves are kept, in two words of 32 bits: quantiles and the
+histogram are read off them on the host, and are no part of the program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.trees import varying_like
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 LOW, HIGH, PER_DECADE = -12, 6, 8
@@ -30,12 +28,13 @@ BIN_EDGES = np.linspace(LOW, HIGH, (HIGH - LOW) * PER_DECADE + 1)
 UNKNOWN = -1.0
 """In the state, in place of a number there is none for; all numbers are at least 0."""
 
-NO_COUNT = 2**32 - 1
-"""In the state, in place of either half of a count that there is none of."""
-
 KEYS = 2**15
 _FIRST_KEYS = (10.0**BIN_EDGES).astype(np.float32).view(np.uint32) >> 16
 NORMS = ("gradient", "param", "update")
+_INFINITE = np.uint32(np.float32(np.inf).view(np.uint32) >> 16)
+_EXPONENT, _LEAST, _MOST = 0x7F800000, 0x00800000, 0x7F000000
+"""The bits of a float's exponent, of the least float that is normal, and of a half of the most."""
+_HIGHEST, _LOWEST = len(NORMS), len(NORMS) + 1
 
 
 class Weights(NamedTuple):
@@ -75,179 +74,168 @@ class Tally(NamedTuple):
     """What has been counted, a row for each group."""
 
     counts: jax.Array
-    """Of the keys of rates, then of the weights that each stage limits; uint32, or digits."""
+    """Of the keys of rates, then of the weights that each stage limits: low words, high words."""
     largest: jax.Array
-    """Of what there are norms of."""
+    """Of what there are norms of, of the rates, and of the rates with a minus."""
     squares: jax.Array
-    """The sums of squares of the same, each divided by a scale near its largest."""
-    lowest: jax.Array
-    highest: jax.Array
-    """Of the rates."""
+    """The sums of squares of the former, each divided by a scale near its largest."""
     friction: jax.Array
+    """The sums; ``UNKNOWN`` where there is none."""
+    arrays: jax.Array
+    """So many arrays were counted, of all groups."""
 
     @classmethod
     def nothing(cls, groups: int, limits: int) -> Tally:
-        none = jnp.zeros((groups, len(NORMS)), jnp.float32)
+        largest = np.full((groups, _LOWEST + 1), UNKNOWN, np.float32)
+        largest[:, _LOWEST] = -np.inf
         return cls(
-            jnp.zeros((groups, KEYS + limits), jnp.uint32),
-            none,
-            none,
-            jnp.full(groups, jnp.inf, jnp.float32),
-            jnp.zeros(groups, jnp.float32),
-            jnp.zeros(groups, jnp.float32),
+            jnp.zeros((2, groups, KEYS + limits), jnp.uint32),
+            jnp.asarray(largest),
+            jnp.zeros((groups, len(NORMS)), jnp.float32),
+            jnp.full(groups, UNKNOWN, jnp.float32),
+            jnp.zeros((), jnp.int32),
         )
 
-    def adding(self, weights: Weights, group: Any, where: jax.Array | None = None) -> Tally:
-        """With the weights of an array of one group, those for which ``where`` is true."""
-        groups, width = self.counts.shape
+    def adding(
+        self, weights: Weights, group: Any, where: jax.Array | None = None, carries: bool = True
+    ) -> Tally:
+        """With the weights of an array of one group, those for which ``where`` is true.
 
-        def there(x: Any, otherwise: Any = 0) -> jax.Array:
-            x = jnp.zeros_like(weights.rate) if x is None else x
-            return x if where is None else jnp.where(where, x, jnp.asarray(otherwise, x.dtype))
-
+        There are less than 2^31 of them. ``carries``: whether a low word may overflow.
+        """
+        _, groups, width = self.counts.shape
+        group = group if groups > 1 else 0
         rate = weights.rate
+
+        def there(x: jax.Array, otherwise: float = 0) -> jax.Array:
+            return x if where is None else _if(where, x, otherwise)
+
         key = (jax.lax.bitcast_convert_type(rate, jnp.uint32) >> 16).astype(jnp.int32)
-        place = there(group * width + key, groups * width).reshape(-1)
+        place = there(group * width + key, self.counts.size).reshape(-1)
         one = jnp.ones((), jnp.uint32)
-        counts = self.counts.reshape(-1).at[place].add(one, mode="drop").reshape(groups, width)
+        counts = self.counts.reshape(-1).at[place].add(one, mode="drop").reshape(self.counts.shape)
         for i, limited in enumerate(weights.limited):
             number = jnp.sum(there(limited), dtype=jnp.uint32)
-            counts = counts.at[group, KEYS + i].add(number)
-        sized = [None if x is None else jnp.abs(x).astype(jnp.float32) for x in weights.sized]
-        is_number = ~jnp.isnan(rate)
-        sized = [*map(there, sized)]  # each split as it is
-        largest = jnp.stack([jnp.max(x, initial=0) for x in sized])
-        scales = _scale(largest)
-        squares = [jnp.sum((x / scale) ** 2) for x, scale in zip(sized, scales, strict=True)]
-        squares = jnp.stack(squares)
-        largest, squares = _joined(self.largest[group], self.squares[group], largest, squares)
-        lowest = jnp.min(there(jnp.where(is_number, rate, jnp.inf), jnp.inf), initial=jnp.inf)
-        highest = jnp.max(there(jnp.where(is_number, rate, 0)), initial=0)
-        friction = UNKNOWN if weights.friction is None else jnp.sum(there(weights.friction))
-        return Tally(
-            counts,
-            self.largest.at[group].set(largest),
-            self.squares.at[group].set(squares),
-            self.lowest.at[group].min(lowest),
-            self.highest.at[group].max(highest),
-            self.friction.at[group].add(friction),
-        )
+            counts = counts.at[0, group, KEYS + i].add(number)
+        if carries:
+            counts = counts.at[1].add((counts[0] < self.counts[0]).astype(jnp.uint32))
 
-    def in_digits(self, number: int) -> Tally:
-        """Counts as so many digits: one of 32 bits, or three of 16 that can be added up."""
-        digits = [self.counts & 0xFFFF, self.counts >> 16, jnp.zeros_like(self.counts)]
-        return self._replace(counts=jnp.stack(digits if number == 3 else [self.counts]))
+        here = (jnp.arange(groups) == group)[:, None]
+        is_number = ~jnp.isnan(rate)
+        rows = [
+            jnp.full_like(rate, UNKNOWN) if x is None else there(jnp.abs(x).astype(jnp.float32))
+            for x in weights.sized
+        ]
+        rows.append(there(_if(is_number, rate, UNKNOWN), UNKNOWN))
+        rows.append(there(_if(is_number, -rate, -np.inf), -np.inf))
+        most = jnp.stack([jnp.max(row) for row in rows])  # each split over a mesh as it is
+        largest = jnp.where(here, jnp.maximum(self.largest, most[None]), self.largest)
+        before, scale = _scale(self.largest), _scale(largest)
+        sums = [jnp.sum((x / s) ** 2) for x, s in zip(rows, scale[group], strict=False)]
+        squares = self.squares * (before / scale) ** 2 + jnp.where(here, jnp.stack(sums)[None], 0)
+        friction = self.friction
+        if weights.friction is not None:
+            sums = jnp.maximum(friction, 0) + jnp.sum(there(weights.friction))
+            friction = jnp.where(here[:, 0], sums, friction)
+        return Tally(counts, largest, squares, friction, self.arrays + np.int32(1))
 
     def merged(self, other: Tally) -> Tally:
-        """Of two in as many digits."""
-        largest, squares = _joined(self.largest, self.squares, other.largest, other.squares)
-        return Tally(
-            _carried(self.counts + other.counts),
-            largest,
-            squares,
-            jnp.minimum(self.lowest, other.lowest),
-            jnp.maximum(self.highest, other.highest),
-            self.friction + other.friction,
-        )
+        low = self.counts[0] + other.counts[0]
+        carry = (low < self.counts[0]).astype(jnp.uint32)
+        counts = jnp.stack([low, self.counts[1] + other.counts[1] + carry])
+        largest = jnp.maximum(self.largest, other.largest)
+        squares = self._squares_at(largest) + other._squares_at(largest)
+        known = jnp.maximum(self.friction, 0) + jnp.maximum(other.friction, 0)
+        is_known = jnp.maximum(self.friction, other.friction) >= 0
+        friction = jnp.where(is_known, known, UNKNOWN)
+        return Tally(counts, largest, squares, friction, self.arrays + other.arrays)
 
     def everywhere(self, axes: tuple[str, ...]) -> Tally:
-        """The sum over the devices among which the weights are split; in digits."""
+        """The sum over the devices among which the weights are split."""
         if not axes:
             return self
+        low, high = self.counts
+        digits = jax.lax.psum(jnp.stack([low & 0xFFFF, low >> 16, high]), axes)
+        middle = digits[1] + (digits[0] >> 16)
+        low, high = (digits[0] & 0xFFFF) | middle << 16, digits[2] + (middle >> 16)
         largest = jax.lax.pmax(self.largest, axes)
-        return Tally(
-            _carried(jax.lax.psum(self.counts, axes)),
-            largest,
-            jax.lax.psum(self.squares * (_scale(self.largest) / _scale(largest)) ** 2, axes),
-            jax.lax.pmin(self.lowest, axes),
-            jax.lax.pmax(self.highest, axes),
-            jax.lax.psum(self.friction, axes),
-        )
+        squares = jax.lax.psum(self._squares_at(largest), axes)
+        friction = jax.lax.psum(jnp.maximum(self.friction, 0), axes)
+        friction = jnp.where(jax.lax.pmax(self.friction, axes) >= 0, friction, UNKNOWN)
+        arrays = jax.lax.psum(self.arrays, axes)
+        return Tally(jnp.stack([low, high]), largest, squares, friction, arrays)
 
-    def numbers(self, sizes: Sequence[int]) -> dict[str, jax.Array]:
-        """What is kept, a row for each group of so many weights; of one in digits."""
-        keys, limited = self.counts[..., :KEYS], self.counts[..., KEYS:]
-        size = jnp.asarray(np.maximum(sizes, 1), jnp.float32)
-        lowest, highest = self.lowest[:, None], self.highest[:, None]
-        return {
-            "histogram": _words(_histogram(keys)),
-            "limited": _words(limited),
-            "quantiles": jnp.clip(_quantiles(keys, sizes), lowest, highest),
-            "friction": jnp.where(self.friction < 0, UNKNOWN, self.friction / size),
-            "norms": _scale(self.largest) * jnp.sqrt(self.squares),
-        }
+    def _squares_at(self, largest: jax.Array) -> jax.Array:
+        """The squares by the scales of others that are at least as large."""
+        return self.squares * (_scale(self.largest) / _scale(largest)) ** 2
 
 
-# --- exact counts ---------------------------------------------------------------------------------
-
-
-def _carried(digits: jax.Array) -> jax.Array:
-    """Digits that are less than 2^16 again, the last one excepted."""
-    if len(digits) == 1:
-        return digits
-    first, second, third = digits
-    second = second + (first >> 16)
-    return jnp.stack([first & 0xFFFF, second & 0xFFFF, third + (second >> 16)])
-
-
-def _words(digits: jax.Array) -> jax.Array:
-    """The low and the high 32 bits, along a new last axis."""
-    if len(digits) == 1:
-        return jnp.stack([digits[0], jnp.zeros_like(digits[0])], axis=-1)
-    return jnp.stack([digits[0] | digits[1] << 16, digits[2]], axis=-1)
-
-
-def _less(digits: jax.Array, than: jax.Array) -> jax.Array:
-    (low, high), (other_low, other_high) = (jnp.moveaxis(_words(d), -1, 0) for d in (digits, than))
-    return (high < other_high) | ((high == other_high) & (low < other_low))
-
-
-def _histogram(keys: jax.Array) -> jax.Array:
-    """The counts in the bins."""
-    bins = np.searchsorted(_FIRST_KEYS, np.arange(KEYS), side="right").astype(np.int32)
-    none = jnp.zeros_like(keys, shape=(*keys.shape[:-1], len(_FIRST_KEYS) + 1))
-    return _carried(none.at[..., bins].add(keys))
-
-
-def _quantiles(keys: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """The middles of the bins in which the weights of these ranks are, a row for each group.
-
-    The key is found bit by bit: it is the largest below which there are fewer weights than that.
-    """
-    ranks = [[-(-round(100 * q) * n // 100) for q in QUANTILES] for n in sizes]
-    shifts, digit = ((0, 16, 32), 0xFFFF) if len(keys) == 3 else ((0,), 2**32 - 1)
-    rank = [[[r >> s & digit for r in of] for of in ranks] for s in shifts]
-    rank = jnp.asarray(np.array(rank, np.uint32))
-    bits = KEYS.bit_length() - 1
-    every_key = jnp.arange(KEYS, dtype=jnp.int32).reshape(1, 1, 1, KEYS)
-
-    def with_next_bit(i: Any, key: jax.Array) -> jax.Array:
-        higher = key + (jnp.asarray(KEYS // 2, jnp.int32) >> i)
-        is_below = every_key < higher[None, ..., None]
-        below = jnp.where(is_below, keys[:, :, None], jnp.zeros((), jnp.uint32))
-        below = _carried(jnp.sum(below, axis=-1, dtype=jnp.uint32))
-        return jnp.where(_less(below, rank), higher, key)
-
-    first = varying_like(jnp.zeros(rank.shape[1:], jnp.int32), [keys])
-    key = jax.lax.fori_loop(0, bits, with_next_bit, first).astype(jnp.uint32)
-    middle = jax.lax.bitcast_convert_type(key << 16 | 0x8000, jnp.float32)
-    infinite = np.uint32(np.float32(np.inf).view(np.uint32) >> 16)
-    middle = jnp.where(key == infinite, jnp.inf, middle)
-    return jnp.where(key == 0, 0.0, middle)
-
-
-# --- sums of squares ------------------------------------------------------------------------------
-
-
-def _scale(largest: jax.Array) -> jax.Array:
-    """A power of two near the largest elements."""
+def _scale(largest: Any) -> Any:
+    """A power of two near the largest elements of what there are norms of."""
+    largest = jnp.maximum(largest[..., : len(NORMS)], 0)  # none yet: the least scale
     bits = jax.lax.bitcast_convert_type(largest, jnp.uint32)
-    bits = jnp.clip(bits & 0x7F800000, 0x00800000, 0x7F000000)
+    bits = jax.lax.clamp(np.uint32(_LEAST), bits & np.uint32(_EXPONENT), np.uint32(_MOST))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _joined(largest: Any, squares: Any, other: Any, more: Any) -> tuple[jax.Array, jax.Array]:
-    """The larger ones, and two scaled sums of squares as one."""
-    new = jnp.maximum(largest, other)
-    scale, old, added = _scale(new), _scale(largest), _scale(other)
-    return new, squares * (old / scale) ** 2 + more * (added / scale) ** 2
+def _if(where: jax.Array, x: jax.Array, otherwise: float) -> jax.Array:
+    """``jnp.where``; a constant that is converted XLA carries through loops for a while."""
+    return jax.lax.select(where, x, jax.lax.full_like(x, otherwise))
+
+
+# --- on the host ----------------------------------------------------------------------------------
+
+
+class Counted(NamedTuple):
+    """What was counted of a group, as numbers.
+
+    Attributes:
+      size: of the group.
+      quantiles: the rates of ``QUANTILES``: each the middle of its bin, or what all are.
+      histogram: the counts in the bins of ``BIN_EDGES``.
+      limited: by each stage, so many weights.
+      friction, norms: the mean, and those of ``NORMS``; ``UNKNOWN`` where there are none.
+    """
+
+    size: int
+    quantiles: np.ndarray
+    histogram: np.ndarray
+    limited: list[int]
+    friction: float
+    norms: dict[str, float]
+
+    @classmethod
+    def of(cls, tally: Tally, group: int) -> Counted:
+        """From a tally that was fetched."""
+        low, high = np.asarray(tally.counts)[:, group].astype(np.uint64)
+        counts = low + (high << np.uint64(32))
+        keys, limited = counts[:KEYS], counts[KEYS:].tolist()
+        size = int(keys.sum())
+        largest = np.asarray(tally.largest[group])
+        friction = float(tally.friction[group])
+        bits = np.maximum(largest[: len(NORMS)], 0).view(np.uint32) & np.uint32(_EXPONENT)
+        scale = bits.clip(_LEAST, _MOST).view(np.float32)
+        norms = scale.astype(float) * np.sqrt(np.asarray(tally.squares[group], float))
+        norms[largest[: len(NORMS)] == UNKNOWN] = UNKNOWN
+        bins = np.searchsorted(_FIRST_KEYS, np.arange(KEYS), side="right")
+        histogram = np.zeros(len(_FIRST_KEYS) + 1, np.uint64)
+        np.add.at(histogram, bins, keys)
+        return cls(
+            size,
+            np.clip(_quantiles(keys), -largest[_LOWEST], largest[_HIGHEST]),
+            histogram,
+            limited,
+            UNKNOWN if friction < 0 else friction / max(size, 1),
+            dict(zip(NORMS, norms.tolist(), strict=True)),
+        )
+
+
+def _quantiles(keys: np.ndarray) -> np.ndarray:
+    """The middles of the bins in which the weights of these ranks are."""
+    below = np.cumsum(keys)
+    ranks = [-(-round(100 * q) * int(below[-1]) // 100) for q in QUANTILES]
+    key = np.searchsorted(below, np.array(ranks, np.uint64)).astype(np.uint32)
+    middle = (key << 16 | 0x8000).view(np.float32)
+    middle[key == _INFINITE] = np.inf
+    middle[key == 0] = 0
+    return middle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,17 +15,9 @@ from adaptive_opt.core.checks import Hyperparameter, given
 from adaptive_opt.core.observe import HYPERPARAMETERS, watching
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
-from adaptive_opt.core.trees import axes_of, axes_split, is_none, path_of, varying_like
-from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one, type_of
-from adaptive_opt.watching.tally import (
-    BIN_EDGES,
-    NO_COUNT,
-    NORMS,
-    QUANTILES,
-    UNKNOWN,
-    Tally,
-    Weights,
-)
+from adaptive_opt.core.trees import axes_of, axes_split, branch, is_none, path_of, varying_like
+from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one, repeat, type_of
+from adaptive_opt.watching.tally import UNKNOWN, Tally, Weights
 
 
 def telemetry(
@@ -85,8 +77,8 @@ def telemetry(
         as for ``second_moment``; default: every device has them all. Not needed under ``jit``.
       name: of what it keeps.
 
-    State: an ``Observation(step, values)`` in the buffers of the bracket: 301 numbers of 32 bits
-    for every group, two more for each stage that limits something, and 5 besides.
+    State: an ``Observation(step, values)`` in the buffers of the bracket: 2^16 counts of 32 bits
+    for every group (256 KiB), two more for each stage that limits something, and some numbers.
 
     ValueError for a group called "other", "all" or with a slash, or a bad pattern.
 
@@ -103,31 +95,36 @@ def telemetry(
     patterns = _checked_groups(groups)
 
     def shapes(limits: tuple[str, ...]) -> Any:
-        def numbers(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+        def number(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        one = {
-            "histogram": numbers(len(BIN_EDGES) + 1, 2, dtype=np.uint32),
-            "quantiles": numbers(len(QUANTILES)),
-            "limited": dict.fromkeys(_numbered(limits), numbers(2, dtype=np.uint32)),
-            "friction": numbers(),
-            "norms": numbers(len(NORMS)),
-        }
+        labels = sorted(_by_group(patterns, ()))
+        row = number(dtype=np.int32)
+        counted = jax.eval_shape(lambda: Tally.nothing(len(labels), len(limits)))
         return {
-            "hyperparameters": numbers(len(HYPERPARAMETERS)),
-            "loss": numbers(2),
-            "groups": {label: one for label in _by_group(patterns, ())},
+            "hyperparameters": number(len(HYPERPARAMETERS)),
+            "loss": number(2),
+            "groups": dict.fromkeys(labels, row),
+            "limits": dict.fromkeys(_numbered(limits), row),
+            **counted._asdict(),
         }
 
-    def look(step: OpenStep, like: Any, waves: Sequence[Waves] | None = None) -> Any:
+    def look(step: OpenStep, last: Any, waves: Sequence[Waves] | None, when: Any) -> Any:
         known = step.notes["hyperparameters"]
         values = [known.get(name, UNKNOWN) for name in HYPERPARAMETERS]
-        looked = _Look(step, _by_group(patterns, step.gradient), like["groups"], axes_of(axis_name))
-        return {
+        looked = _Look(step, _by_group(patterns, step.gradient), last, axes_of(axis_name), when)
+        tally = looked.leaf_by_leaf() if waves is None else looked.in_waves(waves)
+        seen = {
             "hyperparameters": jnp.stack([jnp.asarray(v, jnp.float32) for v in values]),
             "loss": _loss(step.now.extra.get("value")),
-            "groups": looked.leaf_by_leaf() if waves is None else looked.in_waves(waves),
+            "groups": {label: row for row, label in enumerate(looked.labels)},
+            "limits": {
+                name: i if i < looked.reached else -1 for i, name in enumerate(last["limits"])
+            },
         }
+        of_old = {key: last[key] for key in seen}
+        seen = jax.tree.map(lambda new, old: jnp.where(when, new, old), seen, of_old)
+        return seen | tally._asdict(), tally.arrays >= 0
 
     own = {"learning_rate": learning_rate, "b1": b1, "weight_decay": weight_decay}
     remaining = () if learning_rate is None else (learning_rate,)
@@ -138,42 +135,42 @@ def telemetry(
 
 
 class _Look:
-    """Telemetry's look at a step, wave by wave or leaf by leaf."""
+    """Telemetry's look at a step, wave by wave or leaf by leaf, where it is time."""
 
     def __init__(
-        self, step: OpenStep, places: Mapping[str, list[int]], like: Any, axes: tuple[str, ...]
+        self,
+        step: OpenStep,
+        places: Mapping[str, list[int]],
+        last: Any,
+        axes: tuple[str, ...],
+        when: Any,
     ) -> None:
-        self.step, self.axes, self.like = step, axes, like
-        self.labels = tuple(places)
-        self.group_of = {place: i for i, own in enumerate(places.values()) for place in own}
+        self.step, self.axes, self.when = step, axes, when
+        self.labels = tuple(sorted(places))
+        self.group_of = {p: row for row, k in enumerate(self.labels) for p in places[k]}
         self.remaining = jax.lax.stop_gradient(jnp.asarray(step.notes["remaining"], jnp.float32))
-        self.limits = len(like[self.labels[0]]["limited"])
+        self.limits = len(last["limits"])
         self.reached = 0  # of the limits, by the stages before this observer
-        self.sizes = [0] * len(self.labels)
         total = sum(each.gradient.size for each in step.steps if each is not None)
-        self.digits = 1 if total * jax.lax.psum(1, axes) < SEGMENT else 3
-        self.tally: Tally | None = None
+        self.carries = total * jax.lax.psum(1, axes) >= SEGMENT
+        last = Tally(**{field: last[field] for field in Tally._fields})
+        self.tally = repeat(1, lambda _, tally: self._nothing(), last, when)
 
-    def in_waves(self, waves: Sequence[Waves]) -> Any:
+    def in_waves(self, waves: Sequence[Waves]) -> Tally:
         def add(tally: Tally, wave: Wave) -> Tally:
-            return tally.adding(self._weights(wave.step), wave.number, wave.is_weight)
-
-        def add_leaf(tally: Tally, wave: Wave) -> Tally:
-            return self._with_leaf(tally, self._weights(wave.step), wave.number)
+            weights = self._weights(wave.step)
+            if wave.is_weight is None:
+                return self._with_leaf(tally, weights, wave.number)
+            return tally.adding(weights, wave.number, wave.is_weight, self.carries)
 
         for kind in waves:
             groups = [self.group_of[place] for place in kind.places]
-            if kind.length is None:
-                made = kind.fold_leaves(groups, add_leaf, self._in_digits(self._nothing()))
-            else:
-                made = kind.fold(groups, add, self._nothing(), self._in_digits, Tally.merged)
-            arrays = [x for leaf in kind.leaves for x in jax.tree.leaves(leaf)]
             self._count(
-                made, [(x.gradient, g) for x, g in zip(kind.leaves, groups, strict=True)], arrays
+                lambda start, k=kind, g=groups: k.fold(g, add, start, self.when), kind.leaves
             )
-        return self._numbers()
+        return self.tally
 
-    def leaf_by_leaf(self) -> Any:
+    def leaf_by_leaf(self) -> Tally:
         """The same where all directions are there already."""
         alike: dict[Any, list[tuple[Weights, int]]] = {}
         for place, each in enumerate(self.step.steps):
@@ -184,10 +181,24 @@ class _Look:
                 alike.setdefault(type_of(cut), []).append((cut, group))
         for own in alike.values():
             cuts, groups = zip(*own, strict=True)
-            start = self._in_digits(self._nothing())
-            made = one_by_one(cuts, groups, self._with_leaf, start, self.step.count)
-            self._count(made, [(cut.rate, group) for cut, group in own], jax.tree.leaves(cuts))
-        return self._numbers()
+            self._count(
+                lambda start, c=cuts, g=groups: one_by_one(c, g, self._with_leaf, start, self.when),
+                cuts,
+            )
+        return self.tally
+
+    def _count(self, fold: Callable[[Tally], Tally], leaves: Any) -> None:
+        """What a fold adds, on all the devices over which the leaves are split."""
+        arrays = jax.tree.leaves(leaves)
+        split = tuple(a for a in self.axes if any(a in axes_split(x, (a,)) for x in arrays))
+
+        def with_all(tally: Tally) -> Tally:
+            return tally.merged(fold(self._nothing()).everywhere(split))
+
+        if split:
+            self.tally = branch(self.when, with_all, lambda tally: tally, self.tally)
+        else:
+            self.tally = fold(self.tally)
 
     def _weights(self, step: Any) -> Weights:
         weights = jax.lax.stop_gradient(Weights.of(step, self.remaining, self.limits))
@@ -197,55 +208,23 @@ class _Look:
     def _nothing(self) -> Tally:
         return Tally.nothing(len(self.labels), self.limits)
 
-    def _in_digits(self, tally: Tally) -> Tally:
-        return tally.in_digits(self.digits)
-
     def _with_leaf(self, tally: Tally, weights: Weights, group: jax.Array) -> Tally:
-        return tally.merged(self._of_leaf(weights, group))
-
-    def _of_leaf(self, weights: Weights, group: jax.Array) -> Tally:
-        """Of the weights of an array, in digits; on a mesh with explicit axes, by its parts."""
+        """With the weights of an array; on a mesh with explicit axes, by its parts."""
         sharding = jax.typeof(weights.rate).sharding
         split = [name for axis in sharding.spec for name in axes_of(axis)]
         split = tuple(n for n in split if n not in sharding.mesh.manual_axes)
+        if not split:
+            return tally.adding(weights, group, carries=self.carries)
 
         def of_part(weights: Weights, group: jax.Array) -> Tally:
             arrays = jax.tree.leaves(weights)
             start = jax.tree.map(lambda x: varying_like(x, arrays), self._nothing())
-            return self._in_digits(start.adding(weights, group)).everywhere(split)
+            return start.adding(weights, group).everywhere(split)
 
-        if not split:
-            return of_part(weights, group)
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, weights)
         alone = PartitionSpec()
-        return jax.shard_map(of_part, in_specs=(specs, alone), out_specs=alone)(weights, group)
-
-    def _count(self, tally: Tally, leaves: Any, arrays: Sequence[Any]) -> None:
-        """What was counted on this device, and the sizes of the leaves it was counted of."""
-        split = tuple(a for a in self.axes if any(a in axes_split(x, (a,)) for x in arrays))
-        tally = tally.everywhere(split)
-        self.tally = tally if self.tally is None else self.tally.merged(tally)
-        for leaf, group in leaves:
-            self.sizes[group] += jax.lax.psum(leaf.size, split) if split else leaf.size
-
-    def _numbers(self) -> Any:
-        """In the structure of the state."""
-        rows = (self.tally or self._in_digits(self._nothing())).numbers(self.sizes)
-        limited = rows.pop("limited")
-        norms, (param,) = rows["norms"], [NORMS.index("param")]
-        if self.step.params is None:
-            rows["norms"] = norms.at[:, param].set(UNKNOWN)
-        none = jnp.full(2, NO_COUNT, jnp.uint32)
-        return {
-            label: {key: row[g] for key, row in rows.items()}
-            | {
-                "limited": {
-                    name: limited[g, i] if i < self.reached else none
-                    for i, name in enumerate(self.like[label]["limited"])
-                }
-            }
-            for g, label in enumerate(self.labels)
-        }
+        part = jax.shard_map(of_part, in_specs=(specs, alone), out_specs=alone)
+        return tally.merged(part(weights, group))
 
 
 def _countable(weights: Weights) -> list[Weights]:
