@@ -166,7 +166,7 @@ class Bracket:
 
     def __init__(
         self,
-        listed: tuple[Any, ...],
+        listed: Lines,
         state_dtype: DTypeLike | None,
         known: tuple[tuple[str, ...], tuple[str, ...]] | None = None,
     ) -> None:
@@ -193,7 +193,7 @@ class Bracket:
 
     @functools.cached_property
     def lines(self) -> Lines:
-        return Lines(line for line in self.listed if not isinstance(line, Watch))
+        return self.listed.before()
 
     @property
     def watches(self) -> tuple[Watch, ...]:

@@ -28,6 +28,8 @@ class Look(NamedTuple):
     of_tree: dict[str, Spec]
     limits: tuple[str, ...]
     asked: tuple[Any, ...]
+    program: Any = None
+    """What makes all that an observer may look at; None if that is nothing yet."""
 
     def names(self) -> set[str]:
         return {name for specs in (*self.leaves, self.of_tree) for name in specs}
@@ -40,14 +42,14 @@ class Lines(tuple[Any, ...]):
     def __init__(self, lines: Iterable[Any]) -> None:
         del lines
         self.seen: dict[Any, Look] = {}
-        self._before: dict[int, Lines] = {}
+        self.operations: dict[Any, Any] = {}
+        """What those who compare programs have made of them."""
+        self._first: dict[int, Lines] = {}
 
-    def before(self, place: int) -> Lines:
-        """The lines before a place, less observers; the same ones every time."""
-        if place not in self._before:
-            lines = (line for line in self[:place] if hasattr(line, "function"))
-            self._before[place] = Lines(lines)
-        return self._before[place]
+    def before(self, place: int | None = None) -> Lines:
+        """The lines before a place, or all, less observers; the same ones every time."""
+        lines = [line for line in self[:place] if hasattr(line, "function")]
+        return self._first.setdefault(len(lines), Lines(lines))
 
     def __reduce__(self) -> Any:
         return Lines, (tuple(self),)
@@ -87,10 +89,13 @@ def _look(lines: Sequence[Any], params: Tree, lenient: bool, closing: bool) -> L
         asked = tuple((key, h, now.names.get(id(h))) for key, (h, _) in now.scalars.items())
         limits = tuple(now.limits.values())
         found.append(Look([m.specs for m in memories], common.specs, limits, asked))
-        return ()
+        try:
+            return [each.shown() for each in step.steps if each is not None]
+        except ValueError:  # not yet: lines of a flat chain, say
+            return None
 
-    jax.eval_shape(step, params, jax.ShapeDtypeStruct((), np.int32))
-    return found[0]
+    program = jax.make_jaxpr(step)(params, jax.ShapeDtypeStruct((), np.int32))
+    return found[0]._replace(program=program if program.out_avals else None)
 
 
 def scalars_of(lines: Sequence[Any], gradient: Any, param: Any) -> tuple[Any, ...]:

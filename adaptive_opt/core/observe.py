@@ -245,7 +245,8 @@ def observe(
             if isinstance(watch, Watch) and watch.every == every:
                 waves = None
                 if watch.waves:
-                    waves = waves_of(lines.before(place), step, buffers, state_dtype)
+                    own = lines.before(place)
+                    waves = waves_of(own, lines.before(), step, buffers, state_dtype)
                 if waves is None:
                     shown.add(watch.name)
                     continue

@@ -297,6 +297,11 @@ class AdaptiveStep(Remembering):
         """What a field holds, for an observer; a rate as values."""
         return self.rate if field == "rate" else self.values[field]
 
+    def shown(self) -> Any:
+        """All that an observer may look at."""
+        rate = self.peek("rate") if "rate" in self.values else None
+        return self.values["direction"], rate, self.notes, list(self.limited.values())
+
     # --- what it knows ------------------------------------------------------------------------
 
     def kind_of(self, value: Any) -> str | None:

@@ -58,7 +58,7 @@ def branch(condition: Any, then: Callable[..., Any], other: Callable[..., Any], 
 def after(truth: jax.Array, x: Any) -> jax.Array:
     """The same, but XLA cannot know it before it knows the truth.
 
-    The product with a one that it does not know: by a ``select`` every loop would be compiled twice.
+    The product with a one: of a ``select`` LLVM would make two loops.
     """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(after(truth, x.real), after(truth, x.imag))

@@ -24,7 +24,7 @@ from jax.extend.core import Literal
 from jax.typing import DTypeLike
 
 from adaptive_opt.core import trees
-from adaptive_opt.core.look import scalars_of
+from adaptive_opt.core.look import Lines, look, scalars_of
 from adaptive_opt.core.memory import Memory
 from adaptive_opt.core.now import Now
 from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
@@ -225,14 +225,16 @@ def _say_that_it_is_compiled() -> None:
 
 
 def waves_of(
-    lines: Sequence[Any],
+    lines: Lines,
+    all_lines: Lines,
     step: OpenStep,
     buffers: Mapping[str, Tree],
     state_dtype: DTypeLike | None,
 ) -> list[Waves] | None:
     """The leaves of a step as it was opened, by kind; None where a line is of the whole tree.
 
-    Also where a leaf is all of a wave and too large to be counted.
+    None also where a leaf is all of a wave and too large to be counted. ``all_lines`` are those of
+    the bracket, at which ``init`` has looked already.
     """
     if any(line.is_of_the_tree for line in lines):
         return None
@@ -253,7 +255,9 @@ def waves_of(
     now, first = step.now.copy(), there[0]
     now.calculate(scalars_of(lines, first.gradient, first.param))
     length: int | None = _length(there)
-    kinds: dict[Any, Any] | None = _by_program(lines, now, some, length, state_dtype)
+    kinds: dict[Any, Any] | None = None
+    for looked_at in dict.fromkeys((all_lines, lines)):
+        kinds = kinds or _by_program(lines, looked_at, now, some, length, state_dtype)
     if kinds is None:
         kinds, length = {type_: type_ for type_ in some}, None
     alike: dict[Any, list[int]] = {}
@@ -268,7 +272,8 @@ def waves_of(
 
 
 def _by_program(
-    lines: Sequence[Any],
+    lines: Lines,
+    looked_at: Lines,
     now: Now,
     some: Mapping[Any, Inputs],
     length: int,
@@ -277,20 +282,23 @@ def _by_program(
     """The kind of each type of leaf, for which the lines are one program.
 
     None where a line sees more than one weight, or asks in Python for a shape, and where arrays may
-    be split over a mesh: their parts would have to be put together first.
+    be split over a mesh: their parts would have to be put together first. The shapes are compared
+    by looks at the lines, or at more of them.
     """
     if any(map(_may_be_split, jax.tree.leaves(list(some.values())))):
         return None
-    programs: dict[Any, Any] = {}
+    flat = (length // PARTS,)
+    are_of_weights: dict[Any, bool] = {}
     kinds: dict[Any, Any] = {}
     for (arrays, structure), leaf in some.items():
-        if not _fits(leaf):
-            return None
         dtypes = tuple(x.dtype for x in arrays), structure
-        if dtypes not in programs:
-            programs[dtypes] = _program(lines, now, leaf, (length // PARTS,), state_dtype)
-        program = _program(lines, now, leaf, leaf.gradient.shape, state_dtype)
-        if program is None or program != programs[dtypes]:
+        if dtypes not in are_of_weights:
+            are_of_weights[dtypes] = _is_of_weights(lines, now, leaf, flat, state_dtype)
+        dtype = trees.wide(trees.update_dtype(leaf.gradient, leaf.param))
+        same, other = (
+            _operations_of(looked_at, shape, dtype) for shape in (leaf.gradient.shape, flat)
+        )
+        if not (_fits(leaf) and are_of_weights[dtypes] and same is not None and same == other):
             return None
         split = frozenset().union(*map(trees.varying, jax.tree.leaves(leaf)))
         kinds[arrays, structure] = dtypes, split
@@ -349,22 +357,30 @@ def _fits(leaf: Inputs) -> bool:
     return alike and (size < SEGMENT or size // math.gcd(size, SHORTEST) < SEGMENT)
 
 
-def _program(
-    lines: Sequence[Any], now: Now, leaf: Inputs, shape: tuple[int, ...], state_dtype: Any
-) -> Any:
-    """What the lines do to such a leaf, were it of this shape; None if not to each weight."""
-
-    def everything(leaf: Inputs) -> Any:
-        step = stepped(lines, now, leaf, state_dtype)
-        rate = step.peek("rate") if "rate" in step.values else None
-        return step.direction, rate, step.notes, list(step.limited.values())
+def _is_of_weights(
+    lines: Lines, now: Now, leaf: Inputs, shape: tuple[int, ...], state_dtype: Any
+) -> bool:
+    """Whether the lines do something to each weight of such a leaf, were it of this shape."""
 
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, trees.dtype_of(x)), leaf)
     try:
-        traced = jax.make_jaxpr(everything)(like)
+        traced = jax.make_jaxpr(lambda leaf: stepped(lines, now, leaf, state_dtype).shown())(like)
     except Exception:  # a line that does not bear an array of this shape, of matrices say
-        return None
-    return _operations(traced, shape)
+        return False
+    return _operations(traced, shape) is not None
+
+
+def _operations_of(lines: Lines, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What a look at a leaf of this shape calculates; None as below, or if there can be none."""
+    key = shape, dtype, jnp.result_type(float)
+    if key not in lines.operations:
+        try:
+            program = look(lines, jax.ShapeDtypeStruct(shape, dtype)).program
+        except Exception:
+            lines.operations[key] = None
+        else:
+            lines.operations[key] = program and _operations(program, shape)
+    return lines.operations[key]
 
 
 def _operations(program: Any, shape: tuple[int, ...]) -> Any:
@@ -379,9 +395,7 @@ def _operations(program: Any, shape: tuple[int, ...]) -> Any:
         known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*named, *given), strict=True))
 
         def read(var: Any) -> Any:
-            return (
-                f"{var.val} {jnp.result_type(var.val)}" if isinstance(var, Literal) else known[var]
-            )
+            return (str(var.val), var.aval.dtype) if isinstance(var, Literal) else known[var]
 
         for equation in jaxpr.eqns:
             results = of(equation, [*map(read, equation.invars)])
@@ -402,7 +416,7 @@ def _operations(program: Any, shape: tuple[int, ...]) -> Any:
         if name not in ELEMENTWISE:
             return None
         about = [(k, str(v)) for k, v in settings.items() if k not in ("shape", "sharding")]
-        done.append((name, about, given, str(equation.outvars[0].aval.dtype)))
+        done.append((name, about, given, equation.outvars[0].aval.dtype))
         return [len(done)]
 
     inputs = [f"input {i}" for i in range(len(program.jaxpr.invars))]
@@ -450,7 +464,7 @@ def _cuts(leaves: Sequence[Inputs], numbers: Sequence[int], length: int) -> Any:
             filled.append(size)
     for (number, held), size in zip(small, filled, strict=True):
         cuts.append(Cut(len(branches), 0, 0, size, number))
-        branches.append(lambda _, held=held: _together([*map(_flat, held)], length))
+        branches.append(lambda _, held=held: _together(held, length))
     return cuts, branches
 
 
@@ -463,25 +477,21 @@ def _rows(row: Any, leaf: Inputs, width: int, high: int, length: int) -> list[ja
         if width == 1:
             return jax.lax.dynamic_slice(x.reshape(-1), (row,), (high,))
         zero = jnp.zeros_like(row)
-        return jax.lax.dynamic_slice(x.reshape(-1, width), (row, zero), (high, width)).reshape(-1)
+        return jax.lax.dynamic_slice(x.reshape(-1, width), (row, zero), (high, width))
 
     return _together([jax.tree.map(cut, leaf)], length)
 
 
-@jax.jit
-def _flat(leaf: Inputs) -> Inputs:
-    return jax.tree.map(lambda x: x.reshape(-1), leaf)
-
-
+@functools.partial(jax.jit, static_argnums=1)
 def _together(held: Sequence[Inputs], length: int) -> list[jax.Array]:
-    """Flat leaves one after another, and zeros; all arrays of a dtype in one.
+    """Leaves one after another, and zeros; flat, and all arrays of a dtype in one.
 
     One operation for each dtype, and not for each array: there is less to compile.
     """
     rest = length - sum(leaf.gradient.size for leaf in held)
     parts: dict[Any, list[Any]] = {}
     for arrays in zip(*map(jax.tree.leaves, held), strict=True):
-        parts.setdefault(arrays[0].dtype, []).append(arrays)
+        parts.setdefault(arrays[0].dtype, []).append([x.reshape(-1) for x in arrays])
     zeros = {dtype: [jnp.zeros(rest, dtype)] if rest else [] for dtype in parts}
     return [
         jax.lax.concatenate([x for arrays in own for x in (*arrays, *zeros[dtype])], 0)

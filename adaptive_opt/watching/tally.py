@@ -8,8 +8,6 @@ histogram are read off them on the host, and are no part of the program.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax

@@ -117,7 +117,7 @@ def telemetry(
         seen = {
             "hyperparameters": jnp.stack([jnp.asarray(v, jnp.float32) for v in values]),
             "loss": _loss(step.now.extra.get("value")),
-            "groups": {label: row for row, label in enumerate(looked.labels)},
+            "groups": {label: np.int32(row) for row, label in enumerate(looked.labels)},
             "limits": {
                 name: i if i < looked.reached else -1 for i, name in enumerate(last["limits"])
             },
