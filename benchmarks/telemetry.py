@@ -17,6 +17,7 @@ time of tracing and of compiling, in turns with the recipe alone, and the bytes 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 
 import flax.linen as nn
@@ -66,6 +67,7 @@ def made(optimizer, leaves, wider):
     shapes = [(*s[:-1], s[-1] * wider) for s in (SHAPES[i % len(SHAPES)] for i in range(leaves))]
     params = {f"w{i}": jax.ShapeDtypeStruct(shape, np.float32) for i, shape in enumerate(shapes)}
     state = jax.eval_shape(optimizer.init, params)
+    gc.collect()  # what others have left
     began = time.process_time()
     traced = jax.jit(lambda g, s, p: optimizer.update(g, s, p)).trace(params, state, params)
     between, lowered = time.process_time(), traced.lower()

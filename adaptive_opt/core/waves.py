@@ -85,7 +85,7 @@ class Waves:
 
         Args:
           numbers: one for each leaf; a wave holds only leaves of one number.
-          add, start: what is carried from wave to wave.
+          add, start: what is carried from wave to wave; ``add`` has no derivative.
           when: a truth.
         """
         _warn_where_not_traced(self.leaves)
@@ -95,24 +95,23 @@ class Waves:
                 return add(carry, Wave(self._stepped(leaf), None, number))
 
             return one_by_one(self.leaves, numbers, add_leaf, start, when)
-        length = self.length
+        length, part = self.length, self.length // PARTS
         cuts, branches = _cuts(self.leaves, numbers, length)
         table = jnp.asarray(np.array(cuts, np.int32))
 
-        def take(t: Any, carry: Carry) -> Carry:
-            cut = jax.lax.dynamic_index_in_dim(table, jnp.asarray(t, jnp.uint32), keepdims=False)
+        def take(t: jax.Array, carry: Carry) -> Carry:
+            cut = jax.lax.dynamic_index_in_dim(table, t.astype(np.uint32), keepdims=False)
             held = _one_of(branches, cut[0], cut)
-            part = functools.partial(take_part, held, cut)
-            is_within = lambda state: state[0] < length  # noqa: E731
-            return jax.lax.while_loop(is_within, part, (np.int32(0), carry))[1]
 
-        def take_part(held: Sequence[jax.Array], cut: jax.Array, state: Any) -> Any:
-            begin, carry = state
-            _, _, first, last, number = cut
-            step = self._stepped(_part(held, begin, self.leaves[0], length))
-            place = begin + jnp.arange(length // PARTS, dtype=jnp.int32)
-            wave = Wave(step, (place >= first) & (place < last), number)
-            return begin + np.int32(length // PARTS), add(carry, wave)
+            def take_part(state: Any) -> Any:
+                begin, carry = state
+                step = self._stepped(_part(held, begin, self.leaves[0], length))
+                place = begin + jax.lax.iota(np.int32, part)
+                is_weight = (place >= cut[2]) & (place < cut[3])
+                return begin + np.int32(part), add(carry, Wave(step, is_weight, cut[4]))
+
+            is_within = lambda state: state[0] < np.int32(length)  # noqa: E731
+            return jax.lax.while_loop(is_within, take_part, (np.int32(0), carry))[1]
 
         return repeat(len(cuts), take, _varying_like(start, self.leaves), when)
 
@@ -148,40 +147,20 @@ def one_by_one(
 
 
 def repeat(times: int, body: Callable[[Any, Carry], Carry], start: Carry, when: Any) -> Carry:
-    """``start`` after so many rounds; after none where it is not time. It has no derivative.
+    """``start`` after so many rounds; after none where it is not time.
 
     A loop that may have no round is half the program of a ``lax.cond`` around a loop, and leaves
-    ``start`` where it is. How often it goes round is not known to JAX, which could not
-    differentiate it backwards.
+    ``start`` where it is. As JAX does not know how often it goes round, it can be differentiated
+    backwards only if neither ``start`` nor what ``body`` makes of it has a derivative.
     """
     if not isinstance(when, Tracer) and not when:
         return start
     rounds = jnp.where(when, np.int32(times), np.int32(0))
 
-    def loop(rounds: jax.Array, start: Carry) -> Carry:
-        return jax.lax.fori_loop(np.int32(0), rounds, body, start)
+    def again(state: Any) -> Any:
+        return state[0] + np.int32(1), body(*state)
 
-    return _without_derivative(loop, rounds, start)
-
-
-def _without_derivative(function: Callable[..., Any], *args: Any) -> Any:
-    """The value of a function, constant in whatever it is given and has closed over."""
-    converted, closed_over = jax.closure_convert(function, *args)
-    constant = jax.custom_jvp(lambda *every: converted(*every))
-
-    @constant.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        del tangents
-        value = constant(*primals)
-        return value, jax.tree.map(_no_tangent, value)
-
-    return constant(*args, *closed_over)
-
-
-def _no_tangent(x: jax.Array) -> Any:
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
+    return jax.lax.while_loop(lambda state: state[0] < rounds, again, (np.int32(0), start))[1]
 
 
 def _one_of(branches: Sequence[Callable[..., Any]], which: Any, *args: Any) -> Any:
@@ -464,7 +443,8 @@ def _cuts(leaves: Sequence[Inputs], numbers: Sequence[int], length: int) -> Any:
             filled.append(size)
     for (number, held), size in zip(small, filled, strict=True):
         cuts.append(Cut(len(branches), 0, 0, size, number))
-        branches.append(lambda _, held=held: _together(held, length))
+        arrays = [jax.tree.leaves(leaf) for leaf in held]
+        branches.append(lambda _, arrays=arrays: _together(arrays, length))
     return cuts, branches
 
 
@@ -479,24 +459,21 @@ def _rows(row: Any, leaf: Inputs, width: int, high: int, length: int) -> list[ja
         zero = jnp.zeros_like(row)
         return jax.lax.dynamic_slice(x.reshape(-1, width), (row, zero), (high, width))
 
-    return _together([jax.tree.map(cut, leaf)], length)
+    return _together([[*map(cut, jax.tree.leaves(leaf))]], length)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _together(held: Sequence[Inputs], length: int) -> list[jax.Array]:
-    """Leaves one after another, and zeros; flat, and all arrays of a dtype in one.
+def _together(held: Sequence[Sequence[jax.Array]], length: int) -> list[jax.Array]:
+    """The arrays of leaves one after another, and zeros; flat, and all of a dtype in one.
 
     One operation for each dtype, and not for each array: there is less to compile.
     """
-    rest = length - sum(leaf.gradient.size for leaf in held)
+    rest = length - sum(first.size for first, *_ in held)
     parts: dict[Any, list[Any]] = {}
-    for arrays in zip(*map(jax.tree.leaves, held), strict=True):
-        parts.setdefault(arrays[0].dtype, []).append([x.reshape(-1) for x in arrays])
-    zeros = {dtype: [jnp.zeros(rest, dtype)] if rest else [] for dtype in parts}
-    return [
-        jax.lax.concatenate([x for arrays in own for x in (*arrays, *zeros[dtype])], 0)
-        for dtype, own in parts.items()
-    ]
+    for arrays in zip(*held, strict=True):
+        zeros = [jnp.zeros(rest, arrays[0].dtype)] if rest else []
+        parts.setdefault(arrays[0].dtype, []).extend([*(x.reshape(-1) for x in arrays), *zeros])
+    return [jax.lax.concatenate(own, 0) for own in parts.values()]
 
 
 def _part(held: Sequence[jax.Array], begin: Any, like: Inputs, length: int) -> Inputs:

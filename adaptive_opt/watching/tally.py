@@ -8,6 +8,7 @@ histogram are read off them on the host, and are no part of the program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -108,33 +109,34 @@ class Tally(NamedTuple):
         def there(x: jax.Array, otherwise: float = 0) -> jax.Array:
             return x if where is None else _if(where, x, otherwise)
 
-        key = (jax.lax.bitcast_convert_type(rate, jnp.uint32) >> 16).astype(jnp.int32)
-        place = there(group * width + key, self.counts.size).reshape(-1)
-        one = jnp.ones((), jnp.uint32)
+        key = (jax.lax.bitcast_convert_type(rate, np.uint32) >> np.uint32(16)).astype(np.int32)
+        place = there(group * np.int32(width) + key, self.counts.size).reshape(-1)
+        one = jnp.ones((), np.uint32)
         counts = self.counts.reshape(-1).at[place].add(one, mode="drop").reshape(self.counts.shape)
         for i, limited in enumerate(weights.limited):
-            number = jnp.sum(there(limited), dtype=jnp.uint32)
+            number = jnp.sum(there(limited), dtype=np.uint32)
             counts = counts.at[0, group, KEYS + i].add(number)
         if carries:
-            counts = counts.at[1].add((counts[0] < self.counts[0]).astype(jnp.uint32))
+            counts = counts.at[1].add((counts[0] < self.counts[0]).astype(np.uint32))
 
-        here = (jnp.arange(groups) == group)[:, None]
-        is_number = ~jnp.isnan(rate)
+        here = jax.lax.iota(np.int32, groups) == group
+        is_number = rate == rate
         rows = [
-            jnp.full_like(rate, UNKNOWN) if x is None else there(jnp.abs(x).astype(jnp.float32))
+            jax.lax.full_like(rate, UNKNOWN) if x is None else there(jnp.abs(x).astype(np.float32))
             for x in weights.sized
         ]
         rows.append(there(_if(is_number, rate, UNKNOWN), UNKNOWN))
         rows.append(there(_if(is_number, -rate, -np.inf), -np.inf))
-        most = jnp.stack([jnp.max(row) for row in rows])  # each split over a mesh as it is
-        largest = jnp.where(here, jnp.maximum(self.largest, most[None]), self.largest)
+        most = _row([jnp.max(row) for row in rows])  # each split over a mesh as it is
+        largest = _if(here, jnp.maximum(self.largest, most), self.largest)
         before, scale = _scale(self.largest), _scale(largest)
         sums = [jnp.sum((x / s) ** 2) for x, s in zip(rows, scale[group], strict=False)]
-        squares = self.squares * (before / scale) ** 2 + jnp.where(here, jnp.stack(sums)[None], 0)
+        squares = self.squares * (before / scale) ** 2
+        squares = _if(here, squares + _row(sums), squares)
         friction = self.friction
         if weights.friction is not None:
-            sums = jnp.maximum(friction, 0) + jnp.sum(there(weights.friction))
-            friction = jnp.where(here[:, 0], sums, friction)
+            total = jnp.maximum(friction, 0) + jnp.sum(there(weights.friction))
+            friction = _if(here, total, friction)
         return Tally(counts, largest, squares, friction, self.arrays + np.int32(1))
 
     def merged(self, other: Tally) -> Tally:
@@ -176,9 +178,17 @@ def _scale(largest: Any) -> Any:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _if(where: jax.Array, x: jax.Array, otherwise: float) -> jax.Array:
-    """``jnp.where``; a constant that is converted XLA carries through loops for a while."""
-    return jax.lax.select(where, x, jax.lax.full_like(x, otherwise))
+def _if(where: jax.Array, x: jax.Array, otherwise: Any) -> jax.Array:
+    """``jnp.where``, by rows. (XLA carries its constants through loops for a while.)"""
+    if where.ndim < x.ndim:
+        where = jax.lax.broadcast_in_dim(where, x.shape, (0,))
+    if not isinstance(otherwise, jax.Array):
+        otherwise = jax.lax.full_like(x, otherwise)
+    return jax.lax.select(where, x, otherwise)
+
+
+def _row(numbers: Sequence[jax.Array]) -> jax.Array:
+    return jax.lax.concatenate([x.reshape(1, 1) for x in numbers], 1)
 
 
 # --- on the host ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -153,8 +154,11 @@ class _Look:
         self.reached = 0  # of the limits, by the stages before this observer
         total = sum(each.gradient.size for each in step.steps if each is not None)
         self.carries = total * jax.lax.psum(1, axes) >= SEGMENT
-        last = Tally(**{field: last[field] for field in Tally._fields})
-        self.tally = repeat(1, lambda _, tally: self._nothing(), last, when)
+        last = jax.lax.stop_gradient(Tally(**{field: last[field] for field in Tally._fields}))
+        nothing = self._nothing()
+        arrays = jax.tree.leaves(last)
+        nothing = jax.tree.map(lambda x: varying_like(x, arrays), nothing)
+        self.tally = repeat(1, lambda _, tally: nothing, last, when)
 
     def in_waves(self, waves: Sequence[Waves]) -> Tally:
         def add(tally: Tally, wave: Wave) -> Tally:
@@ -165,9 +169,7 @@ class _Look:
 
         for kind in waves:
             groups = [self.group_of[place] for place in kind.places]
-            self._count(
-                lambda start, k=kind, g=groups: k.fold(g, add, start, self.when), kind.leaves
-            )
+            self._count(functools.partial(kind.fold, groups, add), kind.leaves)
         return self.tally
 
     def leaf_by_leaf(self) -> Tally:
@@ -181,24 +183,21 @@ class _Look:
                 alike.setdefault(type_of(cut), []).append((cut, group))
         for own in alike.values():
             cuts, groups = zip(*own, strict=True)
-            self._count(
-                lambda start, c=cuts, g=groups: one_by_one(c, g, self._with_leaf, start, self.when),
-                cuts,
-            )
+            self._count(functools.partial(one_by_one, cuts, groups, self._with_leaf), cuts)
         return self.tally
 
-    def _count(self, fold: Callable[[Tally], Tally], leaves: Any) -> None:
+    def _count(self, fold: Callable[..., Tally], leaves: Any) -> None:
         """What a fold adds, on all the devices over which the leaves are split."""
         arrays = jax.tree.leaves(leaves)
         split = tuple(a for a in self.axes if any(a in axes_split(x, (a,)) for x in arrays))
 
         def with_all(tally: Tally) -> Tally:
-            return tally.merged(fold(self._nothing()).everywhere(split))
+            return tally.merged(fold(self._nothing(), self.when).everywhere(split))
 
         if split:
             self.tally = branch(self.when, with_all, lambda tally: tally, self.tally)
         else:
-            self.tally = fold(self.tally)
+            self.tally = fold(self.tally, self.when)
 
     def _weights(self, step: Any) -> Weights:
         weights = jax.lax.stop_gradient(Weights.of(step, self.remaining, self.limits))
