@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,35 +27,27 @@ from adaptive_opt import (
     telemetry,
 )
 from adaptive_opt.core import observe, waves
-from adaptive_opt.watching.tally import _FIRST_KEYS, KEYS, QUANTILES, Tally, Weights
+from adaptive_opt.watching.tally import _FIRST_KEYS, KEYS, QUANTILES, Counted, Tally, Weights
 
 
-@jax.jit
-def merged_with(tally, rate, group):
+@functools.partial(jax.jit, static_argnames="carries")
+def merged_with(tally, rate, group, carries=True):
     number = tally.friction.size
     weights = Weights(rate, None, (rate, None, rate), (rate > 1,))
-    more = Tally.nothing(number, 1).adding(weights, group)
-    return tally.merged(more.in_digits(len(tally.counts)))
+    return tally.merged(Tally.nothing(number, 1).adding(weights, group, carries=carries))
 
 
-def counted(rates, groups, number, digits=3):
-    """The numbers of a tally of arrays of rates, each in a group."""
-    tally = Tally.nothing(number, 1).in_digits(digits)
+def counted(rates, groups, number, carries=True):
+    """What was counted of arrays of rates, each in a group."""
+    tally = Tally.nothing(number, 1)
     for rate, group in zip(rates, groups, strict=True):
-        tally = merged_with(tally, jnp.asarray(rate, jnp.float32), jnp.int32(group))
-    sizes = [
-        sum(np.size(r) for r, g in zip(rates, groups, strict=True) if g == i) for i in range(number)
-    ]
-    return jax.device_get(tally.numbers(sizes)), sizes
+        tally = merged_with(tally, jnp.asarray(rate, jnp.float32), jnp.int32(group), carries)
+    return [Counted.of(jax.device_get(tally), group) for group in range(number)]
 
 
 def by_tensor(learning_rate, **settings):
     """A line of it sees more than one weight."""
     return rmsprop(learning_rate, scope="tensor", **settings)
-
-
-def whole(words):
-    return words[..., 0].astype(np.int64) + (words[..., 1].astype(np.int64) << 32)
 
 
 @settings(deadline=None, max_examples=25, database=None)
@@ -62,59 +56,69 @@ def whole(words):
         st.tuples(st.integers(0, 1), st.sampled_from([1, 7, 40]), st.integers(0, 2**32 - 1)),
         max_size=4,
     ),
-    st.sampled_from([1, 3]),
+    st.booleans(),
 )
-def test_counts_and_quantiles_are_those_of_numpy(leaves, digits):
+def test_counts_and_quantiles_are_those_of_numpy(leaves, carries):
     """Floats of any bits, NaN, infinity and zero among them."""
     groups = [g for g, _, _ in leaves]
     rates = [
         np.abs(np.random.default_rng(seed).integers(0, 2**32, n, np.uint32).view(np.float32))
         for _, n, seed in leaves
     ]
-    seen, _ = counted(rates, groups, 2, digits)
-    for group in range(2):
+    for group, seen in enumerate(counted(rates, groups, 2, carries)):
         own = [r for r, g in zip(rates, groups, strict=True) if g == group]
+        assert seen.size == sum(map(np.size, own))
         if not own:
-            assert not seen["histogram"][group].any()
+            assert not seen.histogram.any()
             continue
         rate = np.concatenate(own)
         bins = np.searchsorted(_FIRST_KEYS, rate.view(np.uint32) >> 16, side="right")
         expected = np.bincount(bins, minlength=len(_FIRST_KEYS) + 1)
-        np.testing.assert_array_equal(whole(seen["histogram"][group]), expected)
-        assert whole(seen["limited"][group, 0]) == np.sum(rate > 1)
+        np.testing.assert_array_equal(seen.histogram, expected)
+        assert seen.limited == [np.sum(rate > 1)]
         ordered = np.sort(rate)
-        for q, found in zip(QUANTILES, seen["quantiles"][group], strict=True):
+        for q, found in zip(QUANTILES, seen.quantiles, strict=True):
             exact = ordered[max(1, -(-round(100 * q) * rate.size // 100)) - 1]
             if exact > 1e-37 or not exact < np.inf:  # not among the denormals
                 np.testing.assert_allclose(found, exact, rtol=2.0**-8)
 
 
-@pytest.mark.parametrize("digits", [1, 3])
-def test_the_weights_of_small_leaves_count_beside_a_large_one(digits):
+def with_counts(key, number):
+    return Tally.nothing(1, 1)._replace(
+        counts=jnp.zeros((2, 1, KEYS + 1), jnp.uint32).at[0, 0, key].set(number),
+        largest=jnp.full((1, 5), jnp.inf),
+    )
+
+
+def test_the_weights_of_small_leaves_count_beside_a_large_one():
     """In float32 one more than 2^24 is 2^24."""
-    large = jnp.zeros((1, KEYS + 1), jnp.uint32).at[0, 100].set(2**24)
-    tally = Tally.nothing(1, 1)._replace(counts=large).in_digits(digits)
+    tally = with_counts(100, 2**24)
     for _ in range(40):
         tally = merged_with(tally, jnp.full(1, 2.0), jnp.int32(0))
-    seen = jax.jit(lambda t: t.numbers([2**24 + 40]))(tally)
-    assert sorted(whole(np.asarray(seen["histogram"][0])))[-2:] == [40, 2**24]
-    assert whole(np.asarray(seen["limited"][0, 0])) == 40
+    seen = Counted.of(jax.device_get(tally), 0)
+    assert sorted(seen.histogram)[-2:] == [40, 2**24]
+    assert seen.limited == [40]
 
 
 def test_counts_of_more_than_32_bits_are_exact():
-    """2^33 + 8 weights in five parts of which none is larger than 2^31."""
+    """2^33 + 8 weights in five parts of which none is larger than 2^31, then two at a time."""
     parts = [2**31 - 1] * 4 + [12]
-    tally = Tally.nothing(1, 0).in_digits(3)
-    for i, size in enumerate(parts):
-        counts = jnp.zeros((1, KEYS), jnp.uint32).at[0, 16000 + 256 * (i // 4)].set(size)
-        every_rate = {"lowest": jnp.zeros(1), "highest": jnp.full(1, np.inf)}
-        part = Tally.nothing(1, 0)._replace(counts=counts, **every_rate)
-        tally = tally.merged(part.in_digits(3))
+    tally = with_counts(16000, parts[0])
+    for i, size in enumerate(parts[1:], 1):
+        tally = tally.merged(with_counts(16000 + 256 * (i // 4), size))
     assert sum(parts) == 2**33 + 8
-    seen = jax.device_get(jax.jit(lambda t: t.numbers([sum(parts)]))(tally))
-    assert sorted(whole(seen["histogram"][0]))[-2:] == [12, 2**33 - 4]
-    bits = np.float32(seen["quantiles"][0]).view(np.uint32) >> 16
+    seen = Counted.of(jax.device_get(tally), 0)
+    assert sorted(seen.histogram)[-2:] == [12, 2**33 - 4]
+    bits = np.float32(seen.quantiles).view(np.uint32) >> 16
     assert bits.tolist() == [16000] * 5
+
+    full = with_counts(int(np.float32(2).view(np.uint32) >> 16), 2**32 - 1)
+    rate = jnp.full(2, 2.0)
+    weights = Weights(rate, None, (rate, None, rate), (rate > 1,))
+    for where, more in ((None, 2), (jnp.array([True, False]), 1)):
+        seen = Counted.of(jax.device_get(full.adding(weights, 0, where)), 0)
+        assert seen.size == 2**32 - 1 + more
+        assert seen.limited == [more]
 
 
 @pytest.mark.parametrize(
@@ -360,5 +364,5 @@ def test_the_state_is_as_large_as_the_text_says():
     for groups, number in ((None, 1), ({"b": "b", "c": "c"}, 3)):
         state = adamod(1e-2, observers=telemetry(groups=groups)).init(x)
         kept = jax.tree.leaves(state[0].buffers["telemetry"].values)
-        assert sum(k.size for k in kept) == number * (301 + 2) + 5
+        assert sum(k.size for k in kept) == number * (2**16 + 2 + 10) + 7
         assert {k.dtype.itemsize for k in kept} == {4}

@@ -479,9 +479,10 @@ def _together(held: Sequence[Sequence[jax.Array]], length: int) -> list[jax.Arra
 def _part(held: Sequence[jax.Array], begin: Any, like: Inputs, length: int) -> Inputs:
     """The arrays of a wave again, a part of each."""
     leaves, structure = jax.tree.flatten(like)
-    dtypes = list(dict.fromkeys(x.dtype for x in leaves))
-    rows = {
-        dtype: iter(jax.lax.dynamic_slice_in_dim(x.reshape(-1, length), begin, length // PARTS, 1))
-        for dtype, x in zip(dtypes, held, strict=True)
-    }
-    return structure.unflatten([next(rows[x.dtype]) for x in leaves])
+    parts: dict[Any, list[jax.Array]] = {}
+    for together, dtype in zip(held, dict.fromkeys(x.dtype for x in leaves), strict=True):
+        starts = [begin + np.int32(first) for first in range(0, together.size, length)]
+        parts[dtype] = [
+            jax.lax.dynamic_slice(together, (start,), (length // PARTS,)) for start in starts
+        ]
+    return structure.unflatten([parts[x.dtype].pop(0) for x in leaves])

@@ -80,8 +80,8 @@ class Tally(NamedTuple):
     """The sums of squares of the former, each divided by a scale near its largest."""
     friction: jax.Array
     """The sums; ``UNKNOWN`` where there is none."""
-    arrays: jax.Array
-    """So many arrays were counted, of all groups."""
+    highest: jax.Array
+    """Of the rates of all groups that are numbers; ``UNKNOWN`` if there is none."""
 
     @classmethod
     def nothing(cls, groups: int, limits: int) -> Tally:
@@ -92,7 +92,7 @@ class Tally(NamedTuple):
             jnp.asarray(largest),
             jnp.zeros((groups, len(NORMS)), jnp.float32),
             jnp.full(groups, UNKNOWN, jnp.float32),
-            jnp.zeros((), jnp.int32),
+            jnp.full((), UNKNOWN, jnp.float32),
         )
 
     def adding(
@@ -137,7 +137,8 @@ class Tally(NamedTuple):
         if weights.friction is not None:
             total = jnp.maximum(friction, 0) + jnp.sum(there(weights.friction))
             friction = _if(here, total, friction)
-        return Tally(counts, largest, squares, friction, self.arrays + np.int32(1))
+        highest = jnp.maximum(self.highest, most[0, _HIGHEST])
+        return Tally(counts, largest, squares, friction, highest)
 
     def merged(self, other: Tally) -> Tally:
         low = self.counts[0] + other.counts[0]
@@ -148,7 +149,8 @@ class Tally(NamedTuple):
         known = jnp.maximum(self.friction, 0) + jnp.maximum(other.friction, 0)
         is_known = jnp.maximum(self.friction, other.friction) >= 0
         friction = jnp.where(is_known, known, UNKNOWN)
-        return Tally(counts, largest, squares, friction, self.arrays + other.arrays)
+        highest = jnp.maximum(self.highest, other.highest)
+        return Tally(counts, largest, squares, friction, highest)
 
     def everywhere(self, axes: tuple[str, ...]) -> Tally:
         """The sum over the devices among which the weights are split."""
@@ -162,8 +164,8 @@ class Tally(NamedTuple):
         squares = jax.lax.psum(self._squares_at(largest), axes)
         friction = jax.lax.psum(jnp.maximum(self.friction, 0), axes)
         friction = jnp.where(jax.lax.pmax(self.friction, axes) >= 0, friction, UNKNOWN)
-        arrays = jax.lax.psum(self.arrays, axes)
-        return Tally(jnp.stack([low, high]), largest, squares, friction, arrays)
+        highest = jax.lax.pmax(self.highest, axes)
+        return Tally(jnp.stack([low, high]), largest, squares, friction, highest)
 
     def _squares_at(self, largest: jax.Array) -> jax.Array:
         """The squares by the scales of others that are at least as large."""

@@ -125,7 +125,7 @@ def telemetry(
         }
         of_old = {key: last[key] for key in seen}
         seen = jax.tree.map(lambda new, old: jnp.where(when, new, old), seen, of_old)
-        return seen | tally._asdict(), tally.arrays >= 0
+        return seen | tally._asdict(), tally.highest >= UNKNOWN
 
     own = {"learning_rate": learning_rate, "b1": b1, "weight_decay": weight_decay}
     remaining = () if learning_rate is None else (learning_rate,)
