@@ -27,6 +27,7 @@ from adaptive_opt import (
     telemetry,
 )
 from adaptive_opt.core import observe, waves
+from adaptive_opt.watching import telemetry as of_telemetry
 from adaptive_opt.watching.tally import _FIRST_KEYS, KEYS, QUANTILES, Counted, Tally, Weights
 
 
@@ -181,8 +182,8 @@ SHAPES = {
 
 @pytest.mark.broad
 def test_waves_see_what_a_look_at_the_whole_sees(monkeypatch):
-    """Large leaves in parts, small ones together; also where all are counted segment by segment,
-    where a wave is a leaf, and where the directions of all leaves are there already."""
+    """Large leaves in parts, small ones together; also where counts may need two words, where a
+    wave is a leaf, and where the directions of all leaves are there already."""
     monkeypatch.setattr(waves, "LONGEST", waves.SHORTEST)
     params, groups = drawn(SHAPES, 1e-3), {"some": "a|d|f", "never": "x"}
     optimizer = adamod(1e-3, observers=telemetry(every=1, groups=groups))
@@ -195,14 +196,15 @@ def test_waves_see_what_a_look_at_the_whole_sees(monkeypatch):
 
     in_waves = after_two()
     monkeypatch.setattr(waves, "SEGMENT", 3 * waves.SHORTEST + 1)
-    in_segments = after_two()
+    monkeypatch.setattr(of_telemetry, "SEGMENT", 3 * waves.SHORTEST + 1)
+    with_carries = after_two()
     monkeypatch.setattr(waves, "_fits", lambda *_: False)
     by_leaf = after_two()
     monkeypatch.setattr(observe, "waves_of", lambda *_: None)
     at_once = after_two()
     expected = read_telemetry(by_leaf)
     assert 0 < expected["limited/adamod_momental_bound/some"] <= 1
-    for other in (in_waves, in_segments, at_once):
+    for other in (in_waves, with_carries, at_once):
         for group, histogram in rate_histograms(by_leaf).items():
             np.testing.assert_array_equal(rate_histograms(other)[group], histogram)
         assert read_telemetry(other) == pytest.approx(expected, rel=1e-6)

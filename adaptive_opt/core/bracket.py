@@ -233,11 +233,11 @@ class Bracket:
         if set(some.names() if some else self.known[0]) != set(kept):  # other leaves keep others
             known = updates if params is None else params
             check_names(self.lines, init_shapes(self.lines, known), kept)
-        seen, looked = {}, None
+        seen = {}
         if self.watches:
             step = OpenStep(now, updates, params)
-            seen, looked = observe(self.listed, step, kept, state.buffers, self.state_dtype)
+            seen, kept = observe(self.listed, step, kept, state.buffers, self.state_dtype)
         closed, buffers = update_leaves(
-            self.lines, Now(count, extra), updates, kept, params, self.state_dtype, looked
+            self.lines, Now(count, extra), updates, kept, params, self.state_dtype
         )
         return closed, AdaptiveState(count, buffers | seen)

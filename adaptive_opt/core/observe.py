@@ -22,7 +22,7 @@ from adaptive_opt.core.describe import describe
 from adaptive_opt.core.look import Lines
 from adaptive_opt.core.stage import Stage, lines_of, stage_of
 from adaptive_opt.core.tree import OpenStep, run
-from adaptive_opt.core.trees import Tree, branch
+from adaptive_opt.core.trees import Tree, branch, varying
 from adaptive_opt.core.waves import Waves, waves_of
 
 Shapes: TypeAlias = Any
@@ -230,12 +230,12 @@ def observe(
     buffers: dict[str, Tree],
     state: Mapping[str, Any],
     state_dtype: DTypeLike | None,
-) -> tuple[dict[str, Observation], jax.Array]:
-    """The observations after this step, which is given as it was opened, and a truth.
+) -> tuple[dict[str, Observation], dict[str, Tree]]:
+    """The observations after this step, which is given as it was opened, and the same buffers.
 
-    ``buffers`` are those of the stages, ``state`` holds the last observations. The truth is known
-    only when all have looked. What takes the step must ask it (``trees.after``): otherwise XLA may
-    look after it has taken the step, and keeps a copy of every buffer until then.
+    ``buffers`` are those of the stages, ``state`` holds the last observations. The step must go on
+    with the buffers that come out: otherwise XLA may look after it has taken the step, and keeps a
+    copy of every buffer until then.
     """
     watches = [line for line in lines if isinstance(line, Watch)]
     seen, truths = {watch.name: state[watch.name] for watch in watches}, []
@@ -259,7 +259,21 @@ def observe(
             new = branch(when, look, lambda last: last, {name: seen[name] for name in shown})
             seen |= new
             truths += [each.step >= 0 for each in new.values()]
-    return seen, functools.reduce(jnp.logical_and, truths)
+    truth = functools.reduce(jnp.logical_and, truths)
+    return seen, branch(truth, _held, _held, buffers)
+
+
+def _held(buffers: Tree) -> Tree:
+    """The same behind one barrier, or one for each set of mesh axes over which arrays are split."""
+    leaves, structure = jax.tree.flatten(buffers)
+    places: dict[Any, list[int]] = {}
+    for place, x in enumerate(leaves):
+        places.setdefault(varying(x), []).append(place)
+    for own in places.values():
+        behind = jax.lax.optimization_barrier([leaves[place] for place in own])
+        for place, x in zip(own, behind, strict=True):
+            leaves[place] = x
+    return structure.unflatten(leaves)
 
 
 def _look_at_all(

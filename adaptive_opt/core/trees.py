@@ -55,16 +55,6 @@ def branch(condition: Any, then: Callable[..., Any], other: Callable[..., Any], 
     return then(*args) if condition else other(*args)
 
 
-def after(truth: jax.Array, x: Any) -> jax.Array:
-    """The same, but XLA cannot know it before it knows the truth.
-
-    The product with a one: of a ``select`` LLVM would make two loops.
-    """
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(after(truth, x.real), after(truth, x.imag))
-    return x * truth.astype(x.dtype)
-
-
 def varying(x: Any) -> frozenset[str]:
     """The manual mesh axes over which an array varies, where JAX keeps track of it."""
     manual = getattr(jax.typeof(x), "manual_axis_type", None)

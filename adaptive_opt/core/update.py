@@ -27,15 +27,9 @@ def update_leaves(
     buffers: Mapping[str, Tree],
     params: Tree | None,
     state_dtype: DTypeLike | None,
-    truth: Any = None,
 ) -> tuple[Tree, dict[str, Tree]]:
-    """A whole step from plain gradient to plain update, and the new buffers.
-
-    It is taken once the truth is known, if there is one.
-    """
+    """A whole step from plain gradient to plain update, and the new buffers."""
     if any(line.is_of_the_tree for line in lines) or not _is_staged():
-        if isinstance(truth, Tracer):
-            gradient = trees.map_none(lambda g: trees.after(truth, g), gradient)
         step = OpenStep(now, gradient, params)
         new = run(lines, step, buffers, state_dtype)
         return step.close(), new
@@ -60,14 +54,8 @@ def update_leaves(
 
     @jax.jit
     def one_leaf(
-        count: jax.Array,
-        scalars: list[Any],
-        truth: Any,
-        gradient: Any,
-        param: Any,
-        stored: dict[str, Any],
+        count: jax.Array, scalars: list[Any], gradient: Any, param: Any, stored: dict[str, Any]
     ) -> Any:
-        gradient = gradient if truth is None else trees.after(truth, gradient)
         own = Now(count, now.extra)
         own.scalars = dict(zip(arrays, zip(of_whom, scalars, strict=True), strict=True))
         memory = Memory(stored, state_dtype, where, warned, jnp.shape(gradient))
@@ -79,7 +67,7 @@ def update_leaves(
     updates: list[Any] = list(leaves)
     for place, (g, p) in enumerate(zip(leaves, of_params, strict=True)):
         if g is not None:
-            updates[place], kept = one_leaf(now.count, scalars, truth, g, p, stored[place])
+            updates[place], kept = one_leaf(now.count, scalars, g, p, stored[place])
             stored[place] |= kept
     return structure.unflatten(updates), of_tree(structure, stored, buffers)
 

@@ -149,10 +149,14 @@ def one_by_one(
 def repeat(times: int, body: Callable[[Any, Carry], Carry], start: Carry, when: Any) -> Carry:
     """``start`` after so many rounds; after none where it is not time.
 
-    A loop that may have no round is half the program of a ``lax.cond`` around a loop, and leaves
-    ``start`` where it is. As JAX does not know how often it goes round, it can be differentiated
+    A loop that may have no round is half the program of a ``lax.cond`` around a loop. What is the
+    same in each round XLA does before it, at every step: of one round this is all, and there it is
+    a ``lax.cond``. As JAX does not know how often a loop goes round, it can be differentiated
     backwards only if neither ``start`` nor what ``body`` makes of it has a derivative.
     """
+    if times == 1:
+        once = functools.partial(body, jnp.zeros((), np.int32))
+        return trees.branch(when, once, lambda start: start, start)
     if not isinstance(when, Tracer) and not when:
         return start
     rounds = jnp.where(when, np.int32(times), np.int32(0))
@@ -219,7 +223,7 @@ def waves_of(
         return None
     stored = of_leaves(step.structure, buffers)
     inputs: list[Any] = [
-        None if each is None else Inputs(*each.inputs, own)
+        None if each is None else jax.tree.map(_as_array, Inputs(*each.inputs, own))
         for each, own in zip(step.steps, stored, strict=True)
     ]
     there = [leaf for leaf in inputs if leaf is not None]
@@ -248,6 +252,10 @@ def waves_of(
     ]
     are_countable = all(leaf.gradient.size < SEGMENT for leaf in some.values())
     return waves if length is not None or are_countable else None
+
+
+def _as_array(x: Any) -> jax.Array:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)  # NumPy's, or a number
 
 
 def _by_program(
