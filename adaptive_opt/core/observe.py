@@ -260,7 +260,7 @@ def observe(
             seen |= new
             truths += [each.step >= 0 for each in new.values()]
     truth = functools.reduce(jnp.logical_and, truths)
-    return seen, branch(truth, _held, _held, buffers)
+    return seen, branch(truth, lambda buffers: buffers, _held, buffers)
 
 
 def _held(buffers: Tree) -> Tree:

@@ -17,7 +17,7 @@ from adaptive_opt.core.observe import HYPERPARAMETERS, watching
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.core.trees import axes_of, axes_split, branch, is_none, path_of, varying_like
-from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one, repeat, type_of
+from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one, type_of
 from adaptive_opt.watching.tally import UNKNOWN, Tally, Weights
 
 
@@ -113,19 +113,29 @@ def telemetry(
     def look(step: OpenStep, last: Any, waves: Sequence[Waves] | None, when: Any) -> Any:
         known = step.notes["hyperparameters"]
         values = [known.get(name, UNKNOWN) for name in HYPERPARAMETERS]
-        looked = _Look(step, _by_group(patterns, step.gradient), last, axes_of(axis_name), when)
+        places = _by_group(patterns, step.gradient)
+        looked = _Look(step, places, len(last["limits"]), axes_of(axis_name), when)
+
+        def anew(old: Any) -> Any:
+            new = {
+                "hyperparameters": jnp.stack([jnp.asarray(v, jnp.float32) for v in values]),
+                "loss": _loss(step.now.extra.get("value")),
+                **looked.nothing()._asdict(),
+            }
+            return jax.tree.map(lambda x, like: varying_like(x, [like]), new, old)
+
+        old = {key: value for key, value in last.items() if key not in ("groups", "limits")}
+        begun = branch(when, anew, lambda old: old, jax.lax.stop_gradient(old))
+        looked.tally = Tally(**{field: begun[field] for field in Tally._fields})
         tally = looked.leaf_by_leaf() if waves is None else looked.in_waves(waves)
-        seen = {
-            "hyperparameters": jnp.stack([jnp.asarray(v, jnp.float32) for v in values]),
-            "loss": _loss(step.now.extra.get("value")),
+        named = {
             "groups": {label: np.int32(row) for row, label in enumerate(looked.labels)},
             "limits": {
-                name: i if i < looked.reached else -1 for i, name in enumerate(last["limits"])
+                name: np.int32(i if i < looked.reached else -1)
+                for i, name in enumerate(last["limits"])
             },
         }
-        of_old = {key: last[key] for key in seen}
-        seen = jax.tree.map(lambda new, old: jnp.where(when, new, old), seen, of_old)
-        return seen | tally._asdict(), tally.highest >= UNKNOWN
+        return begun | tally._asdict() | named, tally.highest >= UNKNOWN
 
     own = {"learning_rate": learning_rate, "b1": b1, "weight_decay": weight_decay}
     remaining = () if learning_rate is None else (learning_rate,)
@@ -138,27 +148,23 @@ def telemetry(
 class _Look:
     """Telemetry's look at a step, wave by wave or leaf by leaf, where it is time."""
 
+    tally: Tally
+
     def __init__(
         self,
         step: OpenStep,
         places: Mapping[str, list[int]],
-        last: Any,
+        limits: int,
         axes: tuple[str, ...],
         when: Any,
     ) -> None:
-        self.step, self.axes, self.when = step, axes, when
+        self.step, self.limits, self.axes, self.when = step, limits, axes, when
         self.labels = tuple(sorted(places))
         self.group_of = {p: row for row, k in enumerate(self.labels) for p in places[k]}
         self.remaining = jax.lax.stop_gradient(jnp.asarray(step.notes["remaining"], jnp.float32))
-        self.limits = len(last["limits"])
         self.reached = 0  # of the limits, by the stages before this observer
         total = sum(each.gradient.size for each in step.steps if each is not None)
         self.carries = total * jax.lax.psum(1, axes) >= SEGMENT
-        last = jax.lax.stop_gradient(Tally(**{field: last[field] for field in Tally._fields}))
-        nothing = self._nothing()
-        arrays = jax.tree.leaves(last)
-        nothing = jax.tree.map(lambda x: varying_like(x, arrays), nothing)
-        self.tally = repeat(1, lambda _, tally: nothing, last, when)
 
     def in_waves(self, waves: Sequence[Waves]) -> Tally:
         def add(tally: Tally, wave: Wave) -> Tally:
@@ -192,7 +198,7 @@ class _Look:
         split = tuple(a for a in self.axes if any(a in axes_split(x, (a,)) for x in arrays))
 
         def with_all(tally: Tally) -> Tally:
-            return tally.merged(fold(self._nothing(), self.when).everywhere(split))
+            return tally.merged(fold(self.nothing(), self.when).everywhere(split))
 
         if split:
             self.tally = branch(self.when, with_all, lambda tally: tally, self.tally)
@@ -204,7 +210,7 @@ class _Look:
         self.reached = max(self.reached, len(weights.limited))
         return weights
 
-    def _nothing(self) -> Tally:
+    def nothing(self) -> Tally:
         return Tally.nothing(len(self.labels), self.limits)
 
     def _with_leaf(self, tally: Tally, weights: Weights, group: jax.Array) -> Tally:
@@ -217,7 +223,7 @@ class _Look:
 
         def of_part(weights: Weights, group: jax.Array) -> Tally:
             arrays = jax.tree.leaves(weights)
-            start = jax.tree.map(lambda x: varying_like(x, arrays), self._nothing())
+            start = jax.tree.map(lambda x: varying_like(x, arrays), self.nothing())
             return start.adding(weights, group).everywhere(split)
 
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, weights)
