@@ -496,6 +496,24 @@ def test_observers_can_be_added_to_a_run_and_taken_away():
     assert_bit_equal(buffers_of(back), buffers_of(after))
 
 
+def test_what_telemetry_of_another_version_saw_is_said_and_begun_anew():
+    params, gradient = normal_tree(), at(0, GRADIENTS)
+    optimizer = adam(1e-2, observers=telemetry(every=1))
+    _, state = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    seen = state[0].buffers["telemetry"]
+    before = {"hyperparameters": jnp.ones(3), "groups": {"all": {"quantiles": jnp.ones(5)}}}
+    buffers = state[0].buffers | {"telemetry": seen._replace(values=before)}
+    old = (state[0]._replace(buffers=buffers), *state[1:])
+    with pytest.raises(ValueError, match=r"is of another version: .*convert_state\("):
+        optimizer.update(gradient, old, params)
+    moved = convert_state(old, optimizer, optimizer, params)
+    assert read_telemetry(moved) == {}
+    go_on = jax.jit(optimizer.update)
+    updates, after = go_on(gradient, moved, params)
+    assert read_telemetry(after)["step"] == 2
+    assert_bit_equal(updates, go_on(gradient, state, params)[0])
+
+
 def test_groups_with_brackets_of_their_own_are_told_apart():
     params = {"head": jnp.ones(2), "body": jnp.ones(3), "frozen": jnp.ones(1)}
     groups = ParameterGroups(

@@ -13,6 +13,7 @@ from adaptive_opt.checkpoints.buffers import put_together
 from adaptive_opt.checkpoints.counting import number_of_gradients
 from adaptive_opt.checkpoints.found import found_in
 from adaptive_opt.core.describe import describe
+from adaptive_opt.core.observe import Observation
 from adaptive_opt.core.trees import Tree
 
 
@@ -119,7 +120,11 @@ def _plain(tree: Any, expected: Any = None) -> Any:
 
 
 def _paths(tree: Any) -> list[str]:
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    """Of all arrays, but for what observers saw: it is not moved, and may be of another version."""
+    with_paths = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, Observation)
+    )[0]
+    return [jax.tree_util.keystr(path) for path, _ in with_paths]
 
 
 def _told_apart(there: list[str], wanted: list[str]) -> str:

@@ -382,7 +382,9 @@ def _operations(program: Any, shape: tuple[int, ...]) -> Any:
         known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*named, *given), strict=True))
 
         def read(var: Any) -> Any:
-            return (str(var.val), var.aval.dtype) if isinstance(var, Literal) else known[var]
+            if isinstance(var, Literal):
+                return str(var.val), cast(Any, var.aval).dtype
+            return known[var]
 
         for equation in jaxpr.eqns:
             results = of(equation, [*map(read, equation.invars)])

@@ -54,7 +54,7 @@ def telemetry(
     leave a group, so parameters may be sharded in any way. (``zero1`` and ``Packing``, which pad
     the parameters, refuse it.)
 
-    Rates are counted in bins that are 2^-7 of the rate wide, exactly, up to 2^47 weights. A
+    Rates are counted in bins that are 2^-7 of the rate wide, exactly, up to 2^63 weights. A
     quantile is the smallest rate that at least that part of the weights does not exceed, to 2^-8
     of itself, and exactly where all rates of a group are equal; the edges of the histogram are
     rounded down to those of bins. Norms are right to float32's rounding at any size of gradients.
@@ -63,9 +63,10 @@ def telemetry(
     besides a megabyte, and one program serves all leaves. Where a line of the optimizer sees more
     than one weight, and on a mesh of several devices under ``jit``, a wave is a leaf: one program
     serves all leaves of a shape (on automatic axes, one leaf), and temporaries are up to 36 bytes
-    for each weight of the largest leaf, and 128 KiB of counts for each program and group. Where a
-    line is of the whole tree (a masked decay inside of the rule, a norm of all leaves), the
-    directions and the rates of all leaves are there at once: up to 16 bytes for each weight more.
+    for each weight of the largest leaf, and on meshes a few copies of the counts. Where a line is
+    of the whole tree (a masked decay inside of the rule, a norm of all leaves), the directions and
+    the rates of all leaves are there at once: up to 16 bytes for each weight more. Only counts are
+    made on the device; quantiles and histograms are read off them by ``read_telemetry``.
 
     Args:
       every: how many steps from one look to the next; at least 1.
@@ -111,6 +112,11 @@ def telemetry(
         }
 
     def look(step: OpenStep, last: Any, waves: Sequence[Waves] | None, when: Any) -> Any:
+        if missing := {"groups", "limits", *Tally._fields} - last.keys():
+            raise ValueError(
+                f"what telemetry saw last is of another version: it has no {min(missing)}."
+                " convert_state(state, optimizer, optimizer, params) begins it anew."
+            )
         known = step.notes["hyperparameters"]
         values = [known.get(name, UNKNOWN) for name in HYPERPARAMETERS]
         places = _by_group(patterns, step.gradient)
