@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from adaptive_opt.core.checks import Hyperparameter, check_whole, value_at
@@ -75,11 +76,8 @@ class Watch:
             if value is not None
         }
         remaining = _product(self.remaining, step.count)
-        step, like, truth = (
-            step.noting(hyperparameters=known, remaining=remaining),
-            last.values,
-            when,
-        )
+        step, like = step.noting(hyperparameters=known, remaining=remaining), last.values
+        truth = when
         with jax.numpy_dtype_promotion("standard"):
             if self.waves:
                 seen, truth = self.look(step, like, waves, when)
@@ -241,6 +239,8 @@ def observe(
     seen, truths = {watch.name: state[watch.name] for watch in watches}, []
     for every in sorted({watch.every for watch in watches}):
         when, shown = (step.count - 1) % every == 0, set()
+        if not isinstance(when, Tracer) and not when:
+            continue
         for place, watch in enumerate(lines):
             if isinstance(watch, Watch) and watch.every == every:
                 waves = None
@@ -253,13 +253,12 @@ def observe(
                 last = seen[watch.name]
                 seen[watch.name], truth = watch.values(step, last, waves, when)
                 truths.append(truth)
-
         if shown:
             look = functools.partial(_look_at_all, lines, step, buffers, state_dtype, when)
             new = branch(when, look, lambda last: last, {name: seen[name] for name in shown})
             seen |= new
             truths += [each.step >= 0 for each in new.values()]
-    truth = functools.reduce(jnp.logical_and, truths)
+    truth = functools.reduce(jnp.logical_and, truths, np.True_)
     return seen, branch(truth, lambda buffers: buffers, _held, buffers)
 
 

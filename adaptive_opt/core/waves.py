@@ -238,9 +238,9 @@ def waves_of(
     now, first = step.now.copy(), there[0]
     now.calculate(scalars_of(lines, first.gradient, first.param))
     length: int | None = _length(there)
-    kinds: dict[Any, Any] | None = None
-    for looked_at in dict.fromkeys((all_lines, lines)):
-        kinds = kinds or _by_program(lines, looked_at, now, some, length, state_dtype)
+    kinds: dict[Any, Any] | None = _by_program(lines, all_lines, now, some, length, state_dtype)
+    if kinds is None and lines is not all_lines:  # perhaps what follows the observer is the reason
+        kinds = _by_program(lines, lines, now, some, length, state_dtype)
     if kinds is None:
         kinds, length = {type_: type_ for type_ in some}, None
     alike: dict[Any, list[int]] = {}

@@ -121,16 +121,17 @@ class Tally(NamedTuple):
 
         here = jax.lax.iota(np.int32, groups) == group
         is_number = rate == rate
-        rows = [
-            jax.lax.full_like(rate, UNKNOWN) if x is None else there(jnp.abs(x).astype(np.float32))
-            for x in weights.sized
-        ]
-        rows.append(there(_if(is_number, rate, UNKNOWN), UNKNOWN))
-        rows.append(there(_if(is_number, -rate, -np.inf), -np.inf))
-        most = _row([jnp.max(row) for row in rows])  # each split over a mesh as it is
+        sized = [None if x is None else there(jnp.abs(x).astype(np.float32)) for x in weights.sized]
+        rates = there(_if(is_number, rate, UNKNOWN), UNKNOWN)
+        negative = there(_if(is_number, -rate, -np.inf), -np.inf)
+        rows = [*sized, rates, negative]  # each may be split over a mesh in its own way
+        most = _row([np.float32(UNKNOWN) if x is None else jnp.max(x) for x in rows])
         largest = _if(here, jnp.maximum(self.largest, most), self.largest)
         before, scale = _scale(self.largest), _scale(largest)
-        sums = [jnp.sum((x / s) ** 2) for x, s in zip(rows, scale[group], strict=False)]
+        own = scale[group]
+        sums = [
+            np.float32(0) if x is None else jnp.sum((x / own[i]) ** 2) for i, x in enumerate(sized)
+        ]
         squares = self.squares * (before / scale) ** 2
         squares = _if(here, squares + _row(sums), squares)
         friction = self.friction
@@ -189,8 +190,8 @@ def _if(where: jax.Array, x: jax.Array, otherwise: Any) -> jax.Array:
     return jax.lax.select(where, x, otherwise)
 
 
-def _row(numbers: Sequence[jax.Array]) -> jax.Array:
-    return jax.lax.concatenate([x.reshape(1, 1) for x in numbers], 1)
+def _row(numbers: Sequence[Any]) -> jax.Array:
+    return jax.lax.concatenate([jnp.reshape(x, (1, 1)) for x in numbers], 1)
 
 
 # --- on the host ----------------------------------------------------------------------------------

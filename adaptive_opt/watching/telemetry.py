@@ -40,7 +40,7 @@ def telemetry(
     * the loss, if ``update`` was given it as ``value=``;
     * for every group of parameters the quantiles and the histogram of the *per-weight rate*: what
       multiplies the direction of a weight in all, the learning rate included, wherever the recipe
-      multiplies by it, so that recipes compare;
+      multiplies by it, so that recipes compare (Schedule-Free does so inside a line: its are 1);
     * the number of weights on which a bound (AdaMod, AdaBound), a maximum (AMSGrad) or a rectifier
       (RAdam) acts: where it changed the value it was given;
     * the mean friction of diffGrad;
