@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import broadly
+from common import RECIPES, broadly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -29,6 +29,7 @@ from adaptive_opt import (
     telemetry,
 )
 from adaptive_opt.core import observe, waves
+from adaptive_opt.core.now import Correction
 from adaptive_opt.watching import telemetry as of_telemetry
 from adaptive_opt.watching.tally import _FIRST_KEYS, KEYS, QUANTILES, Counted, Tally, Weights
 
@@ -229,6 +230,69 @@ def test_a_line_that_looks_at_a_shape_or_at_other_weights_does_not_go_through_wa
         for group, leaf in (("a", "a"), ("other", "b")):
             exact = params[leaf].size if how == "size" else params[leaf].mean()
             assert seen[f"rate/{group}/q50"] == pytest.approx(float(exact), rel=1e-6)
+
+
+@pytest.mark.parametrize("chosen", ["a schedule", "a correction", "a buffer", "what is dropped"])
+def test_a_line_that_chooses_by_a_shape_does_not_go_through_waves(chosen):
+    """One that a look cannot tell from another."""
+
+    @stage
+    def choosing():
+        schedules = [lambda t: 5.0 + 0 * t, lambda t: 2.0 + 0 * t]
+
+        def line(step: AdaptiveStep) -> AdaptiveStep:
+            is_matrix = step.gradient.ndim == 2
+            if chosen == "a schedule":
+                factor = step.at(schedules[is_matrix])
+            elif chosen == "a correction":
+                factor = step.now.correction((0.5, 0.9)[is_matrix], Correction())
+            elif chosen == "a buffer":
+                kept = [
+                    step.remember(name, lambda old, x: old + x, step.gradient, initial=start)
+                    for name, start in (("a", 1.0), ("b", 2.0))
+                ]
+                factor = kept[is_matrix]
+            else:
+                factor = [step.gradient * 5.0, step.gradient * 2.0][is_matrix]
+            return step.set(direction=step.direction * factor)
+
+        return line
+
+    params = drawn({"a": (30, 40), "b": (5000,)})
+    update_norm, gradient_norm = [], []
+    for leaves in (params, {"a": params["a"]}):
+        optimizer = adaptive(choosing(), telemetry(groups={"a": "a"}, learning_rate=1.0))
+        updates, state = jax.jit(optimizer.update)(leaves, optimizer.init(leaves), leaves)
+        seen = read_telemetry(state)
+        update_norm.append(seen["update_norm/a"])
+        gradient_norm.append(seen["gradient_norm/a"])
+        exact = np.linalg.norm(np.asarray(updates["a"], np.float64))
+        assert seen["update_norm/a"] == pytest.approx(exact, rel=1e-6)
+    assert update_norm[0] == pytest.approx(update_norm[1], rel=1e-6)
+    assert gradient_norm[0] == pytest.approx(gradient_norm[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", broadly(("adamod", "adafactor", "lamb", "ranger")))
+def test_looks_at_our_lines_tell_what_their_programs_tell(recipe, monkeypatch):
+    """Whether they are one program for every shape; traced for each, as those of others are."""
+    shapes = {"a": (5, 7), "b": (6,), "c": (2, 3, 4), "d": (70,), "e": (130, 140)}
+    params = {k: jax.ShapeDtypeStruct(shape, np.float32) for k, shape in shapes.items()}
+    decide, decided = waves._by_program, []
+
+    def noted(lines, *rest):
+        kinds = decide(lines, *rest)
+        decided.append(kinds)
+        assert waves.are_ours(lines)
+        with monkeypatch.context() as patch:
+            patch.setattr(waves, "are_ours", lambda _: False)
+            decided.append(decide(lines, *rest))
+        return kinds
+
+    monkeypatch.setattr(waves, "_by_program", noted)
+    optimizer = RECIPES[recipe](1e-3, observers=telemetry())
+    state = jax.eval_shape(optimizer.init, params)
+    jax.eval_shape(lambda g, s: optimizer.update(g, s, g, value=1.0), params, state)
+    assert decided[::2] == decided[1::2]
 
 
 def test_norms_are_right_for_gradients_whose_squares_are_not_numbers():

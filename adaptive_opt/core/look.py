@@ -44,12 +44,14 @@ class Lines(tuple[Any, ...]):
         self.seen: dict[Any, Look] = {}
         self.operations: dict[Any, Any] = {}
         """What those who compare programs have made of them."""
-        self._first: dict[int, Lines] = {}
+        self._before: dict[int, Lines] = {}
 
     def before(self, place: int | None = None) -> Lines:
         """The lines before a place, or all, less observers; the same ones every time."""
         lines = [line for line in self[:place] if hasattr(line, "function")]
-        return self._first.setdefault(len(lines), Lines(lines))
+        if len(lines) not in self._before:
+            self._before[len(lines)] = Lines(lines)
+        return self._before[len(lines)]
 
     def __reduce__(self) -> Any:
         return Lines, (tuple(self),)

@@ -2,7 +2,8 @@
 
 An observer looks at every N-th step only. The bracket then goes through its stages once more: what
 the observer needs (the rates as values, the moments before a maximum) is made for it there, in
-waves or inside a branch of ``lax.cond``, and a step that nobody looks at pays for a comparison.
+waves or inside a branch of ``lax.cond``. A step that nobody looks at pays for comparisons, and for
+schedules and corrections once more where XLA does not share them.
 """
 
 from __future__ import annotations
@@ -245,8 +246,7 @@ def observe(
             if isinstance(watch, Watch) and watch.every == every:
                 waves = None
                 if watch.waves:
-                    own = lines.before(place)
-                    waves = waves_of(own, lines.before(), step, buffers, state_dtype)
+                    waves = waves_of(lines.before(place), step, buffers, state_dtype)
                 if waves is None:
                     shown.add(watch.name)
                     continue

@@ -266,7 +266,10 @@ class _Program:
         if name == "cond":
             which, *operands = given
             ends = [self._closed(branch, operands, path) for branch in settings["branches"]]
-            return [self._joined(name, (which, *ways), path) for ways in zip(*ends, strict=True)]
+            return [
+                ways[0] if len({*ways}) == 1 else self._joined(name, (which, *ways), path)
+                for ways in zip(*ends, strict=True)
+            ]
         if name == "optimization_barrier":
             return given
         results = self._of_primitive(name, equation, given, path)

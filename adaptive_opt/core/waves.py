@@ -28,6 +28,7 @@ from adaptive_opt.core.look import Lines, look, scalars_of
 from adaptive_opt.core.memory import Memory
 from adaptive_opt.core.now import Now
 from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
+from adaptive_opt.core.stage import package_of
 from adaptive_opt.core.step import AdaptiveStep
 from adaptive_opt.core.tree import OpenStep, of_leaves, run_on_one
 from adaptive_opt.core.trees import Tree
@@ -209,15 +210,13 @@ def _say_that_it_is_compiled() -> None:
 
 def waves_of(
     lines: Lines,
-    all_lines: Lines,
     step: OpenStep,
     buffers: Mapping[str, Tree],
     state_dtype: DTypeLike | None,
 ) -> list[Waves] | None:
     """The leaves of a step as it was opened, by kind; None where a line is of the whole tree.
 
-    None also where a leaf is all of a wave and too large to be counted. ``all_lines`` are those of
-    the bracket, at which ``init`` has looked already.
+    None also where a leaf is all of a wave and too large to be counted.
     """
     if any(line.is_of_the_tree for line in lines):
         return None
@@ -238,9 +237,7 @@ def waves_of(
     now, first = step.now.copy(), there[0]
     now.calculate(scalars_of(lines, first.gradient, first.param))
     length: int | None = _length(there)
-    kinds: dict[Any, Any] | None = _by_program(lines, all_lines, now, some, length, state_dtype)
-    if kinds is None and lines is not all_lines:  # perhaps what follows the observer is the reason
-        kinds = _by_program(lines, lines, now, some, length, state_dtype)
+    kinds: dict[Any, Any] | None = _by_program(lines, now, some, length, state_dtype)
     if kinds is None:
         kinds, length = {type_: type_ for type_ in some}, None
     alike: dict[Any, list[int]] = {}
@@ -260,7 +257,6 @@ def _as_array(x: Any) -> jax.Array:
 
 def _by_program(
     lines: Lines,
-    looked_at: Lines,
     now: Now,
     some: Mapping[Any, Inputs],
     length: int,
@@ -269,27 +265,36 @@ def _by_program(
     """The kind of each type of leaf, for which the lines are one program.
 
     None where a line sees more than one weight, or asks in Python for a shape, and where arrays may
-    be split over a mesh: their parts would have to be put together first. The shapes are compared
-    by looks at the lines, or at more of them.
+    be split over a mesh: their parts would have to be put together first.
     """
     if any(map(_may_be_split, jax.tree.leaves(list(some.values())))):
         return None
+    program = functools.partial(_program, lines, now, state_dtype)
+    if are_ours(lines):
+        program = functools.partial(_program_of_look, lines)
     flat = (length // PARTS,)
     are_of_weights: dict[Any, bool] = {}
     kinds: dict[Any, Any] = {}
     for (arrays, structure), leaf in some.items():
         dtypes = tuple(x.dtype for x in arrays), structure
         if dtypes not in are_of_weights:
-            are_of_weights[dtypes] = _is_of_weights(lines, now, leaf, flat, state_dtype)
-        dtype = trees.wide(trees.update_dtype(leaf.gradient, leaf.param))
-        same, other = (
-            _operations_of(looked_at, shape, dtype) for shape in (leaf.gradient.shape, flat)
-        )
-        if not (_fits(leaf) and are_of_weights[dtypes] and same is not None and same == other):
+            are_of_weights[dtypes] = _program(lines, now, state_dtype, leaf, flat) is not None
+        same = program(leaf, leaf.gradient.shape)
+        if not (_fits(leaf) and are_of_weights[dtypes] and same is not None):
+            return None
+        if same != program(leaf, flat):
             return None
         split = frozenset().union(*map(trees.varying, jax.tree.leaves(leaf)))
         kinds[arrays, structure] = dtypes, split
     return kinds
+
+
+def are_ours(lines: Lines) -> bool:
+    """Whether this library has written all lines: they choose no number and no buffer by a shape.
+
+    A look cannot tell numbers or buffers apart, but ``init`` has taken it already.
+    """
+    return all(package_of(line.function) == "adaptive_opt" for line in lines)
 
 
 def stepped(
@@ -344,21 +349,19 @@ def _fits(leaf: Inputs) -> bool:
     return alike and (size < SEGMENT or size // math.gcd(size, SHORTEST) < SEGMENT)
 
 
-def _is_of_weights(
-    lines: Lines, now: Now, leaf: Inputs, shape: tuple[int, ...], state_dtype: Any
-) -> bool:
-    """Whether the lines do something to each weight of such a leaf, were it of this shape."""
-
+def _program(lines: Lines, now: Now, state_dtype: Any, leaf: Inputs, shape: tuple[int, ...]) -> Any:
+    """What the lines do to such a leaf, were it of this shape; None if not to each weight."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, trees.dtype_of(x)), leaf)
     try:
         traced = jax.make_jaxpr(lambda leaf: stepped(lines, now, leaf, state_dtype).shown())(like)
     except Exception:  # a line that does not bear an array of this shape, of matrices say
-        return False
-    return _operations(traced, shape) is not None
+        return None
+    return _operations(traced, shape)
 
 
-def _operations_of(lines: Lines, shape: tuple[int, ...], dtype: Any) -> Any:
-    """What a look at a leaf of this shape calculates; None as below, or if there can be none."""
+def _program_of_look(lines: Lines, leaf: Inputs, shape: tuple[int, ...]) -> Any:
+    """The same in a look."""
+    dtype = trees.wide(trees.update_dtype(leaf.gradient, leaf.param))
     key = shape, dtype, jnp.result_type(float)
     if key not in lines.operations:
         try:

@@ -81,7 +81,7 @@ class Tally(NamedTuple):
     friction: jax.Array
     """The sums; ``UNKNOWN`` where there is none."""
     highest: jax.Array
-    """Of the rates of all groups that are numbers; ``UNKNOWN`` if there is none."""
+    """Of the rates of all groups that are numbers: by it XLA can tell whether all is counted."""
 
     @classmethod
     def nothing(cls, groups: int, limits: int) -> Tally:

@@ -141,7 +141,7 @@ def telemetry(
                 for i, name in enumerate(last["limits"])
             },
         }
-        return begun | tally._asdict() | named, tally.highest >= UNKNOWN
+        return begun | tally._asdict() | named, tally.highest >= UNKNOWN  # always; see observe
 
     own = {"learning_rate": learning_rate, "b1": b1, "weight_decay": weight_decay}
     remaining = () if learning_rate is None else (learning_rate,)
