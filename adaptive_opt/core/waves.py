@@ -269,20 +269,23 @@ def _by_program(
     """
     if any(map(_may_be_split, jax.tree.leaves(list(some.values())))):
         return None
-    program = functools.partial(_program, lines, now, state_dtype)
-    if are_ours(lines):
-        program = functools.partial(_program_of_look, lines)
-    flat = (length // PARTS,)
-    are_of_weights: dict[Any, bool] = {}
+    ours, flat = are_ours(lines), (length // PARTS,)
+    programs: dict[Any, Any] = {}
     kinds: dict[Any, Any] = {}
+
+    def program(leaf: Inputs, shape: tuple[int, ...]) -> Any:
+        if ours:
+            return _program_of_look(lines, leaf, shape)
+        return _program(lines, now, state_dtype, leaf, shape)
+
     for (arrays, structure), leaf in some.items():
-        dtypes = tuple(x.dtype for x in arrays), structure
-        if dtypes not in are_of_weights:
-            are_of_weights[dtypes] = _program(lines, now, state_dtype, leaf, flat) is not None
-        same = program(leaf, leaf.gradient.shape)
-        if not (_fits(leaf) and are_of_weights[dtypes] and same is not None):
+        if not _fits(leaf):
             return None
-        if same != program(leaf, flat):
+        dtypes = tuple(x.dtype for x in arrays), structure
+        if dtypes not in programs:
+            made = _program(lines, now, state_dtype, leaf, flat)
+            programs[dtypes] = program(leaf, flat) if ours and made is not None else made
+        if programs[dtypes] is None or program(leaf, leaf.gradient.shape) != programs[dtypes]:
             return None
         split = frozenset().union(*map(trees.varying, jax.tree.leaves(leaf)))
         kinds[arrays, structure] = dtypes, split
