@@ -237,7 +237,7 @@ class Bracket:
         if self.watches:
             step = OpenStep(now, updates, params)
             seen, kept = observe(self.listed, step, kept, state.buffers, self.state_dtype)
-        closed, buffers = update_leaves(
-            self.lines, Now(count, extra), updates, kept, params, self.state_dtype
-        )
+        then = Now(count, extra)
+        then.scalars = dict(now.scalars)  # what observers have calculated
+        closed, buffers = update_leaves(self.lines, then, updates, kept, params, self.state_dtype)
         return closed, AdaptiveState(count, buffers | seen)

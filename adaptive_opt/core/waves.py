@@ -234,8 +234,10 @@ def waves_of(
     some = {type_: inputs[place] for place, type_ in types.items()}
     if not there:
         return None
-    now, first = step.now.copy(), there[0]
-    now.calculate(scalars_of(lines, first.gradient, first.param))
+    first = there[0]
+    step.now.calculate(scalars_of(lines, first.gradient, first.param))
+    now = step.now.copy()
+    now.scalars = dict(step.now.scalars)
     length: int | None = _length(there)
     kinds: dict[Any, Any] | None = _by_program(lines, now, some, length, state_dtype)
     if kinds is None:
