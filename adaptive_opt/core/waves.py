@@ -222,7 +222,9 @@ def waves_of(
         return None
     stored = of_leaves(step.structure, buffers)
     inputs: list[Any] = [
-        None if each is None else jax.tree.map(_as_array, Inputs(*each.inputs, own))
+        None
+        if each is None
+        else Inputs(*map(_arrays, each.inputs), {k: _arrays(x) for k, x in own.items()})
         for each, own in zip(step.steps, stored, strict=True)
     ]
     there = [leaf for leaf in inputs if leaf is not None]
@@ -253,8 +255,9 @@ def waves_of(
     return waves if length is not None or are_countable else None
 
 
-def _as_array(x: Any) -> jax.Array:
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)  # NumPy's, or a number
+def _arrays(x: Any) -> Any:
+    """Of NumPy's, and of numbers; of what holds some, too."""
+    return x if isinstance(x, jax.Array) else jax.tree.map(jnp.asarray, x)
 
 
 def _by_program(
