@@ -3,7 +3,7 @@
 Who looks at every weight, and keeps nothing of their size, need not hold all of them at once, nor
 have a program for every leaf. Where the lines work on each weight by itself, a wave is a flat array
 of one length, cut from a large leaf or filled with small ones, and one loop goes through all waves:
-the lines are compiled once for it. Whether they do is read off their operations (see ``reach``).
+the lines are compiled once for it. Whether they do is read off their operations (``programs``).
 Elsewhere a wave is a leaf, and the lines are compiled once for every shape.
 """
 
@@ -20,17 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import Literal
 from jax.typing import DTypeLike
 
 from adaptive_opt.core import trees
-from adaptive_opt.core.look import Lines, look, scalars_of
-from adaptive_opt.core.memory import Memory
+from adaptive_opt.core.look import Lines, scalars_of
 from adaptive_opt.core.now import Now
-from adaptive_opt.core.reach import CALLS, CUSTOM, ELEMENTWISE
-from adaptive_opt.core.stage import package_of
+from adaptive_opt.core.programs import Inputs, are_ours, program_of, program_of_look, stepped
 from adaptive_opt.core.step import AdaptiveStep
-from adaptive_opt.core.tree import OpenStep, of_leaves, run_on_one
+from adaptive_opt.core.tree import OpenStep, of_leaves
 from adaptive_opt.core.trees import Tree
 
 Carry = TypeVar("Carry")
@@ -44,14 +41,6 @@ MADE = 40
 """The bytes of what is made of a weight and kept for the length of a part."""
 SEGMENT = 2**31
 """So many weights can be counted in 32 bits."""
-
-
-class Inputs(NamedTuple):
-    """What the lines are given of a leaf."""
-
-    gradient: Any
-    param: Any
-    stored: dict[str, Any]
 
 
 class Wave(NamedTuple):
@@ -224,7 +213,11 @@ def waves_of(
     inputs: list[Any] = [
         None
         if each is None
-        else Inputs(*map(_arrays, each.inputs), {k: _arrays(x) for k, x in own.items()})
+        else Inputs(
+            _arrays(each.inputs[0]),
+            _arrays(each.inputs[1]),
+            {k: _arrays(x) for k, x in own.items()},
+        )
         for each, own in zip(step.steps, stored, strict=True)
     ]
     there = [leaf for leaf in inputs if leaf is not None]
@@ -280,42 +273,21 @@ def _by_program(
 
     def program(leaf: Inputs, shape: tuple[int, ...]) -> Any:
         if ours:
-            return _program_of_look(lines, leaf, shape)
-        return _program(lines, now, state_dtype, leaf, shape)
+            return program_of_look(lines, leaf, shape)
+        return program_of(lines, now, state_dtype, leaf, shape)
 
     for (arrays, structure), leaf in some.items():
         if not _fits(leaf):
             return None
         dtypes = tuple(x.dtype for x in arrays), structure
         if dtypes not in programs:
-            made = _program(lines, now, state_dtype, leaf, flat)
+            made = program_of(lines, now, state_dtype, leaf, flat)
             programs[dtypes] = program(leaf, flat) if ours and made is not None else made
         if programs[dtypes] is None or program(leaf, leaf.gradient.shape) != programs[dtypes]:
             return None
         split = frozenset().union(*map(trees.varying, jax.tree.leaves(leaf)))
         kinds[arrays, structure] = dtypes, split
     return kinds
-
-
-def are_ours(lines: Lines) -> bool:
-    """Whether this library has written all lines: they choose no number and no buffer by a shape.
-
-    A look cannot tell numbers or buffers apart, but ``init`` has taken it already.
-    """
-    return all(package_of(line.function) == "adaptive_opt" for line in lines)
-
-
-def stepped(
-    lines: Sequence[Any], now: Now, leaf: Inputs, state_dtype: DTypeLike | None
-) -> AdaptiveStep:
-    """The step of one array after the lines."""
-    own = now.copy()
-    own.scalars = dict(now.scalars)  # what a loop calculates stays in it
-    warned = set(leaf.stored)  # the update says it
-    memory = Memory(leaf.stored, state_dtype, warned=warned, like=jnp.shape(leaf.gradient))
-    step = AdaptiveStep(own, leaf.gradient, leaf.param, memory)
-    run_on_one(lines, step)
-    return step
 
 
 def _length(leaves: Sequence[Inputs]) -> int:
@@ -355,73 +327,6 @@ def _fits(leaf: Inputs) -> bool:
     size, arrays = leaf.gradient.size, jax.tree.leaves(leaf)
     alike = all(jnp.shape(x) == leaf.gradient.shape for x in arrays)
     return alike and (size < SEGMENT or size // math.gcd(size, SHORTEST) < SEGMENT)
-
-
-def _program(lines: Lines, now: Now, state_dtype: Any, leaf: Inputs, shape: tuple[int, ...]) -> Any:
-    """What the lines do to such a leaf, were it of this shape; None if not to each weight."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, trees.dtype_of(x)), leaf)
-    try:
-        traced = jax.make_jaxpr(lambda leaf: stepped(lines, now, leaf, state_dtype).shown())(like)
-    except Exception:  # a line that does not bear an array of this shape, of matrices say
-        return None
-    return _operations(traced, shape)
-
-
-def _program_of_look(lines: Lines, leaf: Inputs, shape: tuple[int, ...]) -> Any:
-    """The same in a look."""
-    dtype = trees.wide(trees.update_dtype(leaf.gradient, leaf.param))
-    key = shape, dtype, jnp.result_type(float)
-    if key not in lines.operations:
-        try:
-            program = look(lines, jax.ShapeDtypeStruct(shape, dtype)).program
-        except Exception:
-            lines.operations[key] = None
-        else:
-            lines.operations[key] = program and _operations(program, shape)
-    return lines.operations[key]
-
-
-def _operations(program: Any, shape: tuple[int, ...]) -> Any:
-    """The operations, with all that is said of them but shapes; None if one is not elementwise."""
-    done: list[Any] = []
-
-    def closed(program: Any, given: Sequence[Any]) -> list[Any] | None:
-        jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
-        if any(jnp.shape(const) for const in consts):
-            return None
-        named = [id(c) if isinstance(c, Tracer) else str(c) for c in consts]
-        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*named, *given), strict=True))
-
-        def read(var: Any) -> Any:
-            if isinstance(var, Literal):
-                return str(var.val), cast(Any, var.aval).dtype
-            return known[var]
-
-        for equation in jaxpr.eqns:
-            results = of(equation, [*map(read, equation.invars)])
-            if results is None:
-                return None
-            known.update(zip(equation.outvars, results, strict=True))
-        return [*map(read, jaxpr.outvars)]
-
-    def of(equation: Any, given: list[Any]) -> list[Any] | None:
-        name, settings = equation.primitive.name, equation.params
-        if name in CALLS | CUSTOM:
-            return closed(settings.get("jaxpr") or settings["call_jaxpr"], given)
-        shapes = {var.aval.shape for var in (*equation.invars, *equation.outvars)}
-        if not shapes <= {(), shape}:
-            return None
-        if name in ("broadcast_in_dim", "reshape", "pvary", "pcast", "copy", "copy_p"):
-            return given[:1]
-        if name not in ELEMENTWISE:
-            return None
-        about = [(k, str(v)) for k, v in settings.items() if k not in ("shape", "sharding")]
-        done.append((name, about, given, equation.outvars[0].aval.dtype))
-        return [len(done)]
-
-    inputs = [f"input {i}" for i in range(len(program.jaxpr.invars))]
-    results = closed(program, inputs)
-    return None if results is None else (done, results)
 
 
 # --- cutting --------------------------------------------------------------------------------------
