@@ -3,7 +3,7 @@
 An observer looks at every N-th step only. The bracket then goes through its stages once more: what
 the observer needs (the rates as values, the moments before a maximum) is made for it there, in
 waves or inside a branch of ``lax.cond``. A step that nobody looks at pays for comparisons, and for
-schedules and corrections once more where XLA does not share them.
+the schedules that an observer is told of where XLA does not share them.
 """
 
 from __future__ import annotations

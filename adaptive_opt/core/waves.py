@@ -103,7 +103,7 @@ class Waves:
             is_within = lambda state: state[0] < np.int32(length)  # noqa: E731
             return jax.lax.while_loop(is_within, take_part, (np.int32(0), carry))[1]
 
-        return repeat(len(cuts), take, _varying_like(start, self.leaves), when)
+        return repeat(len(cuts), take, all_varying_like(start, self.leaves), when)
 
     def _stepped(self, leaf: Inputs) -> AdaptiveStep:
         return stepped(self.lines, self.now, leaf, self.state_dtype)
@@ -121,7 +121,7 @@ def one_by_one(
     On a mesh with automatic axes it is a program for each: leaves of one shape may be split in
     different ways there, and a loop would bring all of them to one.
     """
-    start = _varying_like(start, leaves)
+    start = all_varying_like(start, leaves)
     number = jnp.asarray(np.array(numbers, np.int32))
     if any(map(_is_split_unseen, jax.tree.leaves(leaves))):
         for leaf, n in zip(leaves, number, strict=True):
@@ -169,7 +169,8 @@ def _one_of(branches: Sequence[Callable[..., Any]], which: Any, *args: Any) -> A
     return jax.lax.switch(which // few, [*map(of_few, range(0, len(branches), few))], *args)
 
 
-def _varying_like(start: Carry, leaves: Any) -> Carry:
+def all_varying_like(start: Carry, leaves: Any) -> Carry:
+    """``start`` with the types of what varies over the manual axes over which a leaf does."""
     arrays = jax.tree.leaves(leaves)
     return jax.tree.map(lambda x: trees.varying_like(x, arrays), start)
 

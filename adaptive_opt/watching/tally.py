@@ -228,22 +228,20 @@ class Counted(NamedTuple):
         scale = bits.clip(_LEAST, _MOST).view(np.float32)
         norms = scale.astype(float) * np.sqrt(np.asarray(tally.squares[group], float))
         norms[largest[: len(NORMS)] == UNKNOWN] = UNKNOWN
-        bins = np.searchsorted(_FIRST_KEYS, np.arange(KEYS), side="right")
-        histogram = np.zeros(len(_FIRST_KEYS) + 1, np.uint64)
-        np.add.at(histogram, bins, keys)
+        below = np.cumsum(keys)
+        ends = np.concatenate([below[_FIRST_KEYS - 1], below[-1:]])
         return cls(
             size,
-            np.clip(_quantiles(keys), -largest[_LOWEST], largest[_HIGHEST]),
-            histogram,
+            np.clip(_quantiles(below), -largest[_LOWEST], largest[_HIGHEST]),
+            np.diff(ends, prepend=np.uint64(0)),
             limited,
             UNKNOWN if friction < 0 else friction / max(size, 1),
             dict(zip(NORMS, norms.tolist(), strict=True)),
         )
 
 
-def _quantiles(keys: np.ndarray) -> np.ndarray:
-    """The middles of the bins in which the weights of these ranks are."""
-    below = np.cumsum(keys)
+def _quantiles(below: np.ndarray) -> np.ndarray:
+    """The middles of the bins in which the weights of these ranks are, of counts added up."""
     ranks = [-(-round(100 * q) * int(below[-1]) // 100) for q in QUANTILES]
     key = np.searchsorted(below, np.array(ranks, np.uint64)).astype(np.uint32)
     middle = (key << 16 | 0x8000).view(np.float32)

@@ -17,7 +17,7 @@ from adaptive_opt.core.observe import HYPERPARAMETERS, watching
 from adaptive_opt.core.stage import Stage
 from adaptive_opt.core.tree import OpenStep
 from adaptive_opt.core.trees import axes_of, axes_split, branch, is_none, path_of, varying_like
-from adaptive_opt.core.waves import SEGMENT, Wave, Waves, one_by_one, type_of
+from adaptive_opt.core.waves import SEGMENT, Wave, Waves, all_varying_like, one_by_one, type_of
 from adaptive_opt.watching.tally import UNKNOWN, Tally, Weights
 
 
@@ -228,8 +228,7 @@ class _Look:
             return tally.adding(weights, group, carries=self.carries)
 
         def of_part(weights: Weights, group: jax.Array) -> Tally:
-            arrays = jax.tree.leaves(weights)
-            start = jax.tree.map(lambda x: varying_like(x, arrays), self.nothing())
+            start = all_varying_like(self.nothing(), weights)
             return start.adding(weights, group).everywhere(split)
 
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, weights)
